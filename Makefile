@@ -1,0 +1,38 @@
+# run    executes a notebook, by default the walkthrough; its parameters can be set in capitals:
+#        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
+# test   runs all tests; the notebooks are among them
+# lab    opens the notebooks in JupyterLab
+# notebooks   executes all notebooks and stores their outputs in them
+# clean  removes what the others made
+# Each sets up first what it needs, once: see setup.sh.
+
+NOTEBOOK = 1_walkthrough
+
+# What was typed on the command line, other than what is for make itself: the notebook's parameters.
+typed = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+quoted = '$(subst ','\'',$(1))'
+parameters = $(foreach name,$(filter-out NOTEBOOK PYTHON,$(typed)),$(call quoted,$(name)=$($(name))))
+
+.PHONY: run test lab notebooks clean setup
+
+run: setup
+	@.venv/bin/python -m helpers.notebook $(call quoted,$(NOTEBOOK)) $(parameters)
+
+test: setup
+	@.venv/bin/python -m pytest
+
+lab: setup
+	@.venv/bin/jupyter lab notebooks
+
+notebooks: setup
+	@for notebook in notebooks/*.ipynb; do \
+		.venv/bin/python -m helpers.notebook "$$notebook" --store || exit 1; \
+	done
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
+
+setup:
+	@PYTHON="$(PYTHON)" ./setup.sh

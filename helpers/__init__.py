@@ -1,0 +1,20 @@
+"""The module behind the notebooks: one concept a file, each usable on its own.
+
+From the bottom up: `higgs` (the events), `model` (the network), `jars` (what Java needs),
+`broker` (Apache Kafka on this machine), `session` (Spark), `streaming` (Kafka as a DStream),
+`records` (JSON to columns), `transformers` (the network as a Spark ML stage) and `notebook`
+(a notebook run from the command line). A file imports only from those named before it.
+"""
+
+import os as _os
+import sys as _sys
+from pathlib import Path as _Path
+
+# On SWAN or a cluster's edge node SPARK_HOME names the site's Spark. findspark puts it first, which
+# has to happen before anything imports pyspark; each module of this package may.
+if "pyspark" not in _sys.modules and (
+    _Path(_os.environ.get("SPARK_HOME") or "/nowhere") / "python" / "pyspark"
+).is_dir():
+    import findspark
+
+    findspark.init()

@@ -1,0 +1,406 @@
+"""A real Apache Kafka broker on this machine, for as long as a `with` block lasts.
+
+    with LocalKafka() as kafka:
+        kafka.create_topic("Machine_Learning", partitions=4)
+        ...  # produce to and consume from kafka.bootstrap_servers
+
+In a terminal of its own: ``python -m helpers.broker --port 9092``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kafka import KafkaAdminClient
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from helpers.jars import JarsError, fetch_jars, java_command, spark_home
+
+KAFKA_VERSION = "4.4.0"
+KAFKA_JARS = (
+    f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}",
+    "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it the broker logs nothing
+)
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 60
+STOP_SECONDS = 30
+
+# The shell becomes the broker (`exec` keeps the process id, $$), and leaves a watcher behind that
+# reads from a pipe which this Python process holds. A line in the pipe dismisses the watcher. The
+# end of the pipe means that this process is gone, however it went: then the watcher kills the
+# broker and removes its temporary folder ($1, empty if the folder is to stay).
+_START_BROKER_WATCHED = """
+temporary_folder=$1; shift
+exec 3<&0
+(
+    read -r line <&3 && exit 0
+    kill -9 $$
+    test -z "$temporary_folder" && exit 0
+    for attempt in 1 2 3 4 5; do rm -rf "$temporary_folder" && exit 0; sleep 1; done
+) > /dev/null 2>&1 &
+exec "$@" < /dev/null 3<&-
+"""
+
+_LOGGING = """
+appender.console.type = Console
+appender.console.name = console
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = %d %p %m (%c{1})%n%throwable{short.message}
+rootLogger.level = INFO
+rootLogger.appenderRef.console.ref = console
+"""
+
+_JVM_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+
+
+class BrokerError(RuntimeError):
+    """The broker did not start, or doesn't answer; the message says why."""
+
+
+class LocalKafka:
+    """An Apache Kafka broker in one process (KRaft, no ZooKeeper), on loopback only.
+
+    Parameters
+    ----------
+    port : int, optional
+        The port for clients; a free one by default.
+    folder : str or pathlib.Path, optional
+        Where its data is kept. A broker that is given the folder of an earlier one continues with
+        its data. By default a temporary folder that is removed at the end.
+
+    Attributes
+    ----------
+    bootstrap_servers : str
+        What clients connect to, as ``host:port``.
+    log_file : pathlib.Path
+        What the broker logs.
+
+    Raises
+    ------
+    BrokerError
+        If the port is taken, or the broker doesn't answer within 60 s of its start; the message
+        ends with its own last log lines.
+    ValueError
+        If the port is not between 1 and 65535.
+    helpers.jars.JarsError
+        If Java is missing or the broker's jars can't be fetched.
+
+    Notes
+    -----
+    When the Python process ends, the broker ends, even if Python is killed.
+
+    Examples
+    --------
+    >>> with LocalKafka() as kafka:
+    ...     kafka.create_topic("Machine_Learning", partitions=4)
+    ...     kafka.topics()
+    ['Machine_Learning']
+    """
+
+    def __init__(self, port: int | None = None, folder: str | Path | None = None) -> None:
+        if port is not None and not 1 <= port <= 65535:
+            raise ValueError(f"port {port} is impossible: use one between 1024 and 65535.")
+        self._temporary = None
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(
+                prefix="kafka-", ignore_cleanup_errors=True
+            )
+        self._folder = Path(folder or self._temporary.name).absolute()
+        self._port = port if port is not None else _free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.bootstrap_servers = f"{LOOPBACK}:{self._port}"
+        self.log_file = self._folder / "broker.log"
+
+    def __repr__(self) -> str:
+        state = "running" if self._process else "stopped"
+        return f"<LocalKafka {KAFKA_VERSION} {self.bootstrap_servers} {state}>"
+
+    def __enter__(self) -> LocalKafka:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+        self._remove_folder()
+
+    def start(self) -> LocalKafka:
+        """Start the broker, with the data that it had, and return when it answers.
+
+        Returns
+        -------
+        LocalKafka
+            This broker. If it runs already, nothing happens.
+
+        Raises
+        ------
+        BrokerError
+            If the port is taken or it doesn't answer within 60 s.
+        """
+        if self._process is not None:
+            return self
+        try:
+            self._check_port()
+            self._launch()
+            self._wait_until_it_answers()
+        except BaseException:
+            self.kill()
+            self._remove_folder()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """End the broker in order: everything is on disk afterwards. Its data stays for `start`."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the broker as a power cut would (SIGKILL). Its data stays for `start`."""
+        self._end(signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Wait until the broker ends by itself, and return its exit code.
+
+        Raises
+        ------
+        BrokerError
+            If it ended with an error; the message ends with its own last log lines.
+        """
+        code = self._process.wait()
+        if code != 0:
+            raise BrokerError(f"the broker ended ({code}); its last log lines:\n{self._log_tail()}")
+        return code
+
+    def create_topic(
+        self, name: str, partitions: int = 4, config: Mapping[str, object] | None = None
+    ) -> None:
+        """Create a topic, and return when it can be written to. An existing one is left as it is.
+
+        Parameters
+        ----------
+        name : str
+            The topic's name.
+        partitions : int
+            Into how many partitions it is split: as many can be read at the same time.
+        config : mapping, optional
+            The topic's settings by Kafka's names, such as ``{"retention.ms": 3_600_000}``.
+
+        Raises
+        ------
+        kafka.errors.KafkaError
+            If the broker refuses the name or a setting.
+
+        Examples
+        --------
+        >>> with LocalKafka() as kafka:
+        ...     kafka.create_topic("events", partitions=1, config={"compression.type": "zstd"})
+        """
+        settings = {key: str(value) for key, value in (config or {}).items()}
+        topic = {
+            "num_partitions": partitions, "replication_factor": 1, "assignments": {},
+            "configs": settings,
+        }
+        with _admin(self.bootstrap_servers) as admin:
+            with contextlib.suppress(TopicAlreadyExistsError):
+                admin.create_topics({name: topic})
+            _poll(lambda: _has_leaders(admin, name), START_SECONDS, f"topic {name} has no leader")
+
+    def topics(self) -> list[str]:
+        """Return the names of the topics, sorted, without Kafka's internal ones.
+
+        Examples
+        --------
+        >>> with LocalKafka() as kafka:
+        ...     kafka.topics()
+        []
+        """
+        with _admin(self.bootstrap_servers) as admin:
+            return sorted(name for name in admin.list_topics() if not name.startswith("__"))
+
+    def _check_port(self) -> None:
+        """Say at once that the port is taken, rather than in the broker's log after seconds."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, self._port))
+            except OSError:
+                raise BrokerError(
+                    f"port {self._port} is in use: stop what listens there, or choose another port."
+                ) from None
+
+    def _launch(self) -> None:
+        """Write the settings, format the folder if it is new, and start the process."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        settings = self._folder / "server.properties"
+        settings.write_text(self._settings(controller_port=_free_port()))
+        (self._folder / "log4j2.properties").write_text(_LOGGING)
+        data = self._folder / "data"
+        if not (data / "meta.properties").exists():
+            self._format(settings)
+        watched = ["/bin/sh", "-c", _START_BROKER_WATCHED, "broker"]
+        watched += [str(self._folder) if self._temporary else ""]
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                watched + self._java("kafka.Kafka", str(settings)),
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal or the kernel isn't for the broker
+            )
+
+    def _format(self, settings: Path) -> None:
+        """Prepare an empty data folder, as Kafka asks for before the first start."""
+        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        arguments = ["format", "--standalone", "--cluster-id=" + cluster_id, "--config"]
+        run = subprocess.run(
+            self._java("kafka.tools.StorageTool", *arguments, str(settings)),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS,
+        )
+        if run.returncode != 0:
+            output = _tail(run.stdout + run.stderr)
+            raise BrokerError(f"{self._folder} can't be formatted:\n{output}")
+
+    def _settings(self, controller_port: int) -> str:
+        """Return the broker's settings file."""
+        settings = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "listeners": f"PLAINTEXT://{self.bootstrap_servers},"
+            f"CONTROLLER://{LOOPBACK}:{controller_port}",
+            "controller.listener.names": "CONTROLLER",
+            "controller.quorum.bootstrap.servers": f"{LOOPBACK}:{controller_port}",
+            "log.dirs": self._folder / "data",
+            "num.partitions": 4,
+            # After a SIGKILL the controller lets the same broker in again when this has passed.
+            "broker.session.timeout.ms": 3_000,
+            "broker.heartbeat.interval.ms": 500,
+            # One broker keeps the only copy of everything, its own topics included.
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "transaction.state.log.num.partitions": 1,
+            "share.coordinator.state.topic.replication.factor": 1,
+            "share.coordinator.state.topic.min.isr": 1,
+            "share.coordinator.state.topic.num.partitions": 1,
+            # A group of one laptop needs no time for other members to arrive.
+            "group.initial.rebalance.delay.ms": 0,
+        }
+        return "".join(f"{key}={value}\n" for key, value in settings.items())
+
+    def _java(self, main_class: str, *arguments: str) -> list[str]:
+        """Return the command that runs one of Kafka's own programs."""
+        jars = [*fetch_jars(*KAFKA_JARS), *spark_home().glob("jars/scala-library-*.jar")]
+        logging_option = f"-Dlog4j2.configurationFile={self._folder / 'log4j2.properties'}"
+        class_path = os.pathsep.join(map(str, jars))
+        java = [java_command(), *_JVM_OPTIONS, logging_option, "-cp", class_path]
+        return [*java, main_class, *arguments]
+
+    def _wait_until_it_answers(self) -> None:
+        """Ask the broker for its topics until it answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise BrokerError(f"the broker ended; its last log lines:\n{self._log_tail()}")
+            with contextlib.suppress(KafkaError, OSError):
+                self.topics()
+                return
+            time.sleep(0.1)
+        raise BrokerError(
+            f"the broker doesn't answer after {START_SECONDS} s; its last log lines:\n"
+            f"{self._log_tail()}"
+        )
+
+    def _end(self, signal_number: signal.Signals) -> None:
+        """Send a signal to the process, wait for its end, and dismiss its watcher."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"ended in order\n")
+            process.stdin.close()
+        process.send_signal(signal_number)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(STOP_SECONDS)
+
+    def _log_tail(self) -> str:
+        return _tail(self.log_file.read_text(errors="replace") if self.log_file.exists() else "")
+
+    def _remove_folder(self) -> None:
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+def fetch() -> None:
+    """Fetch the broker's jars, so that the first start needs no network."""
+    fetch_jars(*KAFKA_JARS)
+
+
+def _admin(bootstrap_servers: str) -> KafkaAdminClient:
+    """Return a client for questions and orders to the broker; it gives up after 5 s."""
+    return KafkaAdminClient(
+        bootstrap_servers=bootstrap_servers, request_timeout_ms=5_000, bootstrap_timeout_ms=2_000
+    )
+
+
+def _has_leaders(admin: KafkaAdminClient, topic: str) -> bool:
+    """Tell whether every partition of a topic can be written to."""
+    (description,) = admin.describe_topics([topic])
+    partitions = description["partitions"]
+    return bool(partitions) and all(partition["leader_id"] >= 0 for partition in partitions)
+
+
+def _poll(condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    """Return when `condition()` is true; raise `BrokerError` if that takes too long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(KafkaError):
+            if condition():
+                return
+        time.sleep(0.05)
+    raise BrokerError(f"{otherwise} after {seconds} s.")
+
+
+def _free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def _tail(log: str, lines: int = 15) -> str:
+    return "\n".join(log.strip().splitlines()[-lines:])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a broker in the foreground until Ctrl-C or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.broker", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--port", type=int, default=9092, help="default: %(default)s")
+    parser.add_argument("--folder", help="keep the data here; default: a temporary folder")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    print(f"starting Apache Kafka {KAFKA_VERSION} ...", flush=True)
+    try:
+        with LocalKafka(port=options.port, folder=options.folder) as kafka:
+            print(f"ready at {kafka.bootstrap_servers}; Ctrl-C ends it", flush=True)
+            return kafka.wait()
+    except KeyboardInterrupt:
+        return 0
+    except (BrokerError, JarsError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

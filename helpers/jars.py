@@ -1,0 +1,164 @@
+"""Java's side of the kit: the `java` command, and jars from Maven Central.
+
+PySpark ships a Maven resolver (Apache Ivy, behind ``spark-submit --packages``), so nothing but
+PySpark and Java is needed to run a Kafka broker or to add Spark's Kafka connector.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RESOLVE_SECONDS = 300
+
+# A class of every Spark's Hadoop client that prints its version and ends: `spark-submit` resolves
+# the packages before it runs the class, and the resolving is all that is wanted here.
+_HARMLESS_MAIN_CLASS = "org.apache.hadoop.util.VersionInfo"
+
+INSTALL_JAVA = (
+    "Debian and Ubuntu: sudo apt-get install openjdk-17-jre-headless; "
+    "Fedora: sudo dnf install java-21-openjdk-headless; "
+    "macOS: brew install openjdk@21"
+)
+
+
+class JarsError(RuntimeError):
+    """Java or a jar that is needed isn't there, with what to do about it."""
+
+
+def java_command() -> str:
+    """Return the path of the `java` that Spark uses too: that of ``JAVA_HOME``, else of ``PATH``.
+
+    Raises
+    ------
+    JarsError
+        If there is none; the message says how to install it.
+
+    Examples
+    --------
+    >>> java_command().endswith("java")
+    True
+    """
+    home = os.environ.get("JAVA_HOME")
+    if home:
+        candidate = Path(home) / "bin" / "java"
+        if not candidate.is_file():
+            raise JarsError(f"JAVA_HOME is {home}, but there is no bin/java: correct or unset it.")
+        return str(candidate)
+    found = shutil.which("java")
+    if found is None:
+        raise JarsError(f"Java 17 or 21 is needed and there is no `java` on PATH. {INSTALL_JAVA}")
+    return found
+
+
+def spark_home() -> Path:
+    """Return the folder of the Spark that `import pyspark` gives: a site's, or PySpark's own.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder with ``bin/spark-submit`` and ``jars/``.
+
+    Examples
+    --------
+    >>> (spark_home() / "bin" / "spark-submit").exists()
+    True
+    """
+    if os.environ.get("SPARK_HOME"):
+        return Path(os.environ["SPARK_HOME"])
+    import pyspark
+
+    return Path(pyspark.__file__).parent
+
+
+def fetch_jars(*coordinates: str) -> list[Path]:
+    """Return the jars of Maven coordinates and of everything they need, fetched on the first call.
+
+    The jars live with the environment that needs them, in ``share/jars`` of the virtual environment
+    (outside of one in the user's cache folder); later calls need no network.
+
+    Parameters
+    ----------
+    *coordinates : str
+        One or more of ``group:artifact:version``.
+
+    Returns
+    -------
+    list of pathlib.Path
+        The jar files, sorted by name. What Spark itself ships (scala-library) isn't among them.
+
+    Raises
+    ------
+    JarsError
+        If Maven Central doesn't have one of them, or can't be reached, or Java is missing.
+
+    Examples
+    --------
+    >>> fetch_jars("org.apache.kafka:kafka-clients:3.9.1")  # doctest: +ELLIPSIS
+    [...]
+    """
+    name = "+".join("-".join(coordinate.split(":")[1:]) for coordinate in coordinates)
+    folder = jars_folder() / name
+    if not folder.is_dir():
+        _resolve(coordinates, folder)
+    return sorted(folder.glob("*.jar"))
+
+
+def jars_folder() -> Path:
+    """Return the folder that `fetch_jars` keeps jars in.
+
+    Examples
+    --------
+    >>> jars_folder().name
+    'jars'
+    """
+    if sys.prefix != sys.base_prefix:
+        return Path(sys.prefix) / "share" / "jars"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "kafka-spark-keras" / "jars"
+
+
+def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
+    """Have Ivy fetch the jars, and move them to `folder` in one step when all are there."""
+    java_command()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".resolving-") as ivy:
+        command = [str(spark_home() / "bin" / "spark-submit"), "--conf", f"spark.jars.ivy={ivy}"]
+        command += ["--packages", ",".join(coordinates), "--class", _HARMLESS_MAIN_CLASS]
+        try:
+            run = subprocess.run(
+                [*command, "spark-internal"], capture_output=True, text=True,
+                timeout=RESOLVE_SECONDS, stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired:
+            raise JarsError(
+                f"Maven Central did not deliver {', '.join(coordinates)} within "
+                f"{RESOLVE_SECONDS} s: check the connection and try again."
+            ) from None
+        if run.returncode != 0:
+            raise JarsError(_explain(coordinates, run.stdout + run.stderr))
+        try:
+            os.rename(Path(ivy) / "jars", folder)
+        except OSError:  # another process was faster, and its jars are the same
+            if not folder.is_dir():
+                raise
+
+
+def _explain(coordinates: tuple[str, ...], log: str) -> str:
+    """Return one sentence for a failed resolution, from Ivy's pages of output."""
+    if re.search(r"Host \S*maven\S* not found|UnknownHost|Connection (refused|timed out)", log):
+        return (
+            f"Maven Central can't be reached, and {', '.join(coordinates)} must be fetched from it "
+            "once: connect to the network and try again."
+        )
+    unresolved = re.findall(r"unresolved dependency: (\S+?)#(\S+?);(\S+?): not found", log)
+    if unresolved:
+        missing = ", ".join(":".join(parts) for parts in dict.fromkeys(unresolved))
+        return f"Maven Central has no {missing}: use a version that it has."
+    last_lines = "\n".join(log.strip().splitlines()[-8:])
+    return f"fetching {', '.join(coordinates)} failed; the resolver's last lines:\n{last_lines}"

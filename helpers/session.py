@@ -1,0 +1,215 @@
+"""The Spark session: the one that is there already, or a new one with all that the kit needs."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyspark import SparkConf, SparkContext
+from pyspark.errors import PySparkRuntimeError
+from pyspark.java_gateway import launch_gateway
+from pyspark.sql import SparkSession
+
+import helpers
+from helpers.jars import JarsError, fetch_jars, java_command, spark_home
+
+CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_{scala}:{spark}"
+_CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
+
+
+class SessionError(RuntimeError):
+    """Spark can't be started or used as it is, with what to do about it."""
+
+
+def get_spark(
+    app_name: str = "Deep learning on a stream",
+    master: str | None = None,
+    executors: int = 2,
+    cores: int | None = None,
+    memory: str = "2g",
+    config: Mapping[str, object] | None = None,
+) -> SparkSession:
+    """Return the Spark session that exists, otherwise a new one; either can read Kafka.
+
+    A session that exists (on SWAN the connector of the notebook made it, elsewhere an earlier cell)
+    keeps its settings, whatever the parameters say.
+
+    Parameters
+    ----------
+    app_name : str
+        The name in Spark's web page and in YARN's list.
+    master : str, optional
+        Where Spark runs: by default on this machine, ``local[cores,4]``, where a task that fails
+        gets four tries as on a cluster. ``yarn`` for a YARN cluster.
+    executors : int
+        How many executors a cluster is asked for; of no effect on this machine.
+    cores : int, optional
+        How many tasks run at a time, on this machine (default: all its cores) or in each executor
+        (default: 1).
+    memory : str
+        Java's memory, as in ``"2g"``: of the one process on this machine, of each executor else.
+    config : mapping, optional
+        More of Spark's settings, by Spark's names; they win over those made here.
+
+    Returns
+    -------
+    pyspark.sql.SparkSession
+        A session with Spark's Kafka connector, and with `helpers` on its executors.
+
+    Raises
+    ------
+    SessionError
+        If Spark doesn't start, or there is no Kafka connector for its version.
+    helpers.jars.JarsError
+        If Java is missing, or the connector can't be fetched.
+
+    Examples
+    --------
+    >>> spark = get_spark(cores=2, memory="1g")
+    >>> spark.range(3).count()
+    3
+    """
+    if SparkContext._active_spark_context is not None:
+        spark = SparkSession.builder.getOrCreate()
+        if not _has_connector(spark):
+            _add_connector(spark)
+    else:
+        spark = _start(_settings(app_name, master, executors, cores, memory, config or {}))
+    _ship_helpers(spark)
+    return spark
+
+
+def log_file() -> Path:
+    """Return the file that Spark logs to when `get_spark` started it: the place to look first.
+
+    Examples
+    --------
+    >>> log_file().suffix
+    '.log'
+    """
+    return Path(tempfile.gettempdir()) / f"spark-{os.getpid()}.log"
+
+
+def fetch() -> None:
+    """Fetch the Kafka connector's jars, so that the first session needs no network."""
+    _connector_jars(*_spark_and_scala_on_disk())
+
+
+def _settings(
+    app_name: str,
+    master: str | None,
+    executors: int,
+    cores: int | None,
+    memory: str,
+    config: Mapping[str, object],
+) -> SparkConf:
+    """Return the settings of a new session."""
+    master = master or f"local[{cores or os.cpu_count()},4]"
+    settings = {
+        "spark.app.name": app_name,
+        "spark.master": master,
+        "spark.serializer": "org.apache.spark.serializer.KryoSerializer",
+        "spark.jars": ",".join(map(str, _connector_jars(*_spark_and_scala_on_disk()))),
+        "spark.ui.showConsoleProgress": "false",
+        # Columns go to pandas as Arrow batches, not row by row.
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.session.timeZone": "UTC",
+    }
+    if master.startswith("local"):
+        settings["spark.driver.memory"] = memory
+        settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
+    else:
+        settings["spark.executor.instances"] = str(executors)
+        settings["spark.executor.cores"] = str(cores or 1)
+        settings["spark.executor.memory"] = memory
+    settings.update({key: str(value) for key, value in config.items()})
+    return SparkConf().setAll(settings.items())
+
+
+def _start(conf: SparkConf) -> SparkSession:
+    """Start Spark with its output going to a file, not to the cells of a notebook."""
+    java_command()
+    if conf.get("spark.master").startswith("local"):
+        # Otherwise the workers run whatever `python3` is first on PATH.
+        os.environ["PYSPARK_PYTHON"] = sys.executable
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # Spark's web page, too, is for here
+    else:
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # a cluster may have its own
+    gateway = SparkContext._gateway  # there is one where an earlier session was stopped
+    if gateway is None:
+        with log_file().open("ab") as log:
+            atexit.register(log_file().unlink, missing_ok=True)
+            try:
+                gateway = launch_gateway(conf, {"stdout": log, "stderr": log})
+            except PySparkRuntimeError:
+                tail = "\n".join(log_file().read_text(errors="replace").splitlines()[-10:])
+                raise SessionError(f"Java did not start for Spark; it said:\n{tail}") from None
+    context = SparkContext(conf=conf, gateway=gateway)
+    spark = SparkSession(context)
+    if not _has_connector(spark):  # the gateway was launched without it
+        _add_connector(spark)
+    return spark
+
+
+def _spark_and_scala_on_disk() -> tuple[str, str]:
+    """Return the version of the Spark that will be started, and of its Scala, such as '2.13'."""
+    for jar in (spark_home() / "jars").glob("spark-core_*.jar"):
+        scala, spark = re.fullmatch(r"spark-core_(\d+\.\d+)-(.+)\.jar", jar.name).groups()
+        return spark, scala
+    raise SessionError(f"{spark_home()} has no jars/spark-core_*.jar: set SPARK_HOME to a Spark.")
+
+
+def _connector_jars(spark: str, scala: str) -> list[Path]:
+    """Return the connector's jars for a Spark, without those that Spark has anyway."""
+    coordinate = CONNECTOR.format(scala=scala, spark=spark)
+    try:
+        jars = fetch_jars(coordinate)
+    except JarsError as error:
+        raise SessionError(f"Spark {spark} needs a connector to read Kafka. {error}") from None
+    # Ivy names a file group_artifact-version.jar; Spark's own folder has artifact-version.jar.
+    spark_has = {jar.name for jar in (spark_home() / "jars").glob("*.jar")}
+    return [jar for jar in jars if jar.name.split("_", 1)[1] not in spark_has]
+
+
+def _has_connector(spark: SparkSession) -> bool:
+    """Tell whether a running session can load Spark's Kafka connector."""
+    jvm = spark._jvm
+    loader = spark._jsparkSession.sharedState().jarClassLoader()
+    try:
+        jvm.java.lang.Class.forName(_CONNECTOR_CLASS, False, loader)
+    except Exception:  # py4j wraps Java's ClassNotFoundException
+        return False
+    return True
+
+
+def _add_connector(spark: SparkSession) -> None:
+    """Add the connector to a session that runs already, where `spark.jars` comes too late."""
+    scala = spark._jvm.scala.util.Properties.versionNumberString()
+    for jar in _connector_jars(spark.version, ".".join(scala.split(".")[:2])):
+        spark.sql(f"ADD JAR '{jar.as_uri()}'")
+    if not _has_connector(spark):
+        raise SessionError(
+            "this Spark session has no Kafka connector and can't take one: restart it with "
+            f"spark.jars.packages={CONNECTOR.format(scala=scala, spark=spark.version)}."
+        )
+
+
+def _ship_helpers(spark: SparkSession) -> None:
+    """Make `import helpers` work on the executors, wherever they are."""
+    context = spark.sparkContext
+    if any(file.endswith("/helpers.zip") for file in context.listFiles):
+        return
+    package = Path(helpers.__file__).parent
+    folder = tempfile.mkdtemp(prefix="helpers-")  # executors fetch it for as long as Spark runs
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with zipfile.ZipFile(f"{folder}/helpers.zip", "w") as archive:
+        for source in package.glob("*.py"):
+            archive.write(source, f"helpers/{source.name}")
+    context.addPyFile(f"{folder}/helpers.zip")

@@ -1,0 +1,271 @@
+"""A Keras network as a stage of a Spark ML pipeline, and the index of the class that it chose."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import hashlib
+from collections.abc import Callable
+
+import keras
+import numpy
+import pyarrow
+from pyspark import SparkContext
+from pyspark.broadcast import Broadcast
+from pyspark.ml import Transformer
+from pyspark.ml.functions import array_to_vector, vector_to_array
+from pyspark.ml.linalg import VectorUDT
+from pyspark.ml.param import Param, Params, TypeConverters
+from pyspark.ml.param.shared import HasFeaturesCol, HasInputCol, HasOutputCol
+from pyspark.ml.util import (
+    DefaultParamsReadable,
+    DefaultParamsReader,
+    DefaultParamsWritable,
+    DefaultParamsWriter,
+    MLReadable,
+    MLReader,
+    MLWritable,
+    MLWriter,
+)
+from pyspark.sql import Column, DataFrame, functions
+from pyspark.sql.types import ArrayType, DoubleType
+
+from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
+
+_DENSE = 1  # how VectorUDT marks a dense vector
+
+
+class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLReadable):
+    """Add a Keras model's output to a DataFrame, as a vector column.
+
+    Each worker process loads the model once, on its first batch, and computes on one thread a task.
+
+    Parameters
+    ----------
+    keras_model : keras.Model
+        The model, with one input of shape (features,) and one output of shape (classes,).
+    features_col : str
+        A vector column with as many entries as the model has inputs.
+    output_col : str
+        The new column's name: a vector with one entry a class.
+
+    Examples
+    --------
+    >>> from helpers.model import build_model
+    >>> predictor = ModelPredictor(keras_model=build_model(), features_col="features")
+    >>> predictor.transform(spark.createDataFrame([(Vectors.dense([0.5] * 30),)], ["features"]))
+    DataFrame[features: vector, prediction: vector]
+    """
+
+    def __init__(
+        self,
+        keras_model: keras.Model | None = None,
+        features_col: str = "features",
+        output_col: str = "prediction",
+    ) -> None:
+        super().__init__()
+        self._set(featuresCol=features_col, outputCol=output_col)
+        self._model_bytes = None if keras_model is None else model_to_bytes(keras_model)
+
+    def predict(self, dataset: DataFrame) -> DataFrame:
+        """Return `transform(dataset)`: the name that Distributed Keras used."""
+        return self.transform(dataset)
+
+    def write(self) -> MLWriter:
+        """Return what saves this stage: its parameters as Spark does, the model beside them."""
+        return _ModelPredictorWriter(self)
+
+    @classmethod
+    def read(cls) -> MLReader:
+        """Return what loads a saved stage."""
+        return _ModelPredictorReader()
+
+    def _transform(self, dataset: DataFrame) -> DataFrame:
+        _check_vector_column(dataset, self.getFeaturesCol())
+        features = _entries(dataset[self.getFeaturesCol()])
+        return dataset.withColumn(self.getOutputCol(), array_to_vector(self._network(features)))
+
+    def _network(self, features: Column) -> Column:
+        """Return the network's output for a column of arrays."""
+        if self._model_bytes is None:
+            raise ValueError("this ModelPredictor has no model: give it one as keras_model=.")
+        return _network_function(SparkContext.getOrCreate(), self._model_bytes)(features)
+
+
+class _ModelPredictorWriter(MLWriter):
+    """Saves a `ModelPredictor` wherever Spark can write: the model is a table of one cell."""
+
+    def __init__(self, predictor: ModelPredictor) -> None:
+        super().__init__()
+        self._predictor = predictor
+
+    def saveImpl(self, path: str) -> None:  # noqa: N802 (Spark's name)
+        DefaultParamsWriter.saveMetadata(self._predictor, path, self.sparkSession)
+        model = [(bytearray(self._predictor._model_bytes),)]
+        table = self.sparkSession.createDataFrame(model, "model binary").coalesce(1)
+        table.write.parquet(f"{path}/model")
+
+
+class _ModelPredictorReader(MLReader):
+    """Loads what `_ModelPredictorWriter` saved."""
+
+    def load(self, path: str) -> ModelPredictor:
+        metadata = DefaultParamsReader.loadMetadata(path, self.sparkSession)
+        predictor = ModelPredictor()
+        predictor._resetUid(metadata["uid"])
+        DefaultParamsReader.getAndSetParams(predictor, metadata)
+        model = self.sparkSession.read.parquet(f"{path}/model").first().model
+        predictor._model_bytes = bytes(model)
+        return predictor
+
+
+class LabelIndexTransformer(
+    Transformer, HasInputCol, HasOutputCol, DefaultParamsWritable, DefaultParamsReadable
+):
+    """Add the index of the class that a prediction chooses.
+
+    The first class whose value reaches `activation_threshold` is chosen; if none does, the class
+    with the largest value above 0; if there is none either, `default_index`. Spark computes it
+    without Python.
+
+    Parameters
+    ----------
+    output_dim : int
+        The number of classes: how many entries of the prediction count.
+    input_col : str
+        The prediction: a vector column.
+    output_col : str
+        The new column's name. It is a double, as Spark ML's evaluators expect.
+    default_index : int
+        What is chosen where no value is above 0.
+    activation_threshold : float
+        The value that is enough to be chosen before larger ones that come later.
+
+    References
+    ----------
+    The semantics are those of ``LabelIndexTransformer`` in Distributed Keras,
+    https://github.com/cerndb/dist-keras.
+
+    Examples
+    --------
+    >>> from pyspark.ml.linalg import Vectors
+    >>> scored = spark.createDataFrame([(Vectors.dense([0.3, 0.7]),)], ["prediction"])
+    >>> LabelIndexTransformer(output_dim=2).transform(scored).first().prediction_index
+    1.0
+    """
+
+    outputDim = Param(  # noqa: N815 (Spark ML's way to name parameters)
+        Params._dummy(), "outputDim", "the number of classes", TypeConverters.toInt
+    )
+    defaultIndex = Param(  # noqa: N815
+        Params._dummy(), "defaultIndex", "the index where no value is above 0", TypeConverters.toInt
+    )
+    activationThreshold = Param(  # noqa: N815
+        Params._dummy(), "activationThreshold", "the value that is enough", TypeConverters.toFloat
+    )
+
+    def __init__(
+        self,
+        output_dim: int = 2,
+        input_col: str = "prediction",
+        output_col: str = "prediction_index",
+        default_index: int = 0,
+        activation_threshold: float = 0.55,
+    ) -> None:
+        super().__init__()
+        self._set(
+            outputDim=output_dim, inputCol=input_col, outputCol=output_col,
+            defaultIndex=default_index, activationThreshold=activation_threshold,
+        )
+
+    def _transform(self, dataset: DataFrame) -> DataFrame:
+        _check_vector_column(dataset, self.getInputCol())
+        return dataset.withColumn(self.getOutputCol(), self._index(dataset[self.getInputCol()]))
+
+    def _index(self, prediction: Column) -> Column:
+        """Return the index chosen, as an expression on a vector column."""
+        entries = _entries(prediction)
+        indices = range(self.getOrDefault(self.outputDim))
+        # Spark holds NaN for larger than any number; a NaN must not be chosen.
+        nothing = functions.lit(float("-inf"))
+        values = [functions.nanvl(functions.get(entries, i), nothing) for i in indices]
+        largest = functions.array_max(functions.array(*values))
+        threshold = self.getOrDefault(self.activationThreshold)
+        default = self.getOrDefault(self.defaultIndex)
+        # CASE WHEN takes the first condition that holds, which is what the rules ask for.
+        rules = [(value >= threshold, index) for index, value in zip(indices, values, strict=True)]
+        rules += [(largest <= 0, default)]
+        rules += [(value == largest, index) for index, value in zip(indices, values, strict=True)]
+        choice = functools.reduce(lambda case, rule: case.when(*rule), rules, functions)
+        return choice.cast("double")
+
+
+@functools.lru_cache(maxsize=8)
+def _network_function(context: SparkContext, model_bytes: bytes) -> Callable[[Column], Column]:
+    """Return the function from an array column of features to one of predictions.
+
+    It is made once for a model, so that the model goes to the workers once. It is marked
+    non-deterministic because Spark's optimizer copies a deterministic function into each expression
+    and filter that uses its result, and each copy would run the network again.
+    """
+    model = context.broadcast(model_bytes)
+    digest = hashlib.sha256(model_bytes).hexdigest()
+
+    def predict(features: pyarrow.Array) -> pyarrow.Array:
+        return _predict_batch(features, digest, model)
+
+    return functions.arrow_udf(predict, ArrayType(DoubleType())).asNondeterministic()
+
+
+# On a worker: the networks that it has loaded, by the digest of their bytes.
+_LOADED: dict[str, Callable[[numpy.ndarray], numpy.ndarray]] = {}
+
+
+def _predict_batch(
+    features: pyarrow.ListArray, digest: str, model: Broadcast[bytes]
+) -> pyarrow.ListArray:
+    """Run the network on one Arrow batch, on a worker."""
+    if digest not in _LOADED:
+        _use_one_thread()
+        _LOADED[digest] = compiled_predict(model_from_bytes(model.value))
+        # Spark's worker collects garbage after each task, and looking through all of TensorFlow's
+        # objects takes 0.15 s of processor time; frozen, they aren't looked at.
+        gc.freeze()
+    if features.null_count:
+        raise ValueError(f"{features.null_count} rows have no features (null): filter them out.")
+    matrix = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)
+    predictions = _LOADED[digest](matrix.astype("float32")).astype("float64")
+    offsets = numpy.arange(len(features) + 1, dtype="int32") * predictions.shape[1]
+    return pyarrow.ListArray.from_arrays(offsets, predictions.ravel())
+
+
+def _entries(vector: Column) -> Column:
+    """Return a vector column as an array column.
+
+    The entries of a dense vector are at hand; `vector_to_array` would put each into an object.
+    """
+    dense = functions.unwrap_udt(vector)
+    is_dense = dense["type"] == _DENSE
+    return functions.when(is_dense, dense["values"]).otherwise(vector_to_array(vector))
+
+
+def _use_one_thread() -> None:
+    """Have TensorFlow compute on one thread: Spark runs as many tasks as there are cores."""
+    import tensorflow
+
+    with contextlib.suppress(RuntimeError):  # TensorFlow has run already, in the driver's process
+        tensorflow.config.threading.set_intra_op_parallelism_threads(1)
+        tensorflow.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def _check_vector_column(dataset: DataFrame, name: str) -> None:
+    """Raise `ValueError` unless the column is there and holds vectors."""
+    if name not in dataset.columns:
+        raise ValueError(f"there is no column {name!r}; the columns are {dataset.columns}.")
+    found = dataset.schema[name].dataType
+    if not isinstance(found, VectorUDT):
+        raise ValueError(
+            f"column {name!r} must hold vectors, not {found.simpleString()}: make them with "
+            "pyspark.ml.feature.VectorAssembler or pyspark.ml.functions.array_to_vector."
+        )

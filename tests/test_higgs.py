@@ -1,0 +1,313 @@
+"""Tests of helpers/higgs.py: the events that the whole tutorial sends, scores and plots."""
+
+import doctest
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import higgs
+
+# Mean, spread and share of missing values of each feature, for signal and for background, in the
+# first 6,000 events of CERN Open Data record 328; missing values do not count in the first two.
+PUBLISHED = {
+    "DER_mass_MMC": ((122.89, 27.139, 0.030), (119.80, 66.036, 0.212)),
+    "DER_mass_transverse_met_lep": ((32.725, 29.192, 0), (57.945, 34.180, 0)),
+    "DER_mass_vis": ((80.325, 20.225, 0), (80.881, 45.161, 0)),
+    "DER_pt_h": ((72.746, 70.943, 0), (47.912, 54.167, 0)),
+    "DER_deltaeta_jet_jet": ((3.0053, 1.9806, 0.627), (1.9054, 1.3622, 0.756)),
+    "DER_mass_jet_jet": ((510.24, 515.44, 0.627), (256.61, 231.24, 0.756)),
+    "DER_prodeta_jet_jet": ((-1.9356, 4.2462, 0.627), (0.0671, 2.7703, 0.756)),
+    "DER_deltar_tau_lep": ((2.4008, 0.6756, 0), (2.3608, 0.8162, 0)),
+    "DER_pt_tot": ((18.088, 20.668, 0), (18.961, 21.502, 0)),
+    "DER_sum_pt": ((179.94, 117.67, 0), (144.45, 110.01, 0)),
+    "DER_pt_ratio_lep_tau": ((1.1903, 0.7227, 0), (1.5464, 0.8292, 0)),
+    "DER_met_phi_centrality": ((0.3095, 1.1796, 0), (-0.3647, 1.1241, 0)),
+    "DER_lep_eta_centrality": ((0.5988, 0.3912, 0.627), (0.3610, 0.3760, 0.756)),
+    "PRI_tau_pt": ((45.443, 23.461, 0), (34.934, 19.320, 0)),
+    "PRI_tau_eta": ((-0.0194, 1.0978, 0), (-0.0412, 1.2749, 0)),
+    "PRI_tau_phi": ((0.0154, 1.8154, 0), (-0.0072, 1.8113, 0)),
+    "PRI_lep_pt": ((45.052, 19.855, 0), (46.864, 21.276, 0)),
+    "PRI_lep_eta": ((-0.0032, 1.1139, 0), (-0.0295, 1.3339, 0)),
+    "PRI_lep_phi": ((0.0292, 1.8005, 0), (0.0341, 1.8117, 0)),
+    "PRI_met": ((42.069, 37.947, 0), (40.511, 28.099, 0)),
+    "PRI_met_phi": ((-0.0605, 1.8185, 0), (-0.0057, 1.8204, 0)),
+    "PRI_met_sumet": ((230.28, 124.18, 0), (196.13, 124.35, 0)),
+    "PRI_jet_num": ((1.1385, 0.9442, 0), (0.8775, 0.9926, 0)),
+    "PRI_jet_leading_pt": ((92.293, 63.447, 0.310), (78.954, 56.119, 0.464)),
+    "PRI_jet_leading_eta": ((0.0056, 1.9758, 0.310), (-0.0083, 1.6267, 0.464)),
+    "PRI_jet_leading_phi": ((-0.0086, 1.7917, 0.310), (-0.0158, 1.7957, 0.464)),
+    "PRI_jet_subleading_pt": ((55.622, 26.735, 0.627), (58.552, 35.163, 0.756)),
+    "PRI_jet_subleading_eta": ((0.0440, 2.2743, 0.627), (-0.0378, 1.7834, 0.756)),
+    "PRI_jet_subleading_phi": ((0.0195, 1.7822, 0.627), (-0.0201, 1.8456, 0.756)),
+    "PRI_jet_all_pt": ((89.442, 99.363, 0), (62.651, 95.669, 0)),
+}
+
+# Features whose values have both signs: their means are near zero, next to the spread.
+SIGNED = [name for name in PUBLISHED if name.endswith(("_eta", "_phi"))] + [
+    "DER_prodeta_jet_jet",
+    "DER_met_phi_centrality",
+]
+
+LEADING = {"PRI_jet_leading_pt", "PRI_jet_leading_eta", "PRI_jet_leading_phi"}
+SUBLEADING = {
+    "PRI_jet_subleading_pt",
+    "PRI_jet_subleading_eta",
+    "PRI_jet_subleading_phi",
+    "DER_deltaeta_jet_jet",
+    "DER_mass_jet_jet",
+    "DER_prodeta_jet_jet",
+    "DER_lep_eta_centrality",
+}
+
+
+@pytest.fixture(scope="module")
+def events():
+    """Generate the events that most tests look at."""
+    return higgs.generate_events(20_000, seed=2014)
+
+
+@pytest.fixture
+def cern_table(events):
+    """Return a few events with all columns of CERN's file."""
+    few = events.head(50).copy()
+    few.insert(31, "Weight", 0.5)
+    return few.assign(KaggleSet="t", KaggleWeight=1.5)
+
+
+def test_features_are_those_of_the_published_files():
+    """Without this, a model would read its inputs from the wrong columns."""
+    assert tuple(PUBLISHED) == higgs.FEATURES
+    assert len(higgs.FEATURES) == 30
+
+
+def test_schema_names_and_types_every_column_of_an_event():
+    """Without this, Spark would parse the stream into wrong or empty columns."""
+    types = {field.name: field.dataType.typeName() for field in higgs.SCHEMA}
+    assert list(types) == ["EventId", *higgs.FEATURES]
+    assert types.pop("EventId") == "long"
+    assert types.pop("PRI_jet_num") == "integer"
+    assert set(types.values()) == {"double"}
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [
+        pytest.param([], id="CERN, 35 columns"),
+        pytest.param(["KaggleSet", "KaggleWeight"], id="Kaggle training, 33 columns"),
+        pytest.param(["Weight", "KaggleSet", "KaggleWeight"], id="generated, 32 columns"),
+        pytest.param(list(higgs.BOOKKEEPING), id="Kaggle test, 31 columns"),
+    ],
+)
+@pytest.mark.parametrize("name", ["events.csv", "events.csv.gz"])
+def test_read_events_returns_what_the_file_holds(cern_table, tmp_path, absent, name):
+    """Without this, a user could not read one of the published files, or would get other values."""
+    written = cern_table.drop(columns=absent)
+    written.to_csv(tmp_path / name, index=False)
+    pd.testing.assert_frame_equal(higgs.read_events(tmp_path / name), written)
+
+
+def test_read_events_finds_columns_by_name(cern_table, tmp_path):
+    """Without this, a file with its columns in another order would be misread silently."""
+    cern_table[cern_table.columns[::-1]].to_csv(tmp_path / "events.csv", index=False)
+    pd.testing.assert_frame_equal(higgs.read_events(tmp_path / "events.csv"), cern_table)
+
+
+def test_read_events_keeps_whole_numbers_whole(cern_table, tmp_path):
+    """Without this, identifiers and jet numbers written as 2.0 would not fit Spark's schema."""
+    cern_table.astype({"EventId": float, "PRI_jet_num": float}).to_csv(
+        tmp_path / "events.csv", index=False
+    )
+    read = higgs.read_events(tmp_path / "events.csv")
+    assert read[list(higgs.INTEGERS)].dtypes.eq("int64").all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.drop(columns="PRI_met"), "lacks the column 'PRI_met': use a file with"),
+        (lambda t: t.drop(columns="KaggleSet"), "lacks the column 'KaggleSet': use a file with"),
+        (lambda t: t.assign(speed=1), "has the unknown column 'speed': remove or rename it"),
+        (lambda t: t.assign(PRI_met="high"), "not numbers in the column 'PRI_met': write -999.0"),
+        (lambda t: t.assign(PRI_met=np.nan), "not numbers in the column 'PRI_met': write -999.0"),
+        (lambda t: t.assign(PRI_jet_num=1.5), "fractions in the column 'PRI_jet_num': write whole"),
+        (lambda t: t.assign(Label="signal"), "other than s and b in the column 'Label': write s"),
+    ],
+)
+def test_read_events_says_what_is_wrong_with_a_file(cern_table, tmp_path, spoil, message):
+    """Without this, a wrong file would fail later, with an error that does not name the cause."""
+    path = tmp_path / "events.csv"
+    spoil(cern_table).to_csv(path, index=False)
+    with pytest.raises(ValueError, match=message) as error:
+        higgs.read_events(path)
+    assert str(path) in str(error.value)
+
+
+def test_read_events_says_that_a_file_is_empty(tmp_path):
+    """Without this, an interrupted download would end in an error about parsing."""
+    path = tmp_path / "events.csv"
+    path.touch()
+    with pytest.raises(ValueError, match="is empty: download it again from CERN Open Data"):
+        higgs.read_events(path)
+
+
+def test_read_events_says_where_to_get_a_missing_file(tmp_path):
+    """Without this, a user without the data would not learn where it is."""
+    with pytest.raises(FileNotFoundError, match=r"CERN Open Data record 328.*generate_events"):
+        higgs.read_events(tmp_path / "events.csv")
+
+
+def test_one_seed_gives_the_same_events_and_another_gives_others():
+    """Without this, a user's results would change from run to run, or never."""
+    first = higgs.generate_events(200, seed=7)
+    pd.testing.assert_frame_equal(first, higgs.generate_events(200, seed=7))
+    assert not first.equals(higgs.generate_events(200, seed=8))
+
+
+def test_event_identifiers_are_distinct_and_start_where_asked():
+    """Without this, two batches of a stream could not be told apart by identifier."""
+    identifiers = higgs.generate_events(200, first_event_id=350_000)["EventId"]
+    assert identifiers.tolist() == list(range(350_000, 350_200))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_few_events_have_the_columns_of_many(events, n):
+    """Without this, small batches would break the programs that large batches pass."""
+    few = higgs.generate_events(n)
+    assert len(few) == n
+    assert list(few) == ["EventId", *higgs.FEATURES, "Label"]
+    assert few.dtypes.equals(events.dtypes)
+
+
+def test_generated_columns_have_the_published_types(events):
+    """Without this, generated events would not fit Spark's schema or the file's 3 decimals."""
+    assert events[list(higgs.INTEGERS)].dtypes.eq("int64").all()
+    assert events[list(higgs.FEATURES)].drop(columns="PRI_jet_num").dtypes.eq("float64").all()
+    assert np.isfinite(events[list(higgs.FEATURES)]).all(axis=None)
+    assert events.equals(events.round(3))
+
+
+def test_derived_columns_match_an_event_computed_by_hand():
+    """Without this, derived columns would not mean what the challenge's documentation says."""
+    event = {
+        "DER_mass_MMC": 125.0,
+        "PRI_tau_pt": 40.0,
+        "PRI_tau_eta": 0.0,
+        "PRI_tau_phi": 0.0,
+        "PRI_lep_pt": 30.0,
+        "PRI_lep_eta": 0.0,
+        "PRI_lep_phi": np.pi / 2,
+        "PRI_met": 50.0,
+        "PRI_met_phi": np.pi,
+        "PRI_jet_num": 3,
+        "PRI_jet_leading_pt": 100.0,
+        "PRI_jet_leading_eta": 2.0,
+        "PRI_jet_leading_phi": -np.pi / 2,
+        "PRI_jet_subleading_pt": 60.0,
+        "PRI_jet_subleading_eta": -1.0,
+        "PRI_jet_subleading_phi": 0.0,
+        "PRI_jet_all_pt": 195.0,
+    }
+    derived = higgs.derive_columns(pd.DataFrame([event])).iloc[0]
+    by_hand = {
+        "DER_mass_MMC": 125.0,  # not derived, so it stays
+        "DER_mass_transverse_met_lep": 54.772,  # sqrt(2 * 30 * 50 * (1 - cos 90 degrees))
+        "DER_mass_vis": 48.990,  # sqrt(2 * 40 * 30 * (cosh 0 - cos 90 degrees))
+        "DER_pt_h": 31.623,  # (40, 0) + (0, 30) + (-50, 0) = (-10, 30)
+        "DER_deltaeta_jet_jet": 3.0,
+        "DER_mass_jet_jet": 347.580,  # sqrt(2 * 100 * 60 * (cosh 3 - cos 90 degrees))
+        "DER_prodeta_jet_jet": -2.0,
+        "DER_deltar_tau_lep": 1.571,  # 90 degrees
+        "DER_pt_tot": 86.023,  # (-10, 30) + (0, -100) + (60, 0) = (50, -70)
+        "DER_sum_pt": 265.0,  # 40 + 30 + 195
+        "DER_pt_ratio_lep_tau": 0.75,
+        "DER_met_phi_centrality": -1.0,  # opposite to the tau, so A = -1 and B = 0
+        "DER_lep_eta_centrality": 0.895,  # exp(-4 * 0.5 ** 2 / 3 ** 2)
+    }
+    assert derived[list(by_hand)].to_dict() == by_hand
+
+
+def test_generated_derived_columns_follow_their_definitions(events):
+    """Without this, generated events would contradict themselves."""
+    pd.testing.assert_frame_equal(higgs.derive_columns(events), events)
+
+
+@pytest.mark.parametrize(
+    ("jets", "absent"), [(0, LEADING | SUBLEADING), (1, SUBLEADING), (2, set()), (3, set())]
+)
+def test_features_of_absent_jets_are_missing(events, jets, absent):
+    """Without this, a model would see momenta of jets that are not there, or miss some that are."""
+    selected = events[events["PRI_jet_num"] == jets].drop(columns="DER_mass_MMC")
+    missing = selected == higgs.MISSING
+    assert set(missing.columns[missing.any()]) == absent
+    assert set(missing.columns[missing.all()]) == absent
+
+
+def test_generated_events_pass_the_detectors_cuts(events):
+    """Without this, events would hold particles that the published events cannot hold."""
+    assert events["PRI_tau_pt"].ge(20).all()
+    assert events["PRI_lep_pt"].ge(26).all()
+    assert events[["PRI_tau_eta", "PRI_lep_eta"]].abs().le(2.5).all(axis=None)
+    two_jets = events[events["PRI_jet_num"] >= 2]
+    assert two_jets["PRI_jet_leading_pt"].ge(two_jets["PRI_jet_subleading_pt"]).all()
+    present = events.where(events != higgs.MISSING)
+    assert present[["PRI_jet_leading_pt", "PRI_jet_subleading_pt"]].min().min() >= 30
+    assert present[["PRI_jet_leading_eta", "PRI_jet_subleading_eta"]].abs().max().max() <= 4.5
+    angles = [name for name in higgs.FEATURES if name.startswith("PRI_") and name.endswith("_phi")]
+    assert present[angles].abs().max().max() <= 3.142
+
+
+def test_jet_sum_adds_up_the_jets(events):
+    """Without this, the sums of momenta would contradict the jets that the event lists."""
+    named = events[["PRI_jet_leading_pt", "PRI_jet_subleading_pt"]]
+    further = events["PRI_jet_all_pt"] - named.where(named != higgs.MISSING, 0).sum(axis=1)
+    has_further = events["PRI_jet_num"] == 3
+    assert further[~has_further].abs().lt(0.002).all()
+    assert further[has_further].ge(29.998).all()
+
+
+def test_a_third_of_the_events_is_signal(events):
+    """Without this, the classes would have other sizes than in the challenge."""
+    assert set(events["Label"]) == set(higgs.LABELS)
+    assert (events["Label"] == "s").mean() == pytest.approx(0.34, abs=0.015)
+
+
+@pytest.mark.parametrize("label", ["s", "b"])
+@pytest.mark.parametrize("feature", PUBLISHED)
+def test_generated_feature_resembles_the_published_one(events, feature, label):
+    """Without this, what a user learns from generated events would not carry over to real ones."""
+    mean, spread, missing_share = PUBLISHED[feature]["sb".index(label)]
+    values = events.loc[events["Label"] == label, feature].replace(higgs.MISSING, np.nan)
+    assert values.mean() == pytest.approx(
+        mean, abs=0.25 * (spread if feature in SIGNED else abs(mean))
+    )
+    assert values.std() == pytest.approx(spread, rel=0.25)
+    assert values.isna().mean() == pytest.approx(missing_share, abs=0.05)
+
+
+def test_a_network_tells_the_classes_apart_as_well_as_on_published_events(events):
+    """Without this, the tutorial's network would learn nothing, or have nothing to learn."""
+    keras.utils.set_random_seed(0)
+    features = events[list(higgs.FEATURES)].to_numpy()
+    features = (features - features.mean(axis=0)) / features.std(axis=0)
+    is_signal = (events["Label"] == "s").to_numpy(dtype="float32")
+    network = keras.Sequential(
+        [
+            keras.layers.Dense(50, activation="relu"),
+            keras.layers.Dense(20, activation="relu"),
+            keras.layers.Dense(1, activation="sigmoid"),
+        ]
+    )
+    network.compile(optimizer="adam", loss="binary_crossentropy", metrics=[keras.metrics.AUC()])
+    training, test = slice(0, 14_000), slice(14_000, None)
+    network.fit(features[training], is_signal[training], epochs=10, batch_size=128, verbose=0)
+    _, auc = network.evaluate(features[test], is_signal[test], verbose=0)
+    assert 0.85 < auc < 0.95
+
+
+def test_the_examples_in_the_documentation_run():
+    """Without this, a user who types in an example would get another result."""
+    outcome = doctest.testmod(higgs)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
