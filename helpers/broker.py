@@ -85,7 +85,7 @@ class LocalKafka:
     bootstrap_servers : str
         What clients connect to, as ``host:port``.
     log_file : pathlib.Path
-        What the broker logs.
+        What the broker has logged since its last start.
 
     Raises
     ------
@@ -248,7 +248,7 @@ class LocalKafka:
             self._format(settings)
         watched = ["/bin/sh", "-c", _START_BROKER_WATCHED, "broker"]
         watched += [str(self._folder) if self._temporary else ""]
-        with self.log_file.open("ab") as log:
+        with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 watched + self._java("kafka.Kafka", str(settings)),
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
@@ -300,7 +300,8 @@ class LocalKafka:
         jars = [*fetch_jars(*KAFKA_JARS), *spark_home().glob("jars/scala-library-*.jar")]
         logging_option = f"-Dlog4j2.configurationFile={self._folder / 'log4j2.properties'}"
         class_path = os.pathsep.join(map(str, jars))
-        java = [java_command(), *_JVM_OPTIONS, logging_option, "-cp", class_path]
+        temporary = f"-Djava.io.tmpdir={self._folder}"
+        java = [java_command(), *_JVM_OPTIONS, temporary, logging_option, "-cp", class_path]
         return [*java, main_class, *arguments]
 
     def _wait_until_it_answers(self) -> None:

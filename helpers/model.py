@@ -126,5 +126,10 @@ def compiled_predict(model: keras.Model) -> Callable[[numpy.ndarray], numpy.ndar
     import tensorflow
 
     signature = tensorflow.TensorSpec([None, *model.input_shape[1:]], tensorflow.float32)
-    graph = tensorflow.function(lambda x: model(x, training=False), input_signature=[signature])
+    # autograph rewrites Python's control flow; there is none here, and it leaves files behind.
+    graph = tensorflow.function(
+        lambda features: model(features, training=False),
+        input_signature=[signature],
+        autograph=False,
+    )
     return lambda features: graph(features).numpy()

@@ -12,6 +12,7 @@ import argparse
 import ast
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from tqdm import tqdm
+from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CELL_SECONDS = 1_800
@@ -136,19 +138,21 @@ def run(path: Path, given: Mapping[str, str]) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, given)
     code_cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    client = NotebookClient(
-        notebook,
-        timeout=CELL_SECONDS,
-        kernel_name="python3",
-        record_timing=False,
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    with _Progress(path.stem, notebook, code_cells) as progress:
-        client.on_cell_start = progress.cell_starts
-        try:
-            client.execute()
-        except CellExecutionError:
-            progress.failed = True
+    with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
+        client = NotebookClient(
+            notebook,
+            timeout=CELL_SECONDS,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": str(path.parent)}},
+            config=_kernel_settings(sockets),
+        )
+        with _Progress(path.stem, notebook, code_cells) as progress:
+            client.on_cell_start = progress.cell_starts
+            try:
+                client.execute()
+            except CellExecutionError:
+                progress.failed = True
     return notebook
 
 
@@ -226,6 +230,16 @@ class _Progress:
             print(f"{seconds:4.0f} s  cell {cells}  {section}", file=sys.stderr, flush=True)
 
 
+def _kernel_settings(sockets: str) -> Config:
+    """Return how the kernel is reached and ended."""
+    manager = {
+        # Over sockets in a folder, not over network ports that anybody on this machine can read.
+        "transport": "ipc",
+        "ip": f"{sockets}/kernel",
+    }
+    return Config({"KernelManager": manager})
+
+
 def _section(notebook: nbformat.NotebookNode, index: int) -> str:
     """Return the heading that a cell stands under."""
     for cell in reversed(notebook.cells[:index]):
@@ -287,7 +301,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="NAME=value")
     parser.add_argument("--html", default="build", help="folder for the page; default: %(default)s")
     parser.add_argument("--store", action="store_true", help="keep the outputs in the notebook")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

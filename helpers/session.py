@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import re
 import shutil
@@ -91,10 +92,24 @@ def log_file() -> Path:
 
     Examples
     --------
-    >>> log_file().suffix
-    '.log'
+    >>> log_file().name
+    'spark.log'
     """
-    return Path(tempfile.gettempdir()) / f"spark-{os.getpid()}.log"
+    return scratch_folder() / "spark.log"
+
+
+@functools.cache
+def scratch_folder() -> Path:
+    """Return the folder for what Spark needs while this process runs; it goes with the process.
+
+    Examples
+    --------
+    >>> scratch_folder().is_dir()
+    True
+    """
+    folder = Path(tempfile.mkdtemp(prefix="spark-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def fetch() -> None:
@@ -109,7 +124,7 @@ def _settings(
     cores: int | None,
     memory: str,
     config: Mapping[str, object],
-) -> SparkConf:
+) -> dict[str, str]:
     """Return the settings of a new session."""
     master = master or f"local[{cores or os.cpu_count()},4]"
     settings = {
@@ -124,19 +139,21 @@ def _settings(
     }
     if master.startswith("local"):
         settings["spark.driver.memory"] = memory
+        settings["spark.local.dir"] = str(scratch_folder())
+        settings["spark.driver.extraJavaOptions"] = f"-Djava.io.tmpdir={scratch_folder()}"
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
     else:
         settings["spark.executor.instances"] = str(executors)
         settings["spark.executor.cores"] = str(cores or 1)
         settings["spark.executor.memory"] = memory
-    settings.update({key: str(value) for key, value in config.items()})
-    return SparkConf().setAll(settings.items())
+    return {**settings, **{key: str(value) for key, value in config.items()}}
 
 
-def _start(conf: SparkConf) -> SparkSession:
+def _start(settings: Mapping[str, str]) -> SparkSession:
     """Start Spark with its output going to a file, not to the cells of a notebook."""
     java_command()
-    if conf.get("spark.master").startswith("local"):
+    conf = SparkConf().setAll(list(settings.items()))
+    if settings["spark.master"].startswith("local"):
         # Otherwise the workers run whatever `python3` is first on PATH.
         os.environ["PYSPARK_PYTHON"] = sys.executable
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # Spark's web page, too, is for here
@@ -145,9 +162,11 @@ def _start(conf: SparkConf) -> SparkSession:
     gateway = SparkContext._gateway  # there is one where an earlier session was stopped
     if gateway is None:
         with log_file().open("ab") as log:
-            atexit.register(log_file().unlink, missing_ok=True)
             try:
-                gateway = launch_gateway(conf, {"stdout": log, "stderr": log})
+                # In a session of its own: a kernel that shuts down waits in vain for children of
+                # its own session, until it is killed. Java ends when this process does.
+                how = {"stdout": log, "stderr": log, "start_new_session": True}
+                gateway = launch_gateway(conf, how)
             except PySparkRuntimeError:
                 tail = "\n".join(log_file().read_text(errors="replace").splitlines()[-10:])
                 raise SessionError(f"Java did not start for Spark; it said:\n{tail}") from None
@@ -207,9 +226,8 @@ def _ship_helpers(spark: SparkSession) -> None:
     if any(file.endswith("/helpers.zip") for file in context.listFiles):
         return
     package = Path(helpers.__file__).parent
-    folder = tempfile.mkdtemp(prefix="helpers-")  # executors fetch it for as long as Spark runs
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with zipfile.ZipFile(f"{folder}/helpers.zip", "w") as archive:
+    file = scratch_folder() / "helpers.zip"  # executors fetch it for as long as Spark runs
+    with zipfile.ZipFile(file, "w") as archive:
         for source in package.glob("*.py"):
             archive.write(source, f"helpers/{source.name}")
-    context.addPyFile(f"{folder}/helpers.zip")
+    context.addPyFile(str(file))

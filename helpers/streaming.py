@@ -17,13 +17,10 @@ the batch's offsets when the whole batch has succeeded.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
 import logging
-import shutil
-import tempfile
 import threading
 import time
 import warnings
@@ -38,6 +35,8 @@ from pyspark import RDD
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.streaming import DStream, StreamingContext, StreamingListener
 from pyspark.streaming.dstream import TransformedDStream
+
+from helpers.session import scratch_folder
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -713,8 +712,8 @@ class _BatchListener(StreamingListener):
 
 def _ticks(ssc: StreamingContext) -> DStream:
     """Return a DStream with an empty RDD each interval: the lines of new files, in no folder."""
-    folder = tempfile.mkdtemp(prefix="ticks-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = scratch_folder() / "ticks"
+    folder.mkdir(exist_ok=True)
     return ssc.textFileStream(f"file://{folder}")
 
 

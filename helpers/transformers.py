@@ -247,7 +247,8 @@ def _entries(vector: Column) -> Column:
     """
     dense = functions.unwrap_udt(vector)
     is_dense = dense["type"] == _DENSE
-    return functions.when(is_dense, dense["values"]).otherwise(vector_to_array(vector))
+    sparse = vector.isNotNull()
+    return functions.when(is_dense, dense["values"]).when(sparse, vector_to_array(vector))
 
 
 def _use_one_thread() -> None:

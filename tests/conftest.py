@@ -1,0 +1,124 @@
+"""What the tests share: one real broker, one real Spark session, and topics with events in them."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Callable, Iterator
+
+import orjson
+import pytest
+from kafka import KafkaProducer
+from pyspark.ml.linalg import Vectors
+from pyspark.sql import SparkSession
+
+from helpers.broker import LocalKafka
+from helpers.higgs import EVENT_ID, FEATURES, generate_events
+from helpers.session import get_spark
+from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
+
+# By how many events a count may differ on another processor, which rounds in another order: only
+# events whose two probabilities are all but equal can change sides.
+TOLERANCE_EVENTS = 20
+
+FillTopic = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[LocalKafka]:
+    """One broker for all tests; each uses topics of its own."""
+    with LocalKafka() as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    """One Spark session for all tests."""
+    session = get_spark(cores=2)
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def produce(kafka: LocalKafka) -> Iterator[Callable]:
+    """Write records to a topic with kafka-python, which the stream does not use."""
+    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all", linger_ms=50)
+
+    def write(topic: str, values: list[bytes | None], keys: list[bytes | None] | None = None):
+        pairs = zip(values, keys or [b"key"] * len(values), strict=True)
+        futures = [producer.send(topic, value=value, key=key) for value, key in pairs]
+        producer.flush(30)
+        return [future.get(10) for future in futures]
+
+    yield write
+    producer.close(timeout=5)
+
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def topic(kafka: LocalKafka) -> str:
+    """A new, empty topic with two partitions."""
+    name = f"topic-{next(_NUMBERS)}"
+    kafka.create_topic(name, partitions=2)
+    return name
+
+
+@pytest.fixture(scope="session")
+def event_values() -> list[bytes]:
+    """The JSON of 1,000 generated events."""
+    events = generate_events(1_000, seed=1)[[EVENT_ID, *FEATURES]]
+    return [orjson.dumps(event) for event in events.to_dict("records")]
+
+
+@pytest.fixture(autouse=True)
+def names_in_docstrings(
+    request: pytest.FixtureRequest, doctest_namespace: dict[str, object]
+) -> Iterator[None]:
+    """Give the examples in docstrings what they talk about."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    module = request.node.name.split(".")[1]
+    doctest_namespace["Vectors"] = Vectors
+    if module in ("streaming", "transformers", "records"):
+        doctest_namespace["spark"] = request.getfixturevalue("spark")
+    if module != "streaming":
+        yield
+        return
+    kafka = doctest_namespace["kafka"] = request.getfixturevalue("kafka")
+    if "events" not in kafka.topics():
+        kafka.create_topic("events", partitions=1)
+        request.getfixturevalue("produce")("events", [b"{}"] * 100)
+    ssc = doctest_namespace["ssc"] = new_streaming_context(doctest_namespace["spark"], 1)
+    doctest_namespace["stream"] = KafkaUtils.createDirectStream(
+        ssc,
+        ["events"],
+        {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"},
+    )
+    yield
+    stop_streaming(ssc, gracefully=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> object:
+    """Compare what a notebook's last cell records with what it recorded when it was stored."""
+    result = yield
+    cell = getattr(item, "cell", None)  # nbval's items have one
+    if cell is not None and "record" in cell.metadata.get("tags", []):
+        compare_records(_record(cell.outputs), _record(item.test_outputs))
+    return result
+
+
+def compare_records(stored: dict[str, object], now: dict[str, object]) -> None:
+    """Fail unless both have the same names, and values that a reader would call the same."""
+    assert now.keys() == stored.keys()
+    assert now["events"] == stored["events"]
+    assert abs(now["signal"] - stored["signal"]) <= TOLERANCE_EVENTS
+    assert now["batches"] >= 1
+
+
+def _record(outputs: list[dict]) -> dict[str, object]:
+    (text,) = (o["data"]["text/plain"] for o in outputs if o["output_type"] == "execute_result")
+    return ast.literal_eval(text)

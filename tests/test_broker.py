@@ -1,0 +1,130 @@
+"""The broker: it starts, keeps its data, says what is wrong, and leaves nothing behind."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.admin import ConfigResource
+from processes import ROOT, is_alive, run_python, wait_until
+
+from helpers.broker import BrokerError, LocalKafka
+
+
+def write(kafka, topic, count):
+    """Write records, each acknowledged."""
+    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all")
+    for number in range(count):
+        producer.send(topic, str(number).encode()).get(10)
+    producer.close(timeout=5)
+
+
+def read(kafka, topic):
+    """Read all records of a topic."""
+    settings = {"auto_offset_reset": "earliest", "consumer_timeout_ms": 3_000}
+    with KafkaConsumer(topic, bootstrap_servers=kafka.bootstrap_servers, **settings) as consumer:
+        return [int(record.value) for record in consumer]
+
+
+def test_data_survives_a_stop_and_a_sigkill():
+    """Otherwise a demonstration of a broker that dies would lose the events it is about."""
+    with LocalKafka() as kafka:
+        address = kafka.bootstrap_servers
+        kafka.create_topic("events", partitions=1)
+        write(kafka, "events", 10)
+        for end in (kafka.kill, kafka.stop):
+            end()
+            kafka.start()
+            assert kafka.bootstrap_servers == address
+            assert read(kafka, "events") == list(range(10))
+
+
+def test_it_listens_on_loopback_only(kafka):
+    """Otherwise anybody in the same network could write to a laptop's broker."""
+    port = int(kafka.bootstrap_servers.split(":")[1])
+    listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    addresses = [line.split()[1] for line in listening.splitlines() if " 0A " in line]
+    hosts = {host for host, _, number in (a.partition(":") for a in addresses)
+             if int(number, 16) == port}
+    assert hosts <= {"0100007F", "0000000000000000FFFF00000100007F"}
+    assert hosts
+
+
+def test_create_topic_has_partitions_and_settings(kafka):
+    """Otherwise a topic would silently have other settings than the notebook shows."""
+    kafka.create_topic("with-settings", partitions=3, config={"retention.ms": 60_000})
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        (description,) = admin.describe_topics(["with-settings"])
+        configs = str(admin.describe_configs([ConfigResource("TOPIC", "with-settings")]))
+    assert len(description["partitions"]) == 3
+    assert "60000" in configs
+    kafka.create_topic("with-settings", partitions=3)  # once more does no harm
+    assert "with-settings" in kafka.topics()
+
+
+def test_a_port_in_use_is_said_at_once():
+    """Otherwise the user would wait, and then find 'Address already in use' in a log."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BrokerError, match=f"port {port} is in use: .* choose another port"):
+            LocalKafka(port=port).start()
+
+
+def test_a_failed_start_shows_the_brokers_last_words(tmp_path):
+    """Otherwise the user would know only that something is wrong."""
+    with LocalKafka(folder=tmp_path):
+        pass
+    properties = tmp_path / "data" / "meta.properties"
+    properties.write_text(properties.read_text().replace("node.id=1", "node.id=7"))
+    with pytest.raises(BrokerError, match=r"(?s)the broker ended.*doesn't match previous node id"):
+        LocalKafka(folder=tmp_path).start()
+
+
+def test_a_given_folder_stays_and_is_continued(tmp_path):
+    """Otherwise `--folder` would not keep anything."""
+    with LocalKafka(folder=tmp_path) as kafka:
+        kafka.create_topic("kept")
+    with LocalKafka(folder=tmp_path) as kafka:
+        assert kafka.topics() == ["kept"]
+
+
+def test_nothing_is_left_when_python_is_killed():
+    """Otherwise each kernel that dies would leave a broker with its port and its data."""
+    program = (
+        "from helpers.broker import LocalKafka; import os, signal; kafka = LocalKafka().start();"
+        "print(kafka._process.pid, kafka.log_file.parent, flush=True);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    run = run_python("-c", program)
+    process_id, folder = run.stdout.split()
+    assert run.returncode == -signal.SIGKILL
+    wait_until(lambda: not is_alive(int(process_id)), 20)
+    wait_until(lambda: not Path(folder).exists(), 20)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_runs_until_it_is_told_to_stop(ending):
+    """Otherwise a second terminal could not be used as the README says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "helpers.broker", "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert "starting" in process.stdout.readline()
+        assert f"ready at 127.0.0.1:{port}" in process.stdout.readline()
+        process.send_signal(ending)
+        assert process.wait(60) == 0
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_the_command_refuses_an_impossible_port_in_one_line():
+    """Otherwise a typo would end in a page of traceback."""
+    run = run_python("-m", "helpers.broker", "--port", "99999")
+    assert run.returncode == 1
+    assert run.stderr == "port 99999 is impossible: use one between 1024 and 65535.\n"

@@ -1,0 +1,163 @@
+"""The producer program, run as a user runs it, against the real broker."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import orjson
+import pytest
+from kafka import KafkaConsumer
+from processes import ROOT, run_python, wait_until
+
+from helpers.higgs import EVENT_ID, FEATURES, generate_events
+
+PRODUCER = str(ROOT / "examples" / "kafka_producer.py")
+
+
+def read(kafka, topic, count=None):
+    """Read a topic's records from its beginning."""
+    settings = {"auto_offset_reset": "earliest", "consumer_timeout_ms": 5_000}
+    records = []
+    with KafkaConsumer(topic, bootstrap_servers=kafka.bootstrap_servers, **settings) as consumer:
+        for record in consumer:
+            records.append(record)
+            if len(records) == count:
+                break
+    return records
+
+
+@pytest.fixture(scope="module")
+def csv_file(tmp_path_factory):
+    """A file in the 35-column layout of CERN, with generated events."""
+    path = tmp_path_factory.mktemp("csv") / "events.csv"
+    events = generate_events(50, seed=2)
+    events.insert(31, "Weight", 0.5)
+    events.assign(KaggleSet="t", KaggleWeight=0.1).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("codec", ["none", "gzip", "lz4", "snappy", "zstd"])
+def test_every_codec_arrives(kafka, topic, codec):
+    """Otherwise a choice of --compression would fail, or write what nobody can read."""
+    run = run_python(
+        PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--events", "300",
+        "--compression", codec,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"300 events acknowledged by {topic} in ")
+    events = [orjson.loads(record.value) for record in read(kafka, topic, 300)]
+    assert len({event[EVENT_ID] for event in events}) == 300
+
+
+def test_records_are_what_the_stream_expects(kafka, topic):
+    """Otherwise the stream would miss columns, or be told the answer."""
+    run_python(PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--events", "20")
+    for record in read(kafka, topic, 20):
+        event = orjson.loads(record.value)
+        assert list(event) == [EVENT_ID, *FEATURES]
+        assert record.key == str(event[EVENT_ID]).encode()
+        assert isinstance(event[EVENT_ID], int)
+        assert isinstance(event["PRI_jet_num"], int)
+        assert isinstance(event["DER_mass_vis"], float)
+
+
+def test_the_same_seed_gives_the_same_events_however_many(kafka, topic):
+    """Otherwise the small topic of the walkthrough would not be a part of the full one."""
+    for count in ("5", "9"):
+        run_python(PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--events", count)
+    by_id = {}
+    for record in read(kafka, topic, 14):
+        by_id.setdefault(record.key, set()).add(record.value)
+    assert len(by_id) == 9
+    assert all(len(values) == 1 for values in by_id.values())
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "examples"])
+def test_a_file_is_sent_without_its_bookkeeping(kafka, topic, csv_file, folder):
+    """Otherwise the label would travel with the event; from either folder."""
+    script = os.path.relpath(PRODUCER, folder)
+    run = run_python(
+        script, kafka.bootstrap_servers, "--topic", topic, "--csv", str(csv_file), cwd=folder
+    )
+    assert run.stdout.startswith("50 events acknowledged"), run.stderr
+    assert all(
+        list(orjson.loads(record.value)) == [EVENT_ID, *FEATURES]
+        for record in read(kafka, topic, 50)
+    )
+
+
+def test_a_rate_is_kept(kafka, topic):
+    """Otherwise a live stream could not be imitated: 60 events at 30 a second take 2 seconds."""
+    run = run_python(
+        PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--events", "60", "--rate", "30"
+    )
+    seconds = float(run.stdout.split(" in ")[1].split(" s ")[0])
+    assert seconds >= 1.9
+
+
+def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):
+    """Otherwise a demonstration would run out of events, or repeat them."""
+    command = [sys.executable, PRODUCER, kafka.bootstrap_servers, "--topic", topic]
+    command += ["--events", "10", "--loop", "--pause", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        records = wait_until(lambda: len(found := read(kafka, topic, 40)) == 40 and found)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert len({record.key for record in records}) == 40
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--csv", "nowhere.csv"], "no file nowhere.csv: download one from CERN Open Data"),
+        (["--compression", "brotli"], "invalid choice: 'brotli'"),
+        (["--topic", "no/topic"], 'Topic name "no/topic" is illegal'),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_failure(kafka, arguments, reason):
+    """Otherwise a script would go on as if the events were there."""
+    run = run_python(PRODUCER, kafka.bootstrap_servers, *arguments)
+    assert run.returncode != 0
+    assert reason in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_wrong_column_is_named(kafka, csv_file, tmp_path):
+    """Otherwise a file of another kind would be sent."""
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text(csv_file.read_text().replace("DER_mass_vis", "mass"))
+    run = run_python(PRODUCER, kafka.bootstrap_servers, "--csv", str(wrong))
+    assert run.returncode == 1
+    assert "mass" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_an_unreachable_broker_is_said_within_the_deadline():
+    """Otherwise the program would wait for ever for a broker that isn't there."""
+    run = run_python(PRODUCER, "127.0.0.1:9", seconds=30)
+    assert run.returncode == 1
+    assert run.stderr.startswith("no Kafka broker answers at 127.0.0.1:9 within 10 s: start one")
+
+
+def test_an_event_that_fails_makes_the_program_fail(kafka):
+    """Otherwise events could be lost without anybody noticing."""
+    kafka.create_topic("tiny", partitions=1, config={"max.message.bytes": 500})
+    run = run_python(
+        PRODUCER, kafka.bootstrap_servers, "--topic", "tiny", "--events", "50",
+        "--compression", "none",
+    )
+    assert run.returncode == 1
+    assert run.stdout.startswith("0 events acknowledged")
+    assert "50 events failed" in run.stderr
+
+
+def test_a_codec_that_is_not_installed_is_named(kafka, tmp_path):
+    """Otherwise the message would be an assertion of the client's."""
+    (tmp_path / "zstandard.py").write_text("raise ImportError('not installed')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = run_python(
+        PRODUCER, kafka.bootstrap_servers, "--compression", "zstd", env=environment
+    )
+    assert run.returncode == 1
+    assert "pip install 'kafka-python[zstd]'" in run.stderr

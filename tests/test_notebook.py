@@ -1,0 +1,135 @@
+"""Notebooks run from the command line: parameters, progress, errors, and the last line."""
+
+import subprocess
+
+import nbformat
+import pytest
+from conftest import compare_records
+from processes import ROOT, run_python
+
+from helpers.notebook import NotebookError, find_notebook, parameters, recorded, set_parameters
+
+
+@pytest.fixture
+def make_notebook(tmp_path):
+    """Write a notebook of a heading, a parameters cell, and other code cells."""
+
+    def make(*sources, name="7_small"):
+        cells = [nbformat.v4.new_markdown_cell("# A heading")]
+        cells += [nbformat.v4.new_code_cell('events = 5\nrate = 0.5\nname = ""\nfast = False')]
+        cells[1].metadata["tags"] = ["parameters"]
+        cells += [nbformat.v4.new_code_cell(source) for source in sources]
+        path = tmp_path / f"{name}.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        return path
+
+    return make
+
+
+def run_notebook(path, *arguments):
+    """Run a notebook as `make run` does."""
+    page = path.parent / "pages"
+    return run_python("-m", "helpers.notebook", str(path), "--html", str(page), *arguments)
+
+
+def test_it_ends_with_what_the_last_cell_records(make_notebook):
+    """Otherwise a script could not use the result."""
+    path = make_notebook("{'events': events, 'double': events * 2}")
+    run = run_notebook(path, "EVENTS=21")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "small: events=21 double=42\n"
+    assert "A heading" in (path.parent / "pages" / "7_small.html").read_text()
+
+
+def test_without_a_terminal_the_progress_is_lines(make_notebook):
+    """Otherwise CI's log would be full of redrawn bars."""
+    run = run_notebook(make_notebook("{'events': events}"))
+    lines = run.stderr.splitlines()
+    assert lines[0].endswith("cell  1/2  A heading")
+    assert "\r" not in run.stderr
+
+
+def test_a_failing_cell_is_shown_and_fails(make_notebook):
+    """Otherwise the cell's error would drown in the runner's traceback."""
+    run = run_notebook(make_notebook("print('before')\n1 / 0", "{'events': 1}"))
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert "failed in 'A heading', the cell" in run.stderr
+    assert "1 / 0\n\nZeroDivisionError: division by zero" in run.stderr
+    assert "nbclient" not in run.stderr
+
+
+def test_stored_outputs_are_those_of_the_run(make_notebook):
+    """Otherwise `make notebooks` would not keep the outputs that the tests compare."""
+    path = make_notebook("{'events': events}")
+    assert run_notebook(path, "--store").returncode == 0
+    assert recorded(nbformat.read(path, as_version=4)) == {"events": 5}
+
+
+@pytest.mark.parametrize(
+    "given, source",
+    [
+        ({"EVENTS": "20_000"}, "events = 20000"),
+        ({"RATE": "2"}, "rate = 2.0"),
+        ({"NAME": "host:9092"}, "name = 'host:9092'"),
+        ({"FAST": "True"}, "fast = True"),
+    ],
+)
+def test_parameters_keep_their_types(make_notebook, given, source):
+    """Otherwise EVENTS=20000 would be a text, and fail far from where it was typed."""
+    notebook = nbformat.read(make_notebook(), as_version=4)
+    set_parameters(notebook, given)
+    assert notebook.cells[2].source == source
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ({"EVENT": "5"}, "no parameter EVENT; it has: EVENTS, RATE, NAME, FAST"),
+        ({"EVENTS": "many"}, "EVENTS must be a whole number, not 'many'"),
+        ({"FAST": "maybe"}, "FAST must be True or False, not 'maybe'"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_with_the_right_ones(make_notebook, given, reason):
+    """Otherwise a typo would silently run with the default."""
+    with pytest.raises(NotebookError, match=reason):
+        set_parameters(nbformat.read(make_notebook(), as_version=4), given)
+
+
+def test_an_unknown_notebook_is_refused_with_the_known_ones():
+    """Otherwise the user would have to look into the folder."""
+    run = run_python("-m", "helpers.notebook", "nowhere")
+    assert run.returncode == 2
+    assert run.stderr.startswith("there is no notebook 'nowhere'; there are: 1_walkthrough")
+
+
+def test_make_passes_what_was_typed_to_the_notebook():
+    """Otherwise `make run EVENTS=20000` would run with the default."""
+    command = ["make", "--dry-run", "run", "EVENTS=20", "NAME=it's", "NOTEBOOK=1_walkthrough"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert "helpers.notebook '1_walkthrough'" in run.stdout
+    assert "'EVENTS=20'" in run.stdout
+    assert r"'NAME=it'\''s'" in run.stdout
+    assert "NOTEBOOK=" not in run.stdout.split("helpers.notebook")[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_can_be_run_by_name_and_were_stored_whole(path):
+    """Otherwise a reader on GitHub would see cells without outputs, or `make run` would fail."""
+    assert find_notebook(path.stem) == path
+    notebook = nbformat.read(path, as_version=4)
+    assert parameters(notebook)
+    assert recorded(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.execution_count is not None
+            assert not [o for o in cell.outputs if o.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("change", [{"events": 99}, {"signal": 71}, {"batches": 0}])
+def test_a_record_that_differs_fails_the_comparison(change):
+    """Otherwise the notebooks' results would not be tested."""
+    stored = {"events": 100, "signal": 50, "batches": 3}
+    compare_records(stored, {**stored, "signal": 52, "batches": 5})
+    with pytest.raises(AssertionError):
+        compare_records(stored, {**stored, **change})

@@ -1,0 +1,367 @@
+"""The stream: which records belong to a batch, what is committed, and what happens on failures."""
+
+import json
+import time
+import uuid
+
+import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import NewPartitions
+from processes import wait_until
+from pyspark.ml.feature import Normalizer, VectorAssembler
+from pyspark.sql import Observation
+from pyspark.sql import functions as F
+from pyspark.streaming import StreamingContext
+
+from helpers.model import build_model
+from helpers.records import to_columns
+from helpers.streaming import (
+    KafkaUtils,
+    OffsetPlanner,
+    OffsetRange,
+    RangeReader,
+    StreamError,
+    TopicAndPartition,
+    new_streaming_context,
+    run_stream,
+)
+from helpers.transformers import LabelIndexTransformer, ModelPredictor
+
+SECONDS = 60
+
+
+@pytest.fixture
+def settings(kafka):
+    """A stream's settings: from the beginning, in a new consumer group."""
+    return {
+        "bootstrap.servers": kafka.bootstrap_servers,
+        "group.id": f"group-{uuid.uuid4()}",
+        "auto.offset.reset": "earliest",
+    }
+
+
+@pytest.fixture
+def ssc(spark):
+    """A streaming context with a short interval, stopped at the end."""
+    context = new_streaming_context(spark, 0.5)
+    yield context
+    context.stop(stopSparkContext=False, stopGraceFully=False)
+
+
+def committed(kafka, group):
+    """Ask Kafka, by another library than the stream's, for a group's offsets."""
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        offsets = admin.list_group_offsets([group])[group]
+    return {partition.partition: offset.offset for partition, offset in offsets.items()}
+
+
+def drain(ssc, stream, seconds=SECONDS):
+    """Run until no record is left."""
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=seconds)
+
+
+def numbers(count, start=0):
+    """Values that are easy to recognise."""
+    return [str(number).encode() for number in range(start, start + count)]
+
+
+def test_a_stream_has_keys_and_values(ssc, topic, produce, settings):
+    """Otherwise code written for pyspark.streaming.kafka would find other elements."""
+    produce(topic, numbers(50), [None] * 25 + [b"k"] * 25)
+    pairs = []
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.map(lambda pair: (pair[0], int(pair[1]))).foreachRDD(lambda r: pairs.extend(r.collect()))
+    drain(ssc, stream)
+    assert sorted(value for _, value in pairs) == list(range(50))
+    assert {key for key, _ in pairs} == {None, "k"}
+
+
+def test_message_handler_and_decoders(ssc, topic, produce, settings):
+    """Otherwise old code could not see where a record came from, or read binary values."""
+    produce(topic, [b"\xff\x00", b"\xff\x01"])
+    found = []
+    stream = KafkaUtils.createDirectStream(
+        ssc, [topic], settings, valueDecoder=lambda value: value[1],
+        messageHandler=lambda record: (record.topic, record.partition, record.offset,
+                                       record.key, record.message),
+    )
+    stream.foreachRDD(lambda rdd: found.extend(rdd.collect()))
+    drain(ssc, stream)
+    (partition,) = {record[1] for record in found}
+    assert sorted(found) == [(topic, partition, 0, "key", 0), (topic, partition, 1, "key", 1)]
+
+
+def test_foreach_batch_gives_the_columns_of_sparks_source(ssc, topic, produce, settings):
+    """Otherwise a function written for Structured Streaming would not run on the stream."""
+    produce(topic, numbers(20))
+    seen = []
+
+    def process(df, batch_id):
+        assert isinstance(batch_id, int)
+        seen.append((df.columns, sorted(int(bytes(row.value)) for row in df.collect())))
+
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(process)
+    drain(ssc, stream)
+    columns = ["key", "value", "topic", "partition", "offset", "timestamp", "timestampType"]
+    assert seen == [(columns, list(range(20)))]
+
+
+def test_offsets_are_committed_and_the_group_goes_on_from_there(
+    spark, kafka, topic, produce, settings
+):
+    """Otherwise a stream that is started again would score everything again, or skip some."""
+    batches = []
+    for start in (0, 30):
+        produce(topic, numbers(30, start), [str(n).encode() for n in range(30)])
+        ssc = new_streaming_context(spark, 0.5)
+        stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+        stream.foreachBatch(
+            lambda df, _: batches.append(sorted(int(bytes(row.value)) for row in df.collect()))
+        )
+        drain(ssc, stream)
+        assert sum(committed(kafka, settings["group.id"]).values()) == start + 30
+    assert batches == [list(range(30)), list(range(30, 60))]
+
+
+def test_a_batch_that_fails_once_is_tried_again(ssc, kafka, topic, produce, settings):
+    """Otherwise a passing fault would stop the stream, or lose the batch."""
+    produce(topic, numbers(10))
+    calls = []
+
+    def process(df, batch_id):
+        calls.append((batch_id, df.count()))
+        if len(calls) == 1:
+            raise RuntimeError("a passing fault")
+
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(process)
+    drain(ssc, stream)
+    assert len(calls) == 2
+    assert calls[0] == calls[1] == (calls[0][0], 10)
+    assert sum(committed(kafka, settings["group.id"]).values()) == 10
+
+
+def test_a_batch_that_keeps_failing_stops_the_stream(spark, ssc, kafka, topic, produce, settings):
+    """Otherwise later batches would be committed, and the failed one be lost."""
+    produce(topic, numbers(10))
+    calls = []
+
+    def process(df, batch_id):
+        calls.append(df.count())
+        produce(topic, numbers(10, start=10))  # there is always more to plan
+        raise RuntimeError("the disk is full")
+
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(process)
+    with pytest.raises(StreamError, match=r"a batch failed, and .* stopped: .*disk is full"):
+        drain(ssc, stream)
+    assert calls == [10, 10]
+    assert committed(kafka, settings["group.id"]) == {}
+
+    again = new_streaming_context(spark, 0.5)
+    values = []
+    stream = KafkaUtils.createDirectStream(again, [topic], settings)
+    stream.foreachBatch(lambda df, _: values.extend(int(bytes(r.value)) for r in df.collect()))
+    drain(again, stream)
+    assert sorted(values) == sorted([*range(10), *range(10, 20), *range(10, 20)])
+
+
+def test_one_failed_output_of_two_keeps_the_batch_uncommitted(
+    ssc, kafka, topic, produce, settings
+):
+    """Otherwise what the failed output should have done would be lost."""
+    produce(topic, numbers(10))
+    stored = []
+
+    def fail(rdd):
+        if not rdd.isEmpty():
+            raise RuntimeError("the second output fails")
+
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(lambda df, _: stored.append(df.count()))
+    stream.map(lambda pair: pair[1]).foreachRDD(fail)
+    with pytest.raises(StreamError, match="the second output fails"):
+        drain(ssc, stream)
+    assert stored == [10]
+    assert committed(kafka, settings["group.id"]) == {}
+
+
+def test_without_a_failure_handler_the_stream_stops_by_itself(ssc, topic, produce, settings):
+    """Otherwise a program without `run_stream` would hang after a failure."""
+    produce(topic, numbers(10))
+
+    def fail(df, batch_id):
+        raise RuntimeError("always")
+
+    KafkaUtils.createDirectStream(ssc, [topic], settings).foreachBatch(fail)
+    ssc.start()
+    with pytest.raises(Exception, match="always"):
+        ssc.awaitTerminationOrTimeout(SECONDS)
+    wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED")
+
+
+def test_from_offsets(ssc, topic, produce, settings):
+    """Otherwise a stream could not be told where to begin."""
+    metadata = produce(topic, numbers(10))[0]
+    start = {TopicAndPartition(topic, metadata.partition): 7}
+    values = []
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings, fromOffsets=start)
+    stream.foreachRDD(lambda rdd: values.extend(rdd.map(lambda pair: int(pair[1])).collect()))
+    drain(ssc, stream)
+    assert values == [7, 8, 9]
+
+
+def test_the_old_names_of_settings_work(spark, kafka, topic, produce):
+    """Otherwise kafkaParams of Kafka 0.8 would have to be rewritten."""
+    produce(topic, numbers(5))
+    ssc = new_streaming_context(spark, 0.5)
+    old = {"metadata.broker.list": kafka.bootstrap_servers, "auto.offset.reset": "smallest"}
+    counts = []
+    stream = KafkaUtils.createDirectStream(ssc, [topic], old)
+    stream.foreachRDD(lambda rdd: counts.append(rdd.count()))
+    drain(ssc, stream)
+    assert sum(counts) == 5
+
+
+def test_settings_without_servers_are_refused(ssc, topic):
+    """Otherwise Kafka's client would complain of an empty string."""
+    with pytest.raises(ValueError, match=r"no 'bootstrap\.servers': add the brokers' addresses"):
+        KafkaUtils.createDirectStream(ssc, [topic], {"group.id": "g"})
+
+
+def test_a_topic_that_does_not_exist_is_named(ssc, kafka, settings):
+    """Otherwise a typo would make a new topic, or wait for one for ever."""
+    with pytest.raises(StreamError, match=r"topic 'no-such-topic' doesn't exist at 127\.0\.0\.1:"):
+        KafkaUtils.createDirectStream(ssc, ["no-such-topic"], settings)
+    assert "no-such-topic" not in kafka.topics()
+
+
+def test_a_broker_that_does_not_answer_is_an_error_in_time(ssc, settings):
+    """Otherwise a wrong address would hang the notebook."""
+    started = time.monotonic()
+    with pytest.raises(StreamError, match=r"127\.0\.0\.1:9 gave no answer within 15 s: check"):
+        KafkaUtils.createDirectStream(
+            ssc, ["topic"], {**settings, "bootstrap.servers": "127.0.0.1:9"}
+        )
+    assert time.monotonic() - started < 4 * 15
+
+
+def test_a_stream_that_is_not_done_in_time_is_stopped(ssc, topic, settings):
+    """Otherwise a notebook's cell would never end."""
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(lambda df, batch_id: None)
+    with pytest.raises(TimeoutError, match="not done after 2 s and was stopped"):
+        run_stream(ssc, until=lambda: False, timeout=2)
+    assert ssc._jssc.ssc().getState().toString() == "STOPPED"
+
+
+def test_a_running_context_gives_way_to_a_new_one(spark, topic, produce, settings):
+    """Otherwise running a notebook's cell again would raise 'Only one StreamingContext'."""
+    first = new_streaming_context(spark, 0.5)
+    KafkaUtils.createDirectStream(first, [topic], settings).foreachBatch(lambda df, i: None)
+    first.start()
+    produce(topic, numbers(3))
+    second = new_streaming_context(spark, 0.5)
+    assert StreamingContext.getActive() is None
+    stream = KafkaUtils.createDirectStream(second, [topic], {**settings, "group.id": "another"})
+    counts = []
+    stream.foreachBatch(lambda df, i: counts.append(df.count()))
+    drain(second, stream)
+    assert sum(counts) == 3
+
+
+def test_the_planner_plans_each_offset_once(spark, topic, produce, settings):
+    """Otherwise records would be scored twice or never."""
+    produce(topic, numbers(25))
+    planner = OffsetPlanner(spark, [topic], settings)
+    batches = [planner.next_batch(max_per_partition=10) for _ in range(4)]
+    planner.close()
+    ranges = [(part.fromOffset, part.untilOffset) for batch in batches for part in batch]
+    assert ranges == [(0, 10), (10, 20), (20, 25)]
+    assert batches[3] == []
+
+
+def test_a_new_partition_is_read_from_its_beginning(spark, kafka, topic, produce, settings):
+    """Otherwise what is written to it before the stream notices it would be lost."""
+    planner = OffsetPlanner(spark, [topic], {**settings, "metadata.max.age.ms": "500"})
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.create_partitions({topic: NewPartitions(3)})
+    wait_until(lambda: planner.next_batch() is not None and len(planner.positions()) == 3)
+    planner.close()
+
+
+def test_the_rate_limit_of_spark_bounds_a_batch(spark, topic, produce, settings):
+    """Otherwise the first batch would take the whole backlog, however large."""
+    produce(topic, numbers(25))
+    conf = spark.sparkContext._jsc.sc().conf()
+    conf.set("spark.streaming.kafka.maxRatePerPartition", "20")
+    try:
+        ssc = new_streaming_context(spark, 0.5)
+        counts = []
+        stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+        stream.foreachBatch(lambda df, i: counts.append(df.count()))
+        drain(ssc, stream)
+    finally:
+        conf.remove("spark.streaming.kafka.maxRatePerPartition")
+    assert counts == [10, 10, 5]
+
+
+def test_the_reader_reads_exactly_the_ranges(spark, topic, produce, settings):
+    """Otherwise a batch would not be its offset ranges."""
+    partition = produce(topic, numbers(30))[0].partition
+    df = RangeReader(spark, settings).read([OffsetRange(topic, partition, 5, 12)])
+    assert sorted(row.offset for row in df.collect()) == list(range(5, 12))
+
+
+def rows_through_python(spark, since):
+    """Return how many rows Spark sent through Python functions in queries newer than `since`."""
+    store = spark._jsparkSession.sharedState().statusStore()
+    executions = [e for e in _scala_list(store.executionsList()) if e.executionId() > since]
+    total = 0
+    for execution in executions:
+        values = store.executionMetrics(execution.executionId())
+        for node in _scala_list(store.planGraph(execution.executionId()).allNodes()):
+            if "EvalPython" in node.name():
+                for metric in _scala_list(node.metrics()):
+                    if metric.name() == "number of output rows":
+                        total += int(values.get(metric.accumulatorId()).get().replace(",", ""))
+    return total
+
+
+def _scala_list(sequence):
+    return [sequence.apply(index) for index in range(sequence.size())]
+
+
+def test_each_event_crosses_the_network_exactly_once(
+    spark, ssc, topic, produce, settings, event_values, tmp_path
+):
+    """Otherwise counting, filtering and writing would each pay for the network again."""
+    produce(topic, event_values, [str(n).encode() for n in range(len(event_values))])
+    predictor = ModelPredictor(keras_model=build_model())
+    results = []
+
+    def process_instances(df, batch_id):
+        events = to_columns(df)
+        columns = [name for name in events.columns if name != "EventId"]
+        events = VectorAssembler(inputCols=columns, outputCol="raw").transform(events)
+        events = Normalizer(inputCol="raw", outputCol="features").transform(events)
+        scored = LabelIndexTransformer().transform(predictor.predict(events))
+        counts = Observation()
+        signal = F.count_if(F.col("prediction_index") == 0).alias("signal")
+        scored = scored.observe(counts, F.count(F.lit(1)).alias("events"), signal)
+        scored.select("EventId", "prediction", "prediction_index").write.parquet(
+            str(tmp_path / str(batch_id))
+        )
+        results.append(counts.get)
+
+    store = spark._jsparkSession.sharedState().statusStore()
+    before = max((e.executionId() for e in _scala_list(store.executionsList())), default=-1)
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(process_instances)
+    drain(ssc, stream)
+    assert sum(result["events"] for result in results) == len(event_values)
+    assert rows_through_python(spark, before) == len(event_values)
+    written = spark.read.parquet(*map(str, tmp_path.iterdir()))
+    ids = sorted(row.EventId for row in written.select("EventId").collect())
+    assert ids == sorted(json.loads(value)["EventId"] for value in event_values)

@@ -1,0 +1,29 @@
+"""The style of all code, the notebooks' too, and what must not be in the repository."""
+
+import subprocess
+
+from processes import ROOT, run_python
+
+
+def test_ruff_finds_nothing():
+    """Otherwise readers would stumble over unused names, missing docstrings and odd layout."""
+    run = run_python("-m", "ruff", "check", ".")
+    assert run.returncode == 0, run.stdout
+
+
+def test_every_dependency_is_pinned_and_explained():
+    """Otherwise a new release of a library could break the kit overnight."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            assert "==" in line.split(";")[0]
+            assert "  # " in line
+
+
+def test_no_data_and_no_generated_file_is_committed():
+    """Otherwise the repository would carry what it can make, or what isn't its own."""
+    listing = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    allowed = (".py", ".ipynb", ".md", ".txt", ".toml", ".cfg", ".sh", ".svg", ".png", ".yml")
+    plain = {"Makefile", "LICENSE", ".gitignore", ".ci/run"}
+    assert [name for name in listing if not name.endswith(allowed) and name not in plain] == []

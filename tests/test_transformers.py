@@ -1,0 +1,149 @@
+"""The network and the label index as Spark ML stages."""
+
+import numpy
+import pytest
+from pyspark.errors import PythonException
+from pyspark.ml import Pipeline, PipelineModel
+from pyspark.ml.evaluation import BinaryClassificationEvaluator, MulticlassClassificationEvaluator
+from pyspark.ml.feature import Normalizer, VectorAssembler
+from pyspark.ml.linalg import Vectors, VectorUDT
+from pyspark.sql import functions as F
+from pyspark.sql.types import StructField, StructType
+
+from helpers.higgs import FEATURES, generate_events
+from helpers.model import build_model
+from helpers.transformers import LabelIndexTransformer, ModelPredictor
+
+BATCH = 10_000  # Spark's Arrow batches hold so many rows
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The walkthrough's network."""
+    return build_model()
+
+
+@pytest.fixture(scope="module")
+def events():
+    """One Arrow batch of events, and one more."""
+    return generate_events(BATCH + 1, seed=4)
+
+
+@pytest.fixture(scope="module")
+def vectors(spark, events):
+    """The events with their features as one vector of length 1."""
+    columns = ["EventId", "Label", *FEATURES]
+    df = spark.createDataFrame(events[columns]).coalesce(1)
+    df = VectorAssembler(inputCols=list(FEATURES), outputCol="raw").transform(df)
+    return Normalizer(inputCol="raw", outputCol="features").transform(df).cache()
+
+
+def in_memory(model, events):
+    """Score the events with Keras alone."""
+    rows = events[list(FEATURES)].to_numpy()
+    rows /= numpy.linalg.norm(rows, axis=1, keepdims=True)
+    return model.predict(rows.astype("float32"), batch_size=4096, verbose=0)
+
+
+def test_predictions_equal_keras_in_memory(model, events, vectors):
+    """Otherwise the stream would not score with the model; the last batch has one row."""
+    scored = ModelPredictor(keras_model=model).predict(vectors).select("EventId", "prediction")
+    assert isinstance(scored.schema["prediction"].dataType, VectorUDT)
+    found = scored.toPandas().sort_values("EventId")
+    numpy.testing.assert_allclose(
+        numpy.stack([vector.toArray() for vector in found["prediction"]]),
+        in_memory(model, events),
+        atol=1e-6,
+    )
+
+
+def test_sparse_vectors_are_scored_too(spark, model):
+    """Otherwise rows with many zeros, which VectorAssembler makes sparse, would fail."""
+    dense = [0.0] * 29 + [1.0]
+    both = [(Vectors.dense(dense),), (Vectors.sparse(30, [29], [1.0]),)]
+    scored = ModelPredictor(keras_model=model).transform(spark.createDataFrame(both, ["features"]))
+    first, second = (row.prediction.toArray() for row in scored.collect())
+    numpy.testing.assert_array_equal(first, second)
+
+
+def test_a_pipeline_is_saved_and_loaded(spark, model, vectors, tmp_path):
+    """Otherwise a scoring pipeline could not be kept or moved to a cluster."""
+    stages = [ModelPredictor(keras_model=model), LabelIndexTransformer(activation_threshold=0.52)]
+    fitted = Pipeline(stages=stages).fit(vectors)
+    fitted.save(str(tmp_path / "pipeline"))
+    loaded = PipelineModel.load(str(tmp_path / "pipeline"))
+    few = vectors.limit(100)
+    assert loaded.transform(few).collect() == fitted.transform(few).collect()
+
+
+def test_evaluators_of_spark_ml_take_the_prediction(model, vectors):
+    """Otherwise the quality of a model could not be measured with Spark's own tools."""
+    scored = ModelPredictor(keras_model=model).predict(vectors)
+    scored = LabelIndexTransformer().transform(scored)
+    scored = scored.withColumn("label", (F.col("Label") == "s").cast("double"))
+    area = BinaryClassificationEvaluator(rawPredictionCol="prediction").evaluate(scored)
+    accuracy = MulticlassClassificationEvaluator(
+        predictionCol="prediction_index", metricName="accuracy"
+    ).evaluate(scored)
+    assert 0 < area < 1
+    assert 0 < accuracy < 1
+
+
+@pytest.mark.parametrize(
+    "column, reason",
+    [("nowhere", "there is no column 'nowhere'"), ("EventId", "must hold vectors, not bigint")],
+)
+def test_a_wrong_input_column_is_said_before_anything_runs(model, vectors, column, reason):
+    """Otherwise the mistake would show as a failed task, minutes later."""
+    with pytest.raises(ValueError, match=reason):
+        ModelPredictor(keras_model=model, features_col=column).transform(vectors)
+    with pytest.raises(ValueError, match=reason):
+        LabelIndexTransformer(input_col=column).transform(vectors)
+
+
+def test_a_predictor_without_model_is_refused(vectors):
+    """Otherwise the workers would fail with an error of Python's own."""
+    with pytest.raises(ValueError, match="has no model: give it one as keras_model="):
+        ModelPredictor().transform(vectors)
+
+
+def test_rows_without_features_are_refused(spark, model):
+    """Otherwise they would shift the predictions of the rows after them."""
+    schema = StructType([StructField("features", VectorUDT())])
+    rows = spark.createDataFrame([(Vectors.dense([0.5] * 30),), (None,)], schema).coalesce(1)
+    with pytest.raises(PythonException, match=r"1 rows have no features \(null\): filter them out"):
+        ModelPredictor(keras_model=model).transform(rows).collect()
+
+
+def reference_index(vector, output_dim, default, threshold):
+    """Distributed Keras' rules, one value after the other."""
+    largest, index = 0.0, default
+    for i in range(output_dim):
+        if vector[i] >= threshold:
+            return float(i)
+        if vector[i] > largest:
+            largest, index = vector[i], i
+    return float(index)
+
+
+@pytest.mark.parametrize("output_dim, default, threshold", [(3, 0, 0.55), (3, 2, 0.3), (2, 1, 2.0)])
+def test_label_index_follows_the_rules_of_distributed_keras(spark, output_dim, default, threshold):
+    """Otherwise old notebooks would count other classes than before."""
+    generator = numpy.random.default_rng(5)
+    cases = [*generator.uniform(-1, 1, (200, 3)).round(1).tolist(), [0.0, 0.0, 0.0], [-1, -1, -1],
+             [0.6, 0.9, 0.7], [0.2, 0.2, 0.1], [float("nan"), 0.1, 0.2], [float("nan")] * 3]
+    df = spark.createDataFrame([(Vectors.dense(case),) for case in cases], ["prediction"])
+    stage = LabelIndexTransformer(
+        output_dim=output_dim, default_index=default, activation_threshold=threshold
+    )
+    found = [row.prediction_index for row in stage.transform(df).collect()]
+    assert found == [reference_index(case, output_dim, default, threshold) for case in cases]
+
+
+def test_the_network_runs_once_however_often_its_result_is_used(spark, model, vectors):
+    """Otherwise keeping the prediction, its index and a filter would cost three times as much."""
+    scored = LabelIndexTransformer().transform(ModelPredictor(keras_model=model).predict(vectors))
+    used = scored.filter("prediction_index == 0").drop("raw", "features")
+    plan = used._jdf.queryExecution().executedPlan().toString()
+    assert plan.count("ArrowEvalPython") == 1
+    assert plan.count("predict(") == 1
