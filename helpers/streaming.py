@@ -456,7 +456,8 @@ class KafkaDirectStream(TransformedDStream):
 
         Examples
         --------
-        >>> run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
+        >>> stream.lag()
+        100
         """
         ends = self._planner.ends()
         with self._lock:
@@ -648,7 +649,9 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
 
     Examples
     --------
+    >>> stream.foreachBatch(lambda df, batch_id: print(df.count(), "records"))
     >>> run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
+    100 records
     """
     deadline = time.monotonic() + timeout
     gracefully = False

@@ -4,9 +4,9 @@ import subprocess
 
 import nbformat
 import pytest
-from conftest import compare_records
 from processes import ROOT, run_python
 
+from conftest import compare_records
 from helpers.notebook import NotebookError, find_notebook, parameters, recorded, set_parameters
 
 

@@ -1,4 +1,7 @@
-"""What the tests share: one real broker, one real Spark session, and topics with events in them."""
+"""What the tests share: one real broker, one real Spark session, and topics with events in them.
+
+It is here and not in tests/ because the examples in docstrings and the notebooks are tests too.
+"""
 
 from __future__ import annotations
 
