@@ -21,9 +21,11 @@ import contextlib
 import functools
 import json
 import logging
+import signal
 import threading
 import time
 import warnings
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +44,9 @@ _LOGGER = logging.getLogger(__name__)
 
 # How long Kafka may take to answer a question of the planner.
 ANSWER_SECONDS = 15
+
+# How long a graceful stop waits for the batches that are planned.
+FINISH_SECONDS = 120
 
 # What the planner settles itself, whatever the user's settings say: it reads no records, it never
 # makes a topic by asking for it, and offsets are committed by `KafkaDirectStream` alone.
@@ -67,6 +72,11 @@ _READER_SETTINGS = {
 
 _OLD_NAMES = {"metadata.broker.list": "bootstrap.servers"}
 _OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
+
+
+# The streams of each context, whose connections end with it.
+_STREAMS: weakref.WeakKeyDictionary[StreamingContext, list[KafkaDirectStream]]
+_STREAMS = weakref.WeakKeyDictionary()
 
 
 class StreamError(RuntimeError):
@@ -182,6 +192,7 @@ class OffsetPlanner:
         self._settings = dict(settings)
         self._fixed_partitions = set(from_offsets or ())
         self._positions: dict[TopicAndPartition, int] = dict(from_offsets or {})
+        self._starts: dict[TopicAndPartition, int] = dict(self._positions)
         self._ends: dict[TopicAndPartition, int] = {}
         self._lock = threading.RLock()  # a KafkaConsumer is for one thread at a time
         self._answer_time = self._jvm.java.time.Duration.ofSeconds(ANSWER_SECONDS)
@@ -240,10 +251,10 @@ class OffsetPlanner:
         with self._lock:
             return dict(self._ends)
 
-    def positions(self) -> dict[TopicAndPartition, int]:
-        """Return the offset at which the next batch begins, for each partition."""
+    def starts(self) -> dict[TopicAndPartition, int]:
+        """Return where the first batch began in each partition that is read."""
         with self._lock:
-            return dict(self._positions)
+            return dict(self._starts)
 
     def close(self) -> None:
         """Let go of the connections to Kafka."""
@@ -255,7 +266,9 @@ class OffsetPlanner:
         partitions = sorted(self._fixed_partitions) or self._partitions()
         new = [partition for partition in partitions if partition not in self._positions]
         if new:
-            self._positions.update(self._starts(new))
+            starts = self._find_starts(new)
+            self._starts.update(starts)
+            self._positions.update(starts)
         self._ends = self._offsets(self._consumer.endOffsets, partitions)
 
     def _partitions(self) -> list[TopicAndPartition]:
@@ -271,7 +284,7 @@ class OffsetPlanner:
             found += [TopicAndPartition(topic, number) for number in range(len(partitions))]
         return found
 
-    def _starts(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
+    def _find_starts(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
         """Return where partitions begin that the stream hasn't read from yet."""
         committed = self._committed(partitions) if self.has_group else {}
         never_read = [partition for partition in partitions if partition not in committed]
@@ -407,16 +420,19 @@ class KafkaDirectStream(TransformedDStream):
         self._reader = reader
         self._max_per_partition = max_per_partition
         # The batches that aren't committed yet, in order: planned, and of these the succeeded ones.
-        self._planned: OrderedDict[datetime, list[OffsetRange]] = OrderedDict()
-        self._succeeded: set[datetime] = set()
-        self._done = planner.positions()
+        self._planned: OrderedDict[int, list[OffsetRange]] = OrderedDict()
+        self._succeeded: set[int] = set()
+        self._done: dict[TopicAndPartition, int] = {}
         self._failed = False
+        self._finishing = False
         self._lock = threading.RLock()
         self._context = ssc
         super().__init__(
-            _PlannedTicks(_ticks(ssc), self._plan), lambda time, _: self._rdd(time, to_element)
+            _PlannedTicks(_ticks(ssc), self._plan),
+            lambda batch_time, _: self._rdd(_batch_id(batch_time), to_element),
         )
         ssc.addStreamingListener(_BatchListener(self._batch_ended))
+        _STREAMS.setdefault(ssc, []).append(self)
 
     def foreachBatch(  # noqa: N802 (named as in Structured Streaming)
         self, function: Callable[[DataFrame, int], None]
@@ -438,14 +454,16 @@ class KafkaDirectStream(TransformedDStream):
         >>> stream.foreachBatch(lambda df, batch_id: df.write.mode("append").parquet("events"))
         """
 
-        def run(time: datetime, _: RDD) -> None:
-            ranges = self._ranges(time)
+        def run(batch_time: datetime, _: RDD) -> None:
+            batch_id = _batch_id(batch_time)
+            ranges = self._ranges(batch_id)
             if not ranges or self._failed:
                 return
-            batch_id = round(time.timestamp() * 1000)
             try:
                 function(self._reader.read(ranges), batch_id)
             except Exception:
+                if self._failed:  # the stream was stopped meanwhile
+                    raise
                 _LOGGER.warning("batch %s failed and is tried again", batch_id, exc_info=True)
                 self._last_try(function, ranges, batch_id)
 
@@ -459,9 +477,31 @@ class KafkaDirectStream(TransformedDStream):
         >>> stream.lag()
         100
         """
-        ends = self._planner.ends()
+        ends, starts = self._planner.ends(), self._planner.starts()
         with self._lock:
-            return sum(end - self._done.get(partition, 0) for partition, end in ends.items())
+            done = {**starts, **self._done}
+        return sum(end - done[partition] for partition, end in ends.items())
+
+    def finish(self, seconds: float) -> None:
+        """Plan no more, and wait until the batches that are planned are committed.
+
+        Parameters
+        ----------
+        seconds : float
+            How long to wait at most.
+        """
+        self._finishing = True
+        deadline = time.monotonic() + seconds
+        while self._uncommitted() and not self._failed and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def abandon(self) -> None:
+        """Begin no further batch, and commit nothing more."""
+        self._failed = True
+
+    def close(self) -> None:
+        """Let go of the connections to Kafka; `stop_streaming` calls this."""
+        self._planner.close()
 
     def _last_try(
         self, function: Callable[[DataFrame, int], None], ranges: list[OffsetRange], batch_id: int
@@ -473,26 +513,30 @@ class KafkaDirectStream(TransformedDStream):
             self._failed = True
             raise
 
-    def _plan(self, time: datetime) -> None:
+    def _plan(self, batch_time: datetime) -> None:
         """Plan the batch of an interval."""
-        if self._failed:
+        if self._failed or self._finishing:
             return
         ranges = self._planner.next_batch(self._max_per_partition)
         with self._lock:
-            self._planned[time] = ranges
+            self._planned[_batch_id(batch_time)] = ranges
 
-    def _ranges(self, time: datetime) -> list[OffsetRange]:
+    def _ranges(self, batch_id: int) -> list[OffsetRange]:
         with self._lock:
-            return self._planned.get(time, [])
+            return self._planned.get(batch_id, [])
 
-    def _rdd(self, time: datetime, to_element: Callable[[Row], Any]) -> RDD:
+    def _uncommitted(self) -> bool:
+        with self._lock:
+            return any(self._planned.values())
+
+    def _rdd(self, batch_id: int, to_element: Callable[[Row], Any]) -> RDD:
         """Return a batch's records as Python objects."""
-        ranges = self._ranges(time)
+        ranges = self._ranges(batch_id)
         if not ranges:
             return self._sc.emptyRDD()
         return self._reader.read(ranges).rdd.map(to_element)
 
-    def _batch_ended(self, time: datetime, succeeded: bool) -> None:
+    def _batch_ended(self, batch_id: int, succeeded: bool) -> None:
         """Commit what can be committed now that a batch has ended."""
         with self._lock:
             if not succeeded:
@@ -500,22 +544,22 @@ class KafkaDirectStream(TransformedDStream):
             if self._failed:
                 self._stop_context()
                 return
-            self._succeeded.add(time)
+            self._succeeded.add(batch_id)
             try:
                 self._commit_in_order()
             except StreamError:
-                _LOGGER.exception("the offsets of batch %s can't be committed", time)
+                _LOGGER.exception("the offsets of batch %s can't be committed", batch_id)
                 self._failed = True
                 self._stop_context()
 
     def _commit_in_order(self) -> None:
         """Commit the succeeded batches up to the first that has not succeeded yet."""
         while self._planned and next(iter(self._planned)) in self._succeeded:
-            time, ranges = next(iter(self._planned.items()))
+            batch_id, ranges = next(iter(self._planned.items()))
             if ranges and self._planner.has_group:
                 self._planner.commit(ranges)
-            del self._planned[time]
-            self._succeeded.remove(time)
+            del self._planned[batch_id]
+            self._succeeded.remove(batch_id)
             self._done.update({part.topicAndPartition(): part.untilOffset for part in ranges})
 
     def _stop_context(self) -> None:
@@ -654,33 +698,77 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
     100 records
     """
     deadline = time.monotonic() + timeout
-    gracefully = False
-    ssc.start()
-    try:
-        while not until():
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"the stream was not done after {timeout:.0f} s and was stopped; what it "
-                    "committed is kept. Give it more time, or look at Spark's log."
-                )
-            if ssc.awaitTerminationOrTimeout(0.1):
-                raise StreamError("the stream was stopped before it was done.")
-        gracefully = True
-    except Py4JJavaError as error:
-        raise StreamError(f"a batch failed, and the stream stopped: {_cause(error)}") from None
-    finally:
-        stop_streaming(ssc, gracefully)
+    done = False
+    with _interrupt_noted() as interrupted:
+        ssc.start()
+        try:
+            while not (done := until()):
+                if interrupted.is_set():
+                    ssc.sparkContext.cancelAllJobs()
+                    raise KeyboardInterrupt
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"the stream was not done after {timeout:.0f} s and was stopped; what it "
+                        "committed is kept. Give it more time, or look at Spark's log."
+                    )
+                if ssc.awaitTerminationOrTimeout(0.1):
+                    raise StreamError("the stream was stopped before it was done.")
+        except Py4JJavaError as error:
+            raise StreamError(f"a batch failed, and the stream stopped: {_cause(error)}") from None
+        finally:
+            stop_streaming(ssc, gracefully=bool(done))
 
 
 def stop_streaming(ssc: StreamingContext, gracefully: bool) -> None:
-    """Stop a streaming context and not Spark; gracefully means that begun batches are finished."""
+    """Stop a streaming context and its connections to Kafka, but not Spark.
+
+    Parameters
+    ----------
+    ssc : pyspark.streaming.StreamingContext
+        The context; it may have been stopped already.
+    gracefully : bool
+        Whether batches that are planned are finished, and committed.
+    """
+    streams = _STREAMS.pop(ssc, [])
+    for stream in streams:
+        if gracefully:
+            # Spark tells of a batch's end a little later, and once stopped not at all.
+            stream.finish(FINISH_SECONDS)
+        else:
+            stream.abandon()
     ssc.stop(stopSparkContext=False, stopGraceFully=gracefully)
+    for stream in streams:
+        stream.close()
 
 
 def use_added_jars(spark: SparkSession) -> None:
     """Have this thread's Java find the jars that were added to a running session (`ADD JAR`)."""
     loader = spark._jsparkSession.sharedState().jarClassLoader()
     spark._jvm.java.lang.Thread.currentThread().setContextClassLoader(loader)
+
+
+@contextlib.contextmanager
+def _interrupt_noted() -> Iterator[threading.Event]:
+    """Have the first Ctrl-C set an event, for it must not break into an exchange with Java.
+
+    PySpark's own reaction does: it cancels the jobs from within whatever call is under way, and
+    leaves the connection unusable. A second Ctrl-C interrupts as usual.
+    """
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 class _PlannedTicks(TransformedDStream):
@@ -691,17 +779,17 @@ class _PlannedTicks(TransformedDStream):
     """
 
     def __init__(self, ticks: DStream, plan: Callable[[datetime], None]) -> None:
-        def plan_and_pass_on(time: datetime, rdd: RDD) -> RDD:
-            plan(time)
+        def plan_and_pass_on(batch_time: datetime, rdd: RDD) -> RDD:
+            plan(batch_time)
             return rdd
 
         super().__init__(ticks, plan_and_pass_on)
 
 
 class _BatchListener(StreamingListener):
-    """Reports the end of each batch: when, and whether all its outputs succeeded."""
+    """Reports the end of each batch: which, and whether all its outputs succeeded."""
 
-    def __init__(self, batch_ended: Callable[[datetime, bool], None]) -> None:
+    def __init__(self, batch_ended: Callable[[int, bool], None]) -> None:
         super().__init__()
         self._batch_ended = batch_ended
 
@@ -709,8 +797,12 @@ class _BatchListener(StreamingListener):
         info = batchCompleted.batchInfo()
         outputs = info.outputOperationInfos()
         succeeded = all(outputs[number].failureReason() is None for number in outputs)
-        time = datetime.fromtimestamp(info.batchTime().milliseconds() / 1000.0)
-        self._batch_ended(time, succeeded)
+        self._batch_ended(info.batchTime().milliseconds(), succeeded)
+
+
+def _batch_id(batch_time: datetime) -> int:
+    """Return a batch's time in milliseconds; a local time would come twice when clocks go back."""
+    return round(batch_time.timestamp() * 1000)
 
 
 def _ticks(ssc: StreamingContext) -> DStream:

@@ -20,6 +20,16 @@ def run_python(*arguments: str, seconds: float = 120, **options) -> subprocess.C
     )
 
 
+def dry_run_make(*arguments: str) -> str:
+    """Return the commands that `make` would run, as if typed in a shell of its own."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    run = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=30, env=environment, check=True,
+    )
+    return run.stdout
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> object:
     """Return the condition's value when it is true; fail if that takes too long."""
     deadline = time.monotonic() + seconds

@@ -1,10 +1,8 @@
 """Notebooks run from the command line: parameters, progress, errors, and the last line."""
 
-import subprocess
-
 import nbformat
 import pytest
-from processes import ROOT, run_python
+from processes import ROOT, dry_run_make, run_python
 
 from conftest import compare_records
 from helpers.notebook import NotebookError, find_notebook, parameters, recorded, set_parameters
@@ -105,12 +103,11 @@ def test_an_unknown_notebook_is_refused_with_the_known_ones():
 
 def test_make_passes_what_was_typed_to_the_notebook():
     """Otherwise `make run EVENTS=20000` would run with the default."""
-    command = ["make", "--dry-run", "run", "EVENTS=20", "NAME=it's", "NOTEBOOK=1_walkthrough"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert "helpers.notebook '1_walkthrough'" in run.stdout
-    assert "'EVENTS=20'" in run.stdout
-    assert r"'NAME=it'\''s'" in run.stdout
-    assert "NOTEBOOK=" not in run.stdout.split("helpers.notebook")[1]
+    commands = dry_run_make("run", "EVENTS=20", "NAME=it's", "NOTEBOOK=1_walkthrough")
+    assert "helpers.notebook '1_walkthrough'" in commands
+    assert "'EVENTS=20'" in commands
+    assert r"'NAME=it'\''s'" in commands
+    assert "NOTEBOOK=" not in commands.split("helpers.notebook")[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)

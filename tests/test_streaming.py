@@ -1,8 +1,10 @@
 """The stream: which records belong to a batch, what is committed, and what happens on failures."""
 
 import json
+import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient
@@ -256,6 +258,43 @@ def test_a_stream_that_is_not_done_in_time_is_stopped(ssc, topic, settings):
     assert ssc._jssc.ssc().getState().toString() == "STOPPED"
 
 
+def test_a_graceful_stop_finishes_and_commits_what_is_planned(
+    ssc, kafka, topic, produce, settings
+):
+    """Otherwise a stream that is stopped in the middle would score its last batch again."""
+    produce(topic, numbers(10))
+    begun = threading.Event()
+
+    def process(df, batch_id):
+        begun.set()
+        df.count()
+
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(process)
+    run_stream(ssc, until=begun.is_set, timeout=SECONDS)
+    assert sum(committed(kafka, settings["group.id"]).values()) == 10
+
+
+def test_no_connection_stays_behind_a_stream(spark, kafka, topic, settings):
+    """Otherwise a notebook whose cells are run again and again would pile up connections."""
+    port = int(kafka.bootstrap_servers.split(":")[1])
+
+    def connections():
+        lines = Path("/proc/net/tcp").read_text().splitlines()
+        lines += Path("/proc/net/tcp6").read_text().splitlines()
+        established = [line.split() for line in lines if line.split()[3] == "01"]
+        return sum(int(line[2].rpartition(":")[2], 16) == port for line in established)
+
+    RangeReader(spark, settings)
+    before = connections()
+    for _ in range(3):
+        ssc = new_streaming_context(spark, 0.5)
+        stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+        stream.foreachBatch(lambda df, batch_id: None)
+        drain(ssc, stream)
+    wait_until(lambda: connections() <= before)
+
+
 def test_a_running_context_gives_way_to_a_new_one(spark, topic, produce, settings):
     """Otherwise running a notebook's cell again would raise 'Only one StreamingContext'."""
     first = new_streaming_context(spark, 0.5)
@@ -287,7 +326,7 @@ def test_a_new_partition_is_read_from_its_beginning(spark, kafka, topic, produce
     planner = OffsetPlanner(spark, [topic], {**settings, "metadata.max.age.ms": "500"})
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         admin.create_partitions({topic: NewPartitions(3)})
-    wait_until(lambda: planner.next_batch() is not None and len(planner.positions()) == 3)
+    wait_until(lambda: planner.next_batch() is not None and len(planner.starts()) == 3)
     planner.close()
 
 

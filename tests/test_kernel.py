@@ -1,0 +1,86 @@
+"""A stream in a live kernel: interrupted, run again, and gone with the kernel."""
+
+import os
+import signal
+import uuid
+
+import pytest
+from jupyter_client.manager import start_new_kernel
+from processes import ROOT, is_alive, wait_until
+
+SETUP = """
+from helpers.session import get_spark
+from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
+import os
+counts = []
+spark = get_spark(cores=1)
+
+def run(until):
+    global stream
+    ssc = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(ssc, ["{topic}"], {{
+        "bootstrap.servers": "{servers}", "auto.offset.reset": "earliest"}})
+    stream.foreachBatch(lambda df, batch_id: counts.append(df.count()))
+    run_stream(ssc, until=until, timeout=100)
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """A fresh kernel, as JupyterLab starts it."""
+    manager, client = start_new_kernel(cwd=str(ROOT / "notebooks"))
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def execute(client, source, seconds=60):
+    """Run a cell to its end, and return its reply and what it printed."""
+    printed = []
+
+    def keep(message):
+        if message["msg_type"] == "stream":
+            printed.append(message["content"]["text"])
+
+    reply = client.execute_interactive(source, timeout=seconds, output_hook=keep)
+    return reply["content"], "".join(printed)
+
+
+def test_interrupt_and_run_again(kernel, kafka, topic, produce):
+    """Otherwise the stop button would leave a stream behind, or a kernel that must be restarted."""
+    manager, client = kernel
+    produce(topic, [b"1", b"2", b"3"])
+    reply, _ = execute(client, SETUP.format(topic=topic, servers=kafka.bootstrap_servers))
+    assert reply["status"] == "ok", reply
+
+    marker = ROOT / "build" / f"marker-{uuid.uuid4()}"
+    marker.parent.mkdir(exist_ok=True)
+    source = f"run(lambda: sum(counts) == 3 and open({str(marker)!r}, 'w') and False)"
+    client.execute(source, reply=False)
+    wait_until(marker.exists)
+    manager.interrupt_kernel()
+    ended = wait_until(lambda: shell_error(client), 30)
+    marker.unlink()
+    assert ended == "KeyboardInterrupt"
+
+    reply, printed = execute(
+        client, "counts.clear()\nrun(lambda: stream.lag() == 0)\nprint('again', sum(counts))"
+    )
+    assert reply["status"] == "ok", reply
+    assert "again 3" in printed
+
+
+def shell_error(client):
+    """Return the name of the error that the last cell ended with, once it has ended."""
+    reply = client.get_shell_msg(timeout=30)
+    return reply["content"].get("ename")
+
+
+def test_spark_ends_with_the_kernel(kernel, kafka, topic):
+    """Otherwise each kernel that dies would leave a Java process with a gigabyte of memory."""
+    _, client = kernel
+    execute(client, SETUP.format(topic=topic, servers=kafka.bootstrap_servers))
+    _, printed = execute(client, "print(os.getpid(), spark.sparkContext._gateway.proc.pid)")
+    kernel_process, java_process = map(int, printed.split())
+    os.kill(kernel_process, signal.SIGKILL)
+    wait_until(lambda: not is_alive(java_process), 30)

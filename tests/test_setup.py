@@ -1,0 +1,90 @@
+"""What `make` does where Java or a fitting Python is missing."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from processes import ROOT
+
+TOOLS = ("sh", "cat", "cksum", "tr", "id", "sed", "head", "dirname")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A copy of what setup.sh reads, and a PATH that has only the usual tools."""
+    for name in ("setup.sh", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in TOOLS:
+        (tools / tool).symlink_to(shutil.which(tool))
+    return tmp_path
+
+
+def setup(folder, **environment):
+    """Run the copy of setup.sh with the bare PATH."""
+    return subprocess.run(
+        ["sh", "setup.sh"], cwd=folder, capture_output=True, text=True, timeout=60,
+        env={"PATH": str(folder / "tools"), **environment},
+    )
+
+
+def program(folder, name, text):
+    """Put a program on the bare PATH."""
+    path = folder / "tools" / name
+    path.write_text(f"#!{shutil.which('sh')}\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_without_java_the_exact_commands_are_given(bare):
+    """Otherwise a newcomer would have to find out what to install, and how."""
+    run = setup(bare)
+    assert run.returncode == 1
+    assert run.stderr.splitlines() == [
+        "Java 17 or 21 is needed. Install it and call make again:",
+        "  Debian, Ubuntu:  sudo apt-get install openjdk-17-jre-headless",
+        "  Fedora:          sudo dnf install java-21-openjdk-headless",
+        "  macOS:           brew install openjdk@21",
+    ]
+
+
+def test_an_old_java_is_not_enough(bare):
+    """Otherwise Spark would fail with an UnsupportedClassVersionError."""
+    program(bare, "java", """echo 'openjdk version "11.0.2" 2019-01-15' >&2""")
+    assert "Java 17 or 21 is needed" in setup(bare).stderr
+
+
+def test_without_a_fitting_python_the_exact_commands_are_given(bare):
+    """Otherwise pip would fail on the first package that knows no old Python."""
+    program(bare, "java", """echo 'openjdk version "17.0.15" 2025-04-15' >&2""")
+    run = setup(bare)
+    assert run.returncode == 1
+    assert "Python 3.11, 3.12 or 3.13 is needed." in run.stderr
+    assert "sudo apt-get install python3 python3-venv" in run.stderr
+
+
+@pytest.mark.parametrize("user, calls", [("0", 2), ("1000", 0)])
+def test_only_root_has_packages_installed(bare, user, calls):
+    """Otherwise `make` would ask for a password, or not help where it could."""
+    log = bare / "log"
+    (bare / "tools" / "id").unlink()
+    program(bare, "id", f"echo {user}")
+    program(bare, "apt-get", f'echo "$@" >> {log}')
+    run = setup(bare)
+    assert run.returncode == 1  # this apt-get installs nothing
+    lines = log.read_text().splitlines() if log.exists() else []
+    assert lines == ["update", "install -y openjdk-17-jre-headless"][:calls]
+
+
+def test_a_second_call_needs_nothing(bare):
+    """Otherwise each `make run` would ask the network, and wait for pip."""
+    program(bare, "java", """echo 'openjdk version "21.0.1" 2023-10-17' >&2""")
+    stamp = subprocess.run(
+        ["sh", "-c", "cat requirements.txt pyproject.toml | cksum | tr ' ' '-'"],
+        cwd=bare, capture_output=True, text=True, check=True, env=os.environ,
+    ).stdout.strip()
+    (bare / ".venv").mkdir()
+    (bare / ".venv" / f".installed-{stamp}").touch()
+    run = setup(bare)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
