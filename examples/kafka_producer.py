@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import kafka.codec
 import orjson
 import pandas
 from kafka import KafkaProducer
@@ -122,6 +123,11 @@ def connect(bootstrap_servers: str, compression: str) -> KafkaProducer:
     ProducerError
         If no broker answers within 10 s, or the codec isn't installed.
     """
+    if compression != "none" and not getattr(kafka.codec, f"has_{compression}")():
+        raise ProducerError(
+            f"the codec {compression} is not installed: pip install 'kafka-python[{compression}]', "
+            "or choose another --compression."
+        )
     try:
         return KafkaProducer(
             bootstrap_servers=bootstrap_servers.split(","),
@@ -141,11 +147,8 @@ def connect(bootstrap_servers: str, compression: str) -> KafkaProducer:
             f"no Kafka broker answers at {bootstrap_servers} within {CONNECT_SECONDS} s: start one "
             "with `python -m helpers.broker --port 9092`, or check the address."
         ) from error
-    except (AssertionError, RuntimeError) as error:
-        raise ProducerError(
-            f"the codec {compression} is not installed: pip install 'kafka-python[{compression}]', "
-            "or choose another --compression."
-        ) from error
+    except KafkaError as error:
+        raise ProducerError(f"Kafka at {bootstrap_servers} refuses: {error}") from error
 
 
 def produce(producer: KafkaProducer, options: argparse.Namespace) -> Deliveries:
@@ -185,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             with contextlib.suppress(KafkaError):
                 producer.close(timeout=5)
-    except (ProducerError, ValueError, OSError) as error:
+    except (ProducerError, ValueError, OSError, EOFError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -245,16 +248,32 @@ def _send(producer: KafkaProducer, topic: str, key: bytes, value: bytes) -> Futu
         ) from error
 
 
+def _positive(kind: type) -> Callable[[str], float]:
+    """Return a converter for argparse that takes numbers above 0."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return number
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bootstrap_servers", nargs="?", default="127.0.0.1:9092")
     parser.add_argument("--topic", default="Machine_Learning", help="default: %(default)s")
-    parser.add_argument("--events", type=int, help="how many; default: 100000, or the whole file")
+    parser.add_argument(
+        "--events", type=_positive(int), help="how many; default: 100000, or the whole file"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the generated events")
     parser.add_argument("--csv", help="the challenge's file (.csv or .csv.gz) instead")
-    parser.add_argument("--rate", type=float, help="events per second; default: full speed")
+    parser.add_argument(
+        "--rate", type=_positive(float), help="events per second; default: full speed"
+    )
     parser.add_argument("--compression", choices=CODECS, default="lz4", help="default: %(default)s")
     parser.add_argument("--loop", action="store_true", help="begin again at the end, until Ctrl-C")
     parser.add_argument("--pause", type=float, default=0, help="seconds between two rounds")

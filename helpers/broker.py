@@ -120,6 +120,7 @@ class LocalKafka:
         self._folder = Path(folder or self._temporary.name).absolute()
         self._port = port if port is not None else _free_port()
         self._process: subprocess.Popen[bytes] | None = None
+        self._has_run = False
         self.bootstrap_servers = f"{LOOPBACK}:{self._port}"
         self.log_file = self._folder / "broker.log"
 
@@ -155,8 +156,10 @@ class LocalKafka:
             self._wait_until_it_answers()
         except BaseException:
             self.kill()
-            self._remove_folder()
+            if not self._has_run:  # otherwise there is data, which stays for another try
+                self._remove_folder()
             raise
+        self._has_run = True
         return self
 
     def stop(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from tqdm import tqdm
 from traitlets.config import Config
@@ -115,7 +115,7 @@ def recorded(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     raise NotebookError("the notebook's last cell records nothing: its value must be a dictionary.")
 
 
-def run(path: Path, given: Mapping[str, str]) -> nbformat.NotebookNode:
+def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, str | None]:
     """Execute a notebook in a fresh kernel, in its own folder, and say on stderr where it is.
 
     Parameters
@@ -129,6 +129,8 @@ def run(path: Path, given: Mapping[str, str]) -> nbformat.NotebookNode:
     -------
     nbformat.NotebookNode
         The executed notebook. Where a cell fails, the rest of it wasn't executed.
+    str or None
+        The section, the source and the error of the cell that failed; None if none did.
 
     Raises
     ------
@@ -151,19 +153,12 @@ def run(path: Path, given: Mapping[str, str]) -> nbformat.NotebookNode:
             client.on_cell_start = progress.cell_starts
             try:
                 client.execute()
-            except CellExecutionError:
-                progress.failed = True
-    return notebook
-
-
-def failure(notebook: nbformat.NotebookNode) -> str | None:
-    """Return the error that ended a run, with the section and the cell it is from; None if none."""
-    for index, cell in enumerate(notebook.cells):
-        for output in cell.get("outputs", []):
-            if output.output_type == "error":
-                error = f"{output.ename}: {output.evalue}".strip()
-                return f"in {_section(notebook, index)!r}, the cell\n\n{cell.source}\n\n{error}"
-    return None
+            except CellExecutionError as error:
+                return notebook, progress.place(f"{error.ename}: {error.evalue}")
+            except (DeadKernelError, CellTimeoutError) as error:
+                return notebook, progress.place(f"{type(error).__name__}: {error}")
+            progress.done = True
+    return notebook, None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -172,16 +167,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         path = find_notebook(options.notebook)
         given = dict(_split(setting) for setting in options.settings)
-        notebook = run(path, given)
+        notebook, failure = run(path, given)
         page = _write_html(notebook, Path(options.html), path.stem)
-        error = failure(notebook)
-        if error:
-            print(f"{path.name} failed {error}\n\nThe whole of it: {page}", file=sys.stderr)
+        if failure:
+            print(f"{path.name} failed {failure}\n\nThe whole of it: {page}", file=sys.stderr)
             return 1
         values = recorded(notebook)
     except NotebookError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     if options.store:
         nbformat.write(notebook, path)
     print(f"the executed notebook: {page}", file=sys.stderr)
@@ -203,7 +199,8 @@ class _Progress:
         self._bar = tqdm(
             total=len(code_cells), desc=name, unit="cell", disable=not self._terminal, leave=False
         )
-        self.failed = False
+        self._cell_index = code_cells[0]
+        self.done = False
 
     def __enter__(self) -> _Progress:
         return self
@@ -211,13 +208,19 @@ class _Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
         seconds = time.monotonic() - self._started
-        ended = "stopped" if self.failed or exception[0] else "done"
-        print(f"{ended} after {seconds:.0f} s", file=sys.stderr)
+        print(f"{'done' if self.done else 'stopped'} after {seconds:.0f} s", file=sys.stderr)
+
+    def place(self, error: str) -> str:
+        """Return an error with the section and the source of the cell that runs."""
+        section = _section(self._notebook, self._cell_index)
+        source = self._notebook.cells[self._cell_index].source
+        return f"in {section!r}, the cell\n\n{source}\n\n{error}"
 
     def cell_starts(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
         """Show that a cell begins; nbclient calls this."""
         if cell_index not in self._code_cells:
             return
+        self._cell_index = cell_index
         number = self._code_cells.index(cell_index)
         section = _section(self._notebook, cell_index)
         if self._terminal:

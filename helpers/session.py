@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
@@ -170,8 +171,16 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
             except PySparkRuntimeError:
                 tail = "\n".join(log_file().read_text(errors="replace").splitlines()[-10:])
                 raise SessionError(f"Java did not start for Spark; it said:\n{tail}") from None
-    context = SparkContext(conf=conf, gateway=gateway)
-    spark = SparkSession(context)
+    try:
+        spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
+    except Py4JJavaError as error:
+        cause = error.java_exception
+        while cause.getCause() is not None:
+            cause = cause.getCause()
+        raise SessionError(
+            f"Spark did not start on {settings['spark.master']}: {cause.getMessage()} More is in "
+            f"{log_file()}."
+        ) from None
     if not _has_connector(spark):  # the gateway was launched without it
         _add_connector(spark)
     return spark
@@ -192,9 +201,15 @@ def _connector_jars(spark: str, scala: str) -> list[Path]:
         jars = fetch_jars(coordinate)
     except JarsError as error:
         raise SessionError(f"Spark {spark} needs a connector to read Kafka. {error}") from None
-    # Ivy names a file group_artifact-version.jar; Spark's own folder has artifact-version.jar.
-    spark_has = {jar.name for jar in (spark_home() / "jars").glob("*.jar")}
-    return [jar for jar in jars if jar.name.split("_", 1)[1] not in spark_has]
+    # Ivy names a file group_artifact-version.jar; Spark's own folder has artifact-version.jar, and
+    # a site's Spark may have another version, which must not come twice.
+    spark_has = {_artifact(jar.name) for jar in (spark_home() / "jars").glob("*.jar")}
+    return [jar for jar in jars if _artifact(jar.name.split("_", 1)[1]) not in spark_has]
+
+
+def _artifact(file_name: str) -> str:
+    """Return a jar's name without its version: 'slf4j-api' of 'slf4j-api-2.0.17.jar'."""
+    return re.sub(r"-\d+\.[^-]*(-[A-Za-z0-9.]+)*\.jar$", "", file_name)
 
 
 def _has_connector(spark: SparkSession) -> bool:
@@ -210,8 +225,8 @@ def _has_connector(spark: SparkSession) -> bool:
 
 def _add_connector(spark: SparkSession) -> None:
     """Add the connector to a session that runs already, where `spark.jars` comes too late."""
-    scala = spark._jvm.scala.util.Properties.versionNumberString()
-    for jar in _connector_jars(spark.version, ".".join(scala.split(".")[:2])):
+    scala = ".".join(spark._jvm.scala.util.Properties.versionNumberString().split(".")[:2])
+    for jar in _connector_jars(spark.version, scala):
         spark.sql(f"ADD JAR '{jar.as_uri()}'")
     if not _has_connector(spark):
         raise SessionError(
@@ -228,6 +243,6 @@ def _ship_helpers(spark: SparkSession) -> None:
     package = Path(helpers.__file__).parent
     file = scratch_folder() / "helpers.zip"  # executors fetch it for as long as Spark runs
     with zipfile.ZipFile(file, "w") as archive:
-        for source in package.glob("*.py"):
-            archive.write(source, f"helpers/{source.name}")
+        for source in package.rglob("*.py"):
+            archive.write(source, source.relative_to(package.parent))
     context.addPyFile(str(file))

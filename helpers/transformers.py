@@ -7,6 +7,7 @@ import functools
 import gc
 import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import keras
 import numpy
@@ -84,13 +85,13 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     def _transform(self, dataset: DataFrame) -> DataFrame:
         _check_vector_column(dataset, self.getFeaturesCol())
         features = _entries(dataset[self.getFeaturesCol()])
-        return dataset.withColumn(self.getOutputCol(), array_to_vector(self._network(features)))
+        network = _network_function(dataset.sparkSession.sparkContext, self._checked_model_bytes())
+        return dataset.withColumn(self.getOutputCol(), array_to_vector(network(features)))
 
-    def _network(self, features: Column) -> Column:
-        """Return the network's output for a column of arrays."""
+    def _checked_model_bytes(self) -> bytes:
         if self._model_bytes is None:
             raise ValueError("this ModelPredictor has no model: give it one as keras_model=.")
-        return _network_function(SparkContext.getOrCreate(), self._model_bytes)(features)
+        return self._model_bytes
 
 
 class _ModelPredictorWriter(MLWriter):
@@ -101,8 +102,8 @@ class _ModelPredictorWriter(MLWriter):
         self._predictor = predictor
 
     def saveImpl(self, path: str) -> None:  # noqa: N802 (Spark's name)
+        model = [(bytearray(self._predictor._checked_model_bytes()),)]
         DefaultParamsWriter.saveMetadata(self._predictor, path, self.sparkSession)
-        model = [(bytearray(self._predictor._model_bytes),)]
         table = self.sparkSession.createDataFrame(model, "model binary").coalesce(1)
         table.write.parquet(f"{path}/model")
 
@@ -218,8 +219,15 @@ def _network_function(context: SparkContext, model_bytes: bytes) -> Callable[[Co
     return functions.arrow_udf(predict, ArrayType(DoubleType())).asNondeterministic()
 
 
+class _Loaded(NamedTuple):
+    """A network in a worker's memory."""
+
+    predict: Callable[[numpy.ndarray], numpy.ndarray]
+    width: int
+
+
 # On a worker: the networks that it has loaded, by the digest of their bytes.
-_LOADED: dict[str, Callable[[numpy.ndarray], numpy.ndarray]] = {}
+_LOADED: dict[str, _Loaded] = {}
 
 
 def _predict_batch(
@@ -228,14 +236,20 @@ def _predict_batch(
     """Run the network on one Arrow batch, on a worker."""
     if digest not in _LOADED:
         _use_one_thread()
-        _LOADED[digest] = compiled_predict(model_from_bytes(model.value))
+        network = model_from_bytes(model.value)
+        _LOADED[digest] = _Loaded(compiled_predict(network), network.input_shape[-1])
         # Spark's worker collects garbage after each task, and looking through all of TensorFlow's
         # objects takes 0.15 s of processor time; frozen, they aren't looked at.
         gc.freeze()
     if features.null_count:
         raise ValueError(f"{features.null_count} rows have no features (null): filter them out.")
-    matrix = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)
-    predictions = _LOADED[digest](matrix.astype("float32")).astype("float64")
+    width = _LOADED[digest].width
+    lengths = features.value_lengths().to_numpy()
+    if (lengths != width).any():
+        wrong = lengths[lengths != width][0]
+        raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
+    matrix = features.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    predictions = _LOADED[digest].predict(matrix.astype("float32")).astype("float64")
     offsets = numpy.arange(len(features) + 1, dtype="int32") * predictions.shape[1]
     return pyarrow.ListArray.from_arrays(offsets, predictions.ravel())
 

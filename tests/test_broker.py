@@ -1,5 +1,6 @@
 """The broker: it starts, keeps its data, says what is wrong, and leaves nothing behind."""
 
+import itertools
 import signal
 import socket
 import subprocess
@@ -22,11 +23,11 @@ def write(kafka, topic, count):
     producer.close(timeout=5)
 
 
-def read(kafka, topic):
-    """Read all records of a topic."""
-    settings = {"auto_offset_reset": "earliest", "consumer_timeout_ms": 3_000}
+def read(kafka, topic, count):
+    """Read the first records of a topic."""
+    settings = {"auto_offset_reset": "earliest", "consumer_timeout_ms": 30_000}
     with KafkaConsumer(topic, bootstrap_servers=kafka.bootstrap_servers, **settings) as consumer:
-        return [int(record.value) for record in consumer]
+        return [int(record.value) for record in itertools.islice(consumer, count)]
 
 
 def test_data_survives_a_stop_and_a_sigkill():
@@ -39,7 +40,24 @@ def test_data_survives_a_stop_and_a_sigkill():
             end()
             kafka.start()
             assert kafka.bootstrap_servers == address
-            assert read(kafka, "events") == list(range(10))
+            assert read(kafka, "events", 10) == list(range(10))
+
+
+def test_a_failed_restart_keeps_the_data():
+    """Otherwise a port that somebody took meanwhile would cost all events."""
+    with LocalKafka() as kafka:
+        kafka.create_topic("events", partitions=1)
+        write(kafka, "events", 5)
+        kafka.kill()
+        host, port = kafka.bootstrap_servers.split(":")
+        with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind((host, int(port)))
+            taken.listen()
+            with pytest.raises(BrokerError, match="is in use"):
+                kafka.start()
+        kafka.start()
+        assert read(kafka, "events", 5) == list(range(5))
 
 
 def test_it_listens_on_loopback_only(kafka):

@@ -1,5 +1,6 @@
 """The producer program, run as a user runs it, against the real broker."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -112,6 +113,8 @@ def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):
     [
         (["--csv", "nowhere.csv"], "no file nowhere.csv: download one from CERN Open Data"),
         (["--compression", "brotli"], "invalid choice: 'brotli'"),
+        (["--events", "-5"], "argument --events: -5 is not above 0"),
+        (["--rate", "0"], "argument --rate: 0 is not above 0"),
         (["--topic", "no/topic"], 'Topic name "no/topic" is illegal'),
     ],
 )
@@ -130,6 +133,16 @@ def test_a_wrong_column_is_named(kafka, csv_file, tmp_path):
     run = run_python(PRODUCER, kafka.bootstrap_servers, "--csv", str(wrong))
     assert run.returncode == 1
     assert "mass" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_download_that_was_cut_off_is_one_line(kafka, tmp_path):
+    """Otherwise the likeliest damage to the file would be a page of traceback."""
+    whole = gzip.compress(generate_events(500, seed=0).to_csv(index=False).encode())
+    (tmp_path / "cut.csv.gz").write_bytes(whole[: len(whole) // 2])
+    run = run_python(PRODUCER, kafka.bootstrap_servers, "--csv", str(tmp_path / "cut.csv.gz"))
+    assert run.returncode == 1
+    assert "end-of-stream" in run.stderr
     assert "Traceback" not in run.stderr
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import uuid
 
 import pytest
 from jupyter_client.manager import start_new_kernel
@@ -46,21 +45,19 @@ def execute(client, source, seconds=60):
     return reply["content"], "".join(printed)
 
 
-def test_interrupt_and_run_again(kernel, kafka, topic, produce):
+def test_interrupt_and_run_again(kernel, kafka, topic, produce, tmp_path):
     """Otherwise the stop button would leave a stream behind, or a kernel that must be restarted."""
     manager, client = kernel
     produce(topic, [b"1", b"2", b"3"])
     reply, _ = execute(client, SETUP.format(topic=topic, servers=kafka.bootstrap_servers))
     assert reply["status"] == "ok", reply
 
-    marker = ROOT / "build" / f"marker-{uuid.uuid4()}"
-    marker.parent.mkdir(exist_ok=True)
+    marker = tmp_path / "marker"
     source = f"run(lambda: sum(counts) == 3 and open({str(marker)!r}, 'w') and False)"
     client.execute(source, reply=False)
     wait_until(marker.exists)
     manager.interrupt_kernel()
     ended = wait_until(lambda: shell_error(client), 30)
-    marker.unlink()
     assert ended == "KeyboardInterrupt"
 
     reply, printed = execute(

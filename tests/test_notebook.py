@@ -57,6 +57,15 @@ def test_a_failing_cell_is_shown_and_fails(make_notebook):
     assert "nbclient" not in run.stderr
 
 
+def test_a_kernel_that_dies_is_said(make_notebook):
+    """Otherwise a cell that takes too much memory would end in the runner's traceback."""
+    run = run_notebook(make_notebook("import os\nos.kill(os.getpid(), 9)", "{'events': 1}"))
+    assert run.returncode == 1
+    assert "failed in 'A heading', the cell\n\nimport os" in run.stderr
+    assert "DeadKernelError" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_stored_outputs_are_those_of_the_run(make_notebook):
     """Otherwise `make notebooks` would not keep the outputs that the tests compare."""
     path = make_notebook("{'events': events}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import py4j
 import pyspark
 import pytest
+from kafka import KafkaAdminClient
 from processes import run_python
 
 from helpers import session
@@ -74,13 +75,17 @@ spark = get_spark()
 counts = []
 ssc = new_streaming_context(spark, 1)
 stream = KafkaUtils.createDirectStream(ssc, ["for-added-jars"], {{
-    "bootstrap.servers": "{kafka.bootstrap_servers}", "auto.offset.reset": "earliest"}})
+    "bootstrap.servers": "{kafka.bootstrap_servers}", "auto.offset.reset": "earliest",
+    "group.id": "added-jars"}})
 stream.foreachBatch(lambda df, batch_id: counts.append(df.count()))
 run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)
 print("counted", sum(counts))
 """
     run = run_python("-c", program)
     assert run.stdout.strip().endswith("counted 3"), run.stderr[-3000:]
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        (offset,) = admin.list_group_offsets(["added-jars"])["added-jars"].values()
+    assert offset.offset == 3
 
 
 def test_logs_stay_out_of_the_output_and_nothing_is_left(tmp_path):

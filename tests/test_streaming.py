@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import NewPartitions
 from processes import wait_until
 from pyspark.ml.feature import Normalizer, VectorAssembler
@@ -156,10 +156,10 @@ def test_a_batch_that_keeps_failing_stops_the_stream(spark, ssc, kafka, topic, p
 
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
     stream.foreachBatch(process)
-    with pytest.raises(StreamError, match=r"a batch failed, and .* stopped: .*disk is full"):
+    with pytest.raises(StreamError, match=r"the stream stopped: .*RuntimeError: the disk is full"):
         drain(ssc, stream)
     assert calls == [10, 10]
-    assert committed(kafka, settings["group.id"]) == {}
+    assert committed(kafka, settings["group.id"]) == {0: 0, 1: 0}
 
     again = new_streaming_context(spark, 0.5)
     values = []
@@ -167,6 +167,30 @@ def test_a_batch_that_keeps_failing_stops_the_stream(spark, ssc, kafka, topic, p
     stream.foreachBatch(lambda df, _: values.extend(int(bytes(r.value)) for r in df.collect()))
     drain(again, stream)
     assert sorted(values) == sorted([*range(10), *range(10, 20), *range(10, 20)])
+
+
+def test_nothing_is_lost_when_the_first_batch_of_a_stream_from_latest_fails(
+    spark, topic, produce, settings
+):
+    """Otherwise the restarted stream would begin at the end, past the records that failed."""
+    settings["auto.offset.reset"] = "latest"
+    first = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(first, [topic], settings)
+
+    def fail(df, batch_id):
+        raise RuntimeError("at the first batch")
+
+    stream.foreachBatch(fail)
+    produce(topic, numbers(10))
+    with pytest.raises(StreamError, match="at the first batch"):
+        run_stream(first, until=lambda: False, timeout=SECONDS)
+
+    again = new_streaming_context(spark, 0.5)
+    counts = []
+    stream = KafkaUtils.createDirectStream(again, [topic], settings)
+    stream.foreachBatch(lambda df, batch_id: counts.append(df.count()))
+    drain(again, stream)
+    assert sum(counts) == 10
 
 
 def test_one_failed_output_of_two_keeps_the_batch_uncommitted(
@@ -186,7 +210,7 @@ def test_one_failed_output_of_two_keeps_the_batch_uncommitted(
     with pytest.raises(StreamError, match="the second output fails"):
         drain(ssc, stream)
     assert stored == [10]
-    assert committed(kafka, settings["group.id"]) == {}
+    assert committed(kafka, settings["group.id"]) == {0: 0, 1: 0}
 
 
 def test_without_a_failure_handler_the_stream_stops_by_itself(ssc, topic, produce, settings):
@@ -239,6 +263,20 @@ def test_a_topic_that_does_not_exist_is_named(ssc, kafka, settings):
     assert "no-such-topic" not in kafka.topics()
 
 
+def test_a_reset_that_does_not_exist_is_refused(ssc, topic, settings):
+    """Otherwise a typo would silently begin at the end."""
+    with pytest.raises(ValueError, match=r"'first': it must be 'earliest' or 'latest'\."):
+        KafkaUtils.createDirectStream(ssc, [topic], {**settings, "auto.offset.reset": "first"})
+
+
+def test_an_offset_that_the_topic_does_not_have_is_named(ssc, topic, produce, settings):
+    """Otherwise a stream on a topic that was made anew would fail at each batch, or wait."""
+    partition = produce(topic, numbers(5))[0].partition
+    start = {TopicAndPartition(topic, partition): 70}
+    with pytest.raises(StreamError, match="read from offset 70, but holds 0 to 5: the topic was"):
+        KafkaUtils.createDirectStream(ssc, [topic], settings, fromOffsets=start)
+
+
 def test_a_broker_that_does_not_answer_is_an_error_in_time(ssc, settings):
     """Otherwise a wrong address would hang the notebook."""
     started = time.monotonic()
@@ -256,6 +294,26 @@ def test_a_stream_that_is_not_done_in_time_is_stopped(ssc, topic, settings):
     with pytest.raises(TimeoutError, match="not done after 2 s and was stopped"):
         run_stream(ssc, until=lambda: False, timeout=2)
     assert ssc._jssc.ssc().getState().toString() == "STOPPED"
+
+
+def test_a_deadline_ends_the_batch_that_runs_and_it_is_not_tried_again(
+    spark, ssc, kafka, topic, produce, settings
+):
+    """Otherwise Spark would go on computing for a stream that nobody waits for."""
+    produce(topic, numbers(10))
+    calls = []
+
+    def process(df, batch_id):
+        calls.append(batch_id)
+        spark.range(10**14).selectExpr("max(hash(id))").collect()
+
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(process)
+    with pytest.raises(TimeoutError):
+        run_stream(ssc, until=lambda: False, timeout=4)
+    wait_until(lambda: not spark.sparkContext.statusTracker().getActiveJobsIds(), 30)
+    assert len(calls) == 1
+    assert sum(committed(kafka, settings["group.id"]).values()) == 0
 
 
 def test_a_graceful_stop_finishes_and_commits_what_is_planned(
@@ -285,12 +343,12 @@ def test_no_connection_stays_behind_a_stream(spark, kafka, topic, settings):
         established = [line.split() for line in lines if line.split()[3] == "01"]
         return sum(int(line[2].rpartition(":")[2], 16) == port for line in established)
 
-    RangeReader(spark, settings)
+    # The topic is empty, for the consumers that read records are in a pool of Spark's.
     before = connections()
     for _ in range(3):
         ssc = new_streaming_context(spark, 0.5)
         stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
-        stream.foreachBatch(lambda df, batch_id: None)
+        stream.foreachBatch(lambda df, batch_id: df.count())
         drain(ssc, stream)
     wait_until(lambda: connections() <= before)
 
@@ -323,10 +381,14 @@ def test_the_planner_plans_each_offset_once(spark, topic, produce, settings):
 
 def test_a_new_partition_is_read_from_its_beginning(spark, kafka, topic, produce, settings):
     """Otherwise what is written to it before the stream notices it would be lost."""
-    planner = OffsetPlanner(spark, [topic], {**settings, "metadata.max.age.ms": "500"})
+    settings |= {"auto.offset.reset": "latest", "metadata.max.age.ms": "500"}
+    planner = OffsetPlanner(spark, [topic], settings)
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         admin.create_partitions({topic: NewPartitions(3)})
-    wait_until(lambda: planner.next_batch() is not None and len(planner.starts()) == 3)
+    with KafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+        wait_until(lambda: len(producer.partitions_for(topic)) == 3)
+        producer.send(topic, b"early", partition=2).get(10)
+    assert wait_until(planner.next_batch) == [OffsetRange(topic, 2, 0, 1)]
     planner.close()
 
 

@@ -107,6 +107,14 @@ def test_a_predictor_without_model_is_refused(vectors):
         ModelPredictor().transform(vectors)
 
 
+def test_vectors_of_a_wrong_length_are_refused(spark, model):
+    """Otherwise rows of 29 and 31 features would be cut anew into two wrong rows of 30."""
+    rows = [(Vectors.dense([0.5] * length),) for length in (29, 31)]
+    df = spark.createDataFrame(rows, ["features"]).coalesce(1)
+    with pytest.raises(PythonException, match="the model takes 30 features, but a row has 29"):
+        ModelPredictor(keras_model=model).transform(df).collect()
+
+
 def test_rows_without_features_are_refused(spark, model):
     """Otherwise they would shift the predictions of the rows after them."""
     schema = StructType([StructField("features", VectorUDT())])

@@ -1,0 +1,153 @@
+"""A streaming context from its start to its end: by a condition, a deadline, or an error."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import SparkSession
+from pyspark.streaming import StreamingContext
+
+from helpers.streaming.dstream import streams_of, summary
+from helpers.streaming.offsets import StreamError
+
+# How long a graceful stop waits for the batches that are planned.
+FINISH_SECONDS = 60
+
+
+def new_streaming_context(spark: SparkSession, batch_seconds: float) -> StreamingContext:
+    """Return a streaming context; one that is still running from an earlier cell is stopped.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose executors do the work.
+    batch_seconds : float
+        The interval of the micro-batches.
+
+    Examples
+    --------
+    >>> ssc = new_streaming_context(spark, batch_seconds=1)
+    """
+    active = StreamingContext.getActive()
+    if active is not None:
+        stop_streaming(active, gracefully=False)
+    with warnings.catch_warnings():
+        # That DStreams are Spark's older streaming is for the text to say, not for a warning.
+        warnings.simplefilter("ignore", FutureWarning)
+        return StreamingContext(spark.sparkContext, batch_seconds)
+
+
+def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float) -> None:
+    """Start a streaming context, and stop it when a condition is true.
+
+    However this ends (also by Ctrl-C or a kernel's interrupt), the context is stopped, and Spark
+    goes on.
+
+    Parameters
+    ----------
+    ssc : pyspark.streaming.StreamingContext
+        A context whose outputs are set up.
+    until : callable
+        Is asked a few times a second; the stream ends when it returns true.
+    timeout : float
+        Seconds that this may take.
+
+    Raises
+    ------
+    TimeoutError
+        If the condition isn't true in time.
+    StreamError
+        If a batch failed, or the stream was stopped from elsewhere.
+
+    Examples
+    --------
+    >>> stream.foreachBatch(lambda df, batch_id: print(df.count(), "records"))
+    >>> run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
+    100 records
+    """
+    deadline = time.monotonic() + timeout
+    streams = list(streams_of(ssc))
+    done = False
+    with _interrupt_noted() as interrupted:
+        try:
+            ssc.start()
+            while not (done := until()) and not interrupted.is_set():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"the stream was not done after {timeout:.0f} s and was stopped; what it "
+                        "committed is kept. Give it more time, or look at Spark's log."
+                    )
+                if ssc.awaitTerminationOrTimeout(0.1):
+                    raise StreamError("the stream was stopped before it was done.")
+        except (Py4JJavaError, StreamError) as error:
+            reasons = [stream.error for stream in streams if stream.error]
+            reason = reasons[0] if reasons else _cause(error)
+            raise StreamError(f"the stream stopped: {reason}") from None
+        finally:
+            stop_streaming(ssc, gracefully=bool(done))
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+    for stream in streams:
+        if stream.error:
+            raise StreamError(f"the stream stopped: {stream.error}")
+
+
+def stop_streaming(ssc: StreamingContext, gracefully: bool) -> None:
+    """Stop a streaming context and its connections to Kafka, but not Spark.
+
+    Parameters
+    ----------
+    ssc : pyspark.streaming.StreamingContext
+        The context; it may have been stopped already.
+    gracefully : bool
+        Whether batches that are planned are finished and committed first, for 60 s at most.
+    """
+    streams = list(streams_of(ssc))
+    streams_of(ssc).clear()
+    if gracefully:
+        # Spark tells of a batch's end a little later, and once stopped not at all.
+        finished = [stream.finish(FINISH_SECONDS) for stream in streams]
+        gracefully = all(finished)
+    if not gracefully:
+        for stream in streams:
+            stream.abandon()
+    ssc.stop(stopSparkContext=False, stopGraceFully=gracefully)
+    for stream in streams:
+        stream.close()
+
+
+@contextlib.contextmanager
+def _interrupt_noted() -> Iterator[threading.Event]:
+    """Have the first Ctrl-C set an event, for it must not break into an exchange with Java.
+
+    PySpark's own reaction does: it cancels the jobs from within whatever call is under way, and
+    leaves the connection unusable. A second Ctrl-C interrupts as usual.
+    """
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    usual = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def note(*_: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _cause(error: Exception) -> str:
+    """Return the line that names an error, also one that came from Python through Java."""
+    if isinstance(error, Py4JJavaError):
+        return summary(error.java_exception.getMessage() or str(error.java_exception))
+    return str(error)
