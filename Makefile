@@ -22,7 +22,7 @@ test: setup
 	@.venv/bin/python -m pytest
 
 lab: setup
-	@.venv/bin/jupyter lab notebooks
+	@.venv/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: setup
 	@for notebook in notebooks/*.ipynb; do \

@@ -68,6 +68,7 @@ python=$(find_python) || {
 
 echo "making .venv with $("$python" --version) ..." >&2
 "$python" -m venv --clear .venv
+echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, some minutes) ..." >&2
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 echo "fetching the jars of Kafka and of Spark's Kafka connector ..." >&2

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
+from helpers.broker import check_address
 from helpers.higgs import EVENT_ID, FEATURES, generate_events, read_events
 
 CODECS = ("none", "gzip", "lz4", "snappy", "zstd")
@@ -122,7 +123,10 @@ def connect(bootstrap_servers: str, compression: str) -> KafkaProducer:
     ------
     ProducerError
         If no broker answers within 10 s, or the codec isn't installed.
+    ValueError
+        If the address has no port.
     """
+    check_address(bootstrap_servers)
     if compression != "none" and not getattr(kafka.codec, f"has_{compression}")():
         raise ProducerError(
             f"the codec {compression} is not installed: pip install 'kafka-python[{compression}]', "
@@ -144,8 +148,8 @@ def connect(bootstrap_servers: str, compression: str) -> KafkaProducer:
         )
     except (KafkaTimeoutError, KafkaConnectionError) as error:
         raise ProducerError(
-            f"no Kafka broker answers at {bootstrap_servers} within {CONNECT_SECONDS} s: start one "
-            "with `python -m helpers.broker --port 9092`, or check the address."
+            f"no Kafka broker answers at {bootstrap_servers} within {CONNECT_SECONDS} s: check the "
+            "address, or start one with `python -m helpers.broker`."
         ) from error
     except KafkaError as error:
         raise ProducerError(f"Kafka at {bootstrap_servers} refuses: {error}") from error
@@ -264,19 +268,22 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bootstrap_servers", nargs="?", default="127.0.0.1:9092")
+    parser.add_argument(
+        "bootstrap_servers", nargs="?", default="127.0.0.1:9092", metavar="host:port",
+        help="a Kafka broker, or several with commas between; default: %(default)s",
+    )
     parser.add_argument("--topic", default="Machine_Learning", help="default: %(default)s")
     parser.add_argument(
         "--events", type=_positive(int), help="how many; default: 100000, or the whole file"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the generated events")
+    parser.add_argument("--seed", type=int, default=0, help="of generated events; default: 0")
     parser.add_argument("--csv", help="the challenge's file (.csv or .csv.gz) instead")
     parser.add_argument(
         "--rate", type=_positive(float), help="events per second; default: full speed"
     )
     parser.add_argument("--compression", choices=CODECS, default="lz4", help="default: %(default)s")
     parser.add_argument("--loop", action="store_true", help="begin again at the end, until Ctrl-C")
-    parser.add_argument("--pause", type=float, default=0, help="seconds between two rounds")
+    parser.add_argument("--pause", type=float, default=0, help="seconds between rounds; default: 0")
     options = parser.parse_args(arguments)
     if options.events is None and not options.csv:
         options.events = 100_000

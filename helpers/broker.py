@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from helpers.jars import JarsError, fetch_jars, java_command, spark_home
@@ -36,6 +36,7 @@ KAFKA_JARS = (
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 60
 STOP_SECONDS = 30
+ANSWER_SECONDS = 10
 
 # The shell becomes the broker (`exec` keeps the process id, $$), and leaves a watcher behind that
 # reads from a pipe which this Python process holds. A line in the pipe dismisses the watcher. The
@@ -345,6 +346,70 @@ class LocalKafka:
             self._temporary.cleanup()
 
 
+def check_address(bootstrap_servers: str) -> None:
+    """Raise `ValueError` unless the text is ``host:port``, or several of them with commas between.
+
+    Examples
+    --------
+    >>> check_address("127.0.0.1:9092,127.0.0.1:9093")
+    >>> check_address("127.0.0.1")
+    Traceback (most recent call last):
+    ...
+    ValueError: '127.0.0.1' is no address of a Kafka broker: write host:port.
+    """
+    for address in bootstrap_servers.split(","):
+        host, _, port = address.strip().rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"{address!r} is no address of a Kafka broker: write host:port.")
+
+
+def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
+    """Return how many records each partition of a topic holds; nothing if there is no such topic.
+
+    Parameters
+    ----------
+    bootstrap_servers : str
+        Addresses of brokers, ``host:port`` separated by commas.
+    topic : str
+        The topic's name.
+
+    Returns
+    -------
+    dict of int to int
+        Offsets in each partition, by its number.
+
+    Raises
+    ------
+    BrokerError
+        If no broker answers within 10 s.
+    ValueError
+        If the address has no port.
+
+    Examples
+    --------
+    >>> with LocalKafka() as kafka:
+    ...     kafka.create_topic("events", partitions=2)
+    ...     count_records(kafka.bootstrap_servers, "events")
+    {0: 0, 1: 0}
+    """
+    check_address(bootstrap_servers)
+    milliseconds = ANSWER_SECONDS * 1000
+    try:
+        consumer = KafkaConsumer(
+            bootstrap_servers=bootstrap_servers.split(","), bootstrap_timeout_ms=milliseconds
+        )
+        with contextlib.closing(consumer):
+            numbers = consumer.partitions_for_topic(topic) or ()
+            partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
+            firsts, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
+    except KafkaError as error:
+        raise BrokerError(
+            f"no Kafka broker answers at {bootstrap_servers} within {ANSWER_SECONDS} s: check the "
+            "address, and that the broker runs."
+        ) from error
+    return {part.partition: ends[part] - firsts[part] for part in partitions}
+
+
 def fetch() -> None:
     """Fetch the broker's jars, so that the first start needs no network."""
     fetch_jars(*KAFKA_JARS)
@@ -388,18 +453,18 @@ def _tail(log: str, lines: int = 15) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a broker in the foreground until Ctrl-C or SIGTERM."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.broker", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    description = "Run a real Apache Kafka broker on this machine, until Ctrl-C."
+    parser = argparse.ArgumentParser(prog="python -m helpers.broker", description=description)
     parser.add_argument("--port", type=int, default=9092, help="default: %(default)s")
     parser.add_argument("--folder", help="keep the data here; default: a temporary folder")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    print(f"starting Apache Kafka {KAFKA_VERSION} ...", flush=True)
     try:
         with LocalKafka(port=options.port, folder=options.folder) as kafka:
             print(f"ready at {kafka.bootstrap_servers}; Ctrl-C ends it", flush=True)
             return kafka.wait()
     except KeyboardInterrupt:
+        print("stopped", flush=True)
         return 0
     except (BrokerError, JarsError, ValueError) as error:
         print(error, file=sys.stderr)

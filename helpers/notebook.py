@@ -139,6 +139,9 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     """
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, given)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # what an earlier run left must not pass for this one's
+            cell.outputs, cell.execution_count = [], None
     code_cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
         client = NotebookClient(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import re
-import shutil
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -23,6 +22,12 @@ import helpers
 from helpers.jars import JarsError, fetch_jars, java_command, spark_home
 
 CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_{scala}:{spark}"
+# Java is still on its way out when this begins, and may write once more.
+_REMOVE_AT_THE_END = """
+cat
+for attempt in 1 2 3 4 5; do rm -rf "$1" && sleep 1 && test ! -e "$1" && exit; done
+"""
+
 _CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
 
 
@@ -108,9 +113,14 @@ def scratch_folder() -> Path:
     >>> scratch_folder().is_dir()
     True
     """
-    folder = Path(tempfile.mkdtemp(prefix="spark-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    folder = tempfile.mkdtemp(prefix="spark-")
+    # The watcher reads from a pipe that only this process holds; the pipe's end is this process'.
+    subprocess.Popen(
+        ["/bin/sh", "-c", _REMOVE_AT_THE_END, "watcher", folder],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    return Path(folder)
 
 
 def fetch() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from jupyter_client.manager import start_new_kernel
@@ -74,10 +75,13 @@ def shell_error(client):
 
 
 def test_spark_ends_with_the_kernel(kernel, kafka, topic):
-    """Otherwise each kernel that dies would leave a Java process with a gigabyte of memory."""
+    """Otherwise each kernel that dies would leave a Java process, and its files in /tmp."""
     _, client = kernel
     execute(client, SETUP.format(topic=topic, servers=kafka.bootstrap_servers))
-    _, printed = execute(client, "print(os.getpid(), spark.sparkContext._gateway.proc.pid)")
-    kernel_process, java_process = map(int, printed.split())
-    os.kill(kernel_process, signal.SIGKILL)
-    wait_until(lambda: not is_alive(java_process), 30)
+    look = "from helpers.session import log_file\n"
+    look += "print(os.getpid(), spark.sparkContext._gateway.proc.pid, log_file().parent)"
+    kernel_process, java_process, folder = execute(client, look)[1].split()
+    assert Path(folder).is_dir()
+    os.kill(int(kernel_process), signal.SIGKILL)
+    wait_until(lambda: not is_alive(int(java_process)), 30)
+    wait_until(lambda: not Path(folder).exists(), 30)

@@ -57,6 +57,18 @@ def test_a_failing_cell_is_shown_and_fails(make_notebook):
     assert "nbclient" not in run.stderr
 
 
+def test_outputs_of_an_earlier_run_do_not_show(make_notebook):
+    """Otherwise the page of a failed run would have results below the error."""
+    path = make_notebook("fast or 1 / 0", "{'secret': 12345}")
+    assert run_notebook(path, "FAST=True", "--store").returncode == 0
+    stored = nbformat.read(path, as_version=4)
+    stored.cells = [cell for cell in stored.cells if cell.source != "fast = True"]
+    nbformat.write(stored, path)
+    assert run_notebook(path).returncode == 1
+    page = (path.parent / "pages" / "7_small.html").read_text()
+    assert page.count("12345") == 1  # in the source, not in an output
+
+
 def test_a_kernel_that_dies_is_said(make_notebook):
     """Otherwise a cell that takes too much memory would end in the runner's traceback."""
     run = run_notebook(make_notebook("import os\nos.kill(os.getpid(), 9)", "{'events': 1}"))

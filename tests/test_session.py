@@ -9,7 +9,7 @@ import py4j
 import pyspark
 import pytest
 from kafka import KafkaAdminClient
-from processes import run_python
+from processes import run_python, wait_until
 
 from helpers import session
 from helpers.session import SessionError, get_spark
@@ -97,7 +97,9 @@ def test_logs_stay_out_of_the_output_and_nothing_is_left(tmp_path):
     run = run_python("-c", program, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert run.stdout == "5 True\n"
     assert run.stderr == ""
-    assert not [path for path in tmp_path.iterdir() if not path.name.startswith("hsperf")]
+    wait_until(
+        lambda: not [path for path in tmp_path.iterdir() if not path.name.startswith("hsperf")]
+    )
 
 
 def test_spark_home_names_the_spark_that_is_used(tmp_path):

@@ -17,6 +17,7 @@ from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.streaming import DStream, StreamingContext, StreamingListener
 from pyspark.streaming.dstream import TransformedDStream
 
+from helpers.broker import check_address
 from helpers.session import scratch_folder
 from helpers.streaming.offsets import OffsetPlanner, OffsetRange, TopicAndPartition
 from helpers.streaming.reader import RangeReader
@@ -307,7 +308,7 @@ class KafkaUtils:
         StreamError
             If a topic doesn't exist, or Kafka can't be reached, or refuses.
         ValueError
-            If ``bootstrap.servers`` is missing, or ``auto.offset.reset`` is neither.
+            If ``bootstrap.servers`` is missing or has no port, or ``auto.offset.reset`` is neither.
 
         Notes
         -----
@@ -414,6 +415,7 @@ def _modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
             "kafkaParams has no 'bootstrap.servers': add the brokers' addresses, such as "
             "{'bootstrap.servers': '127.0.0.1:9092'}."
         )
+    check_address(settings["bootstrap.servers"])
     reset = settings.get("auto.offset.reset", "latest")
     settings["auto.offset.reset"] = _OLD_RESETS.get(reset, reset)
     if settings["auto.offset.reset"] not in _OLD_RESETS.values():
