@@ -53,7 +53,8 @@ if [ -e "$stamp" ] && java_is_new_enough; then
 fi
 
 java_is_new_enough || {
-    install_packages "Java 17 or 21" openjdk-17-jre-headless java-21-openjdk-headless openjdk@21
+    # Debian's default is 17 or 21, by the release.
+    install_packages "Java 17 or 21" default-jre-headless java-21-openjdk-headless openjdk@21
     java_is_new_enough || fail "Java 17 or 21 is needed: JAVA_HOME or PATH leads to another version."
 }
 

@@ -21,7 +21,7 @@ RESOLVE_SECONDS = 300
 _HARMLESS_MAIN_CLASS = "org.apache.hadoop.util.VersionInfo"
 
 INSTALL_JAVA = (
-    "Debian and Ubuntu: sudo apt-get install openjdk-17-jre-headless; "
+    "Debian and Ubuntu: sudo apt-get install default-jre-headless; "
     "Fedora: sudo dnf install java-21-openjdk-headless; "
     "macOS: brew install openjdk@21"
 )

@@ -350,7 +350,7 @@ def test_no_connection_stays_behind_a_stream(spark, kafka, topic, settings):
         stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
         stream.foreachBatch(lambda df, batch_id: df.count())
         drain(ssc, stream)
-    wait_until(lambda: connections() <= before)
+    assert wait_until(lambda: connections() <= before)
 
 
 def test_a_running_context_gives_way_to_a_new_one(spark, topic, produce, settings):
