@@ -302,15 +302,17 @@ def test_a_deadline_ends_the_batch_that_runs_and_it_is_not_tried_again(
     """Otherwise Spark would go on computing for a stream that nobody waits for."""
     produce(topic, numbers(10))
     calls = []
+    begun = threading.Event()
 
     def process(df, batch_id):
         calls.append(batch_id)
+        begun.set()
         spark.range(10**14).selectExpr("max(hash(id))").collect()
 
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
     stream.foreachBatch(process)
     with pytest.raises(TimeoutError):
-        run_stream(ssc, until=lambda: False, timeout=4)
+        run_stream(ssc, until=lambda: not begun.wait(SECONDS), timeout=1)
     wait_until(lambda: not spark.sparkContext.statusTracker().getActiveJobsIds(), 30)
     assert len(calls) == 1
     assert sum(committed(kafka, settings["group.id"]).values()) == 0
