@@ -24,6 +24,9 @@ from helpers.streaming.reader import RangeReader
 
 _LOGGER = logging.getLogger(__name__)
 
+# How long a stop waits for the running batch's function, once its jobs are cancelled.
+ABANDON_SECONDS = 10
+
 _OLD_NAMES = {"metadata.broker.list": "bootstrap.servers"}
 _OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
 
@@ -90,6 +93,8 @@ class KafkaDirectStream(TransformedDStream):
         self._planning = threading.RLock()
         self._finishing = False  # nothing more is to be planned
         self._stopped = False  # nothing more is to begin, or to be committed
+        self._abandoned = False  # and that is so because somebody asked for it
+        self._batches_running = 0
         self._error: str | None = None
         self._context = ssc
         self._job_group = f"kafka-stream-{id(self)}"
@@ -131,13 +136,11 @@ class KafkaDirectStream(TransformedDStream):
             if not ranges or self._stopped:
                 return
             self._sc.setJobGroup(self._job_group, f"batch {batch_id}")
+            self._batches_running += 1
             try:
-                function(self._reader.read(ranges), batch_id)
-            except Exception:
-                if self._stopped:
-                    raise
-                _LOGGER.warning("batch %s failed and is tried again", batch_id, exc_info=True)
-                self._last_try(function, ranges, batch_id)
+                self._call(function, ranges, batch_id)
+            finally:
+                self._batches_running -= 1
 
         self.prev.foreachRDD(run)
 
@@ -176,22 +179,32 @@ class KafkaDirectStream(TransformedDStream):
 
     def abandon(self) -> None:
         """Begin no further batch, commit nothing more, and end the jobs of the batch that runs."""
-        self._stopped = True
-        self._sc.cancelJobGroup(self._job_group)
+        self._stopped = self._abandoned = True
+        # Again and again, for the batch's function may be about to start its next job.
+        deadline = time.monotonic() + ABANDON_SECONDS
+        while self._batches_running and time.monotonic() < deadline:
+            self._sc.cancelJobGroup(self._job_group)
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Let go of the connections to Kafka; `stop_streaming` calls this."""
         self._planner.close()
 
-    def _last_try(
+    def _call(
         self, function: Callable[[DataFrame, int], None], ranges: list[OffsetRange], batch_id: int
     ) -> None:
-        """Call the function again; when it fails again, let no later batch begin."""
+        """Call the function, if it fails once more; when that fails, let no later batch begin."""
         try:
             function(self._reader.read(ranges), batch_id)
         except Exception:
-            self._stopped = True
-            raise
+            if self._stopped:
+                raise
+            _LOGGER.warning("batch %s failed and is tried again", batch_id, exc_info=True)
+            try:
+                function(self._reader.read(ranges), batch_id)
+            except Exception:
+                self._stopped = True
+                raise
 
     def _plan(self, batch_time: datetime) -> None:
         """Plan the batch of an interval."""
@@ -227,7 +240,7 @@ class KafkaDirectStream(TransformedDStream):
 
     def _batch_ended(self, batch_id: int, failure: str | None) -> None:
         """Commit what can be committed now that a batch has ended."""
-        if self._stopped and failure is None:
+        if self._abandoned or (self._stopped and failure is None):
             return
         if failure is not None:
             self._fail(f"batch {batch_id} failed: {failure}")
@@ -387,8 +400,8 @@ def summary(message: str) -> str:
     'ZeroDivisionError: by zero'
     """
     lines = message.strip().splitlines() or [""]
-    naming = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
-    return (naming or lines)[-1].strip()
+    naming = [line for line in lines if re.match(r"(: )?[\w.$]+(Error|Exception)\b", line)]
+    return (naming or lines)[-1].strip(": ")
 
 
 def _batch_id(batch_time: datetime) -> int:
