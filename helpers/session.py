@@ -22,13 +22,16 @@ import helpers
 from helpers.jars import JarsError, fetch_jars, java_command, spark_home
 
 CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_{scala}:{spark}"
+_CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
+
 # Java is still on its way out when this begins, and may write once more.
 _REMOVE_AT_THE_END = """
 cat
 for attempt in 1 2 3 4 5; do rm -rf "$1" && sleep 1 && test ! -e "$1" && exit; done
 """
 
-_CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
+# A watcher that is forgotten would find its pipe closed, and remove the folder too early.
+_WATCHERS: list[subprocess.Popen] = []
 
 
 class SessionError(RuntimeError):
@@ -115,11 +118,12 @@ def scratch_folder() -> Path:
     """
     folder = tempfile.mkdtemp(prefix="spark-")
     # The watcher reads from a pipe that only this process holds; the pipe's end is this process'.
-    subprocess.Popen(
+    watcher = subprocess.Popen(
         ["/bin/sh", "-c", _REMOVE_AT_THE_END, "watcher", folder],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    _WATCHERS.append(watcher)
     return Path(folder)
 
 
