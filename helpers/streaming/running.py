@@ -61,7 +61,7 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
     Raises
     ------
     TimeoutError
-        If the condition isn't true in time.
+        If the condition isn't true in time, or the last batch isn't done 60 s after that.
     StreamError
         If a batch failed, or the stream was stopped from elsewhere.
 
@@ -90,15 +90,20 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
             reason = reasons[0] if reasons else _cause(error)
             raise StreamError(f"the stream stopped: {reason}") from None
         finally:
-            stop_streaming(ssc, gracefully=bool(done))
+            finished = stop_streaming(ssc, gracefully=bool(done))
     if interrupted.is_set():
         raise KeyboardInterrupt
     for stream in streams:
         if stream.error:
             raise StreamError(f"the stream stopped: {stream.error}")
+    if not finished:
+        raise TimeoutError(
+            f"the last batch was not done {FINISH_SECONDS} s after the stream's end, and was not "
+            "committed: the next stream of the group begins with it."
+        )
 
 
-def stop_streaming(ssc: StreamingContext, gracefully: bool) -> None:
+def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
     """Stop a streaming context and its connections to Kafka, but not Spark.
 
     Parameters
@@ -107,6 +112,11 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> None:
         The context; it may have been stopped already.
     gracefully : bool
         Whether batches that are planned are finished and committed first, for 60 s at most.
+
+    Returns
+    -------
+    bool
+        Whether they were.
     """
     streams = list(streams_of(ssc))
     streams_of(ssc).clear()
@@ -120,6 +130,7 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> None:
     ssc.stop(stopSparkContext=False, stopGraceFully=gracefully)
     for stream in streams:
         stream.close()
+    return gracefully
 
 
 @contextlib.contextmanager
