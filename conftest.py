@@ -5,7 +5,6 @@ It is here and not in tests/ because the examples in docstrings and the notebook
 
 from __future__ import annotations
 
-import ast
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -17,14 +16,13 @@ from pyspark.sql import SparkSession
 
 from helpers.broker import LocalKafka
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
+from helpers.notebook import record_in
 from helpers.session import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
 
 # By how many events a count may differ on another processor, which rounds in another order: only
 # events whose two probabilities are all but equal can change sides.
 TOLERANCE_EVENTS = 20
-
-FillTopic = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +108,7 @@ def pytest_runtest_call(item: pytest.Item) -> object:
     result = yield
     cell = getattr(item, "cell", None)  # nbval's items have one
     if cell is not None and "record" in cell.metadata.get("tags", []):
-        compare_records(_record(cell.outputs), _record(item.test_outputs))
+        compare_records(record_in(cell.outputs), record_in(item.test_outputs))
     return result
 
 
@@ -120,8 +118,3 @@ def compare_records(stored: dict[str, object], now: dict[str, object]) -> None:
     assert now["events"] == stored["events"]
     assert abs(now["signal"] - stored["signal"]) <= TOLERANCE_EVENTS
     assert now["batches"] >= 1
-
-
-def _record(outputs: list[dict]) -> dict[str, object]:
-    (text,) = (o["data"]["text/plain"] for o in outputs if o["output_type"] == "execute_result")
-    return ast.literal_eval(text)

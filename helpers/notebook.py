@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,25 @@ def recorded(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     NotebookError
         If the last cell has no dictionary as its value.
     """
-    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
-    for output in last.outputs:
-        if output.output_type == "execute_result":
-            value = ast.literal_eval(output.data["text/plain"])
+    return record_in([cell for cell in notebook.cells if cell.cell_type == "code"][-1].outputs)
+
+
+def record_in(outputs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the dictionary that is the value of a cell with these outputs.
+
+    Raises
+    ------
+    NotebookError
+        If the cell has no dictionary as its value.
+
+    Examples
+    --------
+    >>> record_in([{"output_type": "execute_result", "data": {"text/plain": "{'events': 5}"}}])
+    {'events': 5}
+    """
+    for output in outputs:
+        if output["output_type"] == "execute_result":
+            value = ast.literal_eval(output["data"]["text/plain"])
             if isinstance(value, dict):
                 return value
     raise NotebookError("the notebook's last cell records nothing: its value must be a dictionary.")

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from py4j.java_gateway import JavaObject
 from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
@@ -127,6 +128,14 @@ def scratch_folder() -> Path:
     return Path(folder)
 
 
+def root_cause(error: Py4JJavaError) -> JavaObject:
+    """Return the Java exception that was first, which the others were wrapped around."""
+    cause = error.java_exception
+    while cause.getCause() is not None:
+        cause = cause.getCause()
+    return cause
+
+
 def fetch() -> None:
     """Fetch the Kafka connector's jars, so that the first session needs no network."""
     _connector_jars(*_spark_and_scala_on_disk())
@@ -188,12 +197,9 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
     try:
         spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
     except Py4JJavaError as error:
-        cause = error.java_exception
-        while cause.getCause() is not None:
-            cause = cause.getCause()
+        reason = root_cause(error).getMessage()
         raise SessionError(
-            f"Spark did not start on {settings['spark.master']}: {cause.getMessage()} More is in "
-            f"{log_file()}."
+            f"Spark did not start on {settings['spark.master']}: {reason} More is in {log_file()}."
         ) from None
     if not _has_connector(spark):  # the gateway was launched without it
         _add_connector(spark)

@@ -102,6 +102,7 @@ class _ModelPredictorWriter(MLWriter):
         self._predictor = predictor
 
     def saveImpl(self, path: str) -> None:  # noqa: N802 (Spark's name)
+        """Save the stage; Spark calls this."""
         model = [(bytearray(self._predictor._checked_model_bytes()),)]
         DefaultParamsWriter.saveMetadata(self._predictor, path, self.sparkSession)
         table = self.sparkSession.createDataFrame(model, "model binary").coalesce(1)
@@ -112,6 +113,7 @@ class _ModelPredictorReader(MLReader):
     """Loads what `_ModelPredictorWriter` saved."""
 
     def load(self, path: str) -> ModelPredictor:
+        """Return the stage that was saved."""
         metadata = DefaultParamsReader.loadMetadata(path, self.sparkSession)
         predictor = ModelPredictor()
         predictor._resetUid(metadata["uid"])

@@ -89,7 +89,7 @@ class KafkaDirectStream(TransformedDStream):
         self._planned: OrderedDict[int, list[OffsetRange]] = OrderedDict()
         self._succeeded: set[int] = set()
         self._done: dict[TopicAndPartition, int] = {}
-        self._lock = threading.RLock()  # of the four above
+        self._lock = threading.RLock()  # of the three above
         self._planning = threading.RLock()
         self._finishing = False  # nothing more is to be planned
         self._stopped = False  # nothing more is to begin, or to be committed
@@ -378,6 +378,7 @@ class _BatchListener(StreamingListener):
         self._batch_ended = batch_ended
 
     def onBatchCompleted(self, batchCompleted: Any) -> None:  # noqa: N802, N803
+        """Report a batch's end; Spark calls this."""
         info = batchCompleted.batchInfo()
         outputs = info.outputOperationInfos()
         failures = [outputs[number].failureReason() for number in outputs]

@@ -11,6 +11,8 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
+from helpers.session import root_cause
+
 # How long Kafka may take to answer a question of the planner.
 ANSWER_SECONDS = 15
 
@@ -268,13 +270,12 @@ class OffsetPlanner:
                 use_added_jars(self._spark)
                 yield
         except Py4JJavaError as error:
-            raise StreamError(self._explain(error.java_exception)) from None
+            raise StreamError(self._explain(error)) from None
 
-    def _explain(self, exception: Any) -> str:
+    def _explain(self, error: Py4JJavaError) -> str:
         """Return what a Java exception means for the user."""
         # KafkaConsumer's constructor wraps the cause in "Failed to construct kafka consumer".
-        while exception.getCause() is not None:
-            exception = exception.getCause()
+        exception = root_cause(error)
         name, message = exception.getClass().getSimpleName(), exception.getMessage()
         if name == "TimeoutException":
             return (
