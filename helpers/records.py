@@ -1,78 +1,447 @@
-"""From the JSON of a record to columns: one event a time in Python, or whole batches in Spark."""
+"""What a good record is, and the way from a record's bytes to an event.
+
+A good record is
+
+- one JSON object in UTF-8, as RFC 8259 defines it: no NaN, no Infinity, nothing after the object;
+- with each of its names once, and no number beyond the range of 64-bit floats;
+- with ``EventId`` as an integer of 64 bits (100000, not 100000.0 or "100000");
+- with each of the 30 features as a number; where the schema has an integer (``PRI_jet_num``), the
+  number is whole and fits (2 or 2.0, not 2.5).
+
+Other fields are ignored. Whatever else arrives is a bad record: it is not scored, and it does not
+stop the stream. `parse_events` gives the reason for each, and `keep_bad_records` keeps it with its
+place in Kafka. `json_to_dataframe_row`, which parses one record, refuses the same ones.
+
+For events of your own, give another schema: its first column is the integer that identifies an
+event, the others are its features.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy
 import orjson
-from pyspark.sql import DataFrame, Row, functions
+import pyarrow
+from pyspark.sql import DataFrame, Observation, Row, functions
+from pyspark.sql.types import ArrayType, DoubleType, LongType, StringType, StructField, StructType
 
-from helpers.higgs import EVENT_ID, SCHEMA
+from helpers.higgs import SCHEMA
+
+# What Spark's Kafka source says of a record, other than its type of timestamp.
+KAFKA_COLUMNS = ("topic", "partition", "offset", "timestamp", "key", "value")
+
+_NUMBERS = frozenset((int, float))  # not bool, which Python holds for an int
+_INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
+_QUOTED = 40  # characters of a bad record that its reason quotes
+_NAMES_TOLD = 20
 
 
-def json_to_dataframe_row(text: str) -> Row:
-    """Return an event's JSON object as a row, its columns in the schema's order.
+class BadRecordError(ValueError):
+    """The record is no event; the message is the reason."""
+
+
+def json_to_dataframe_row(text: str | bytes, schema: StructType = SCHEMA) -> Row:
+    """Return the event of one record as a row, its columns in the schema's order.
 
     Before Spark 3, ``Row(**event)`` sorted the columns by name; here the schema decides.
 
     Parameters
     ----------
-    text : str
-        A JSON object with EventId and the 30 features. What else it has is left out.
+    text : str or bytes
+        The record's value.
+    schema : pyspark.sql.types.StructType
+        The id of an event, and its features.
 
     Returns
     -------
     pyspark.sql.Row
-        EventId and PRI_jet_num as int, the other features as float.
+        Integers where the schema has integers, otherwise floats.
 
     Raises
     ------
-    ValueError
-        If the text is no JSON object, or a column is missing.
+    BadRecordError
+        If it is no good record, as this module's text defines it.
 
     Examples
     --------
     >>> json_to_dataframe_row('{"EventId": 100000}')
     Traceback (most recent call last):
     ...
-    ValueError: the record has no 'DER_mass_MMC': it must be a JSON object with EventId and the 30
-    features.
+    helpers.records.BadRecordError: DER_mass_MMC is missing
     """
-    event = orjson.loads(text)
-    try:
-        return _ROW(*(kind(event[name]) for name, kind in _COLUMNS))
-    except (KeyError, TypeError) as error:
-        missing = error if isinstance(error, KeyError) else f"columns ({error})"
-        raise ValueError(
-            f"the record has no {missing}: it must be a JSON object with {EVENT_ID} and the "
-            f"{len(_COLUMNS) - 1} features."
-        ) from None
+    content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return _parser(schema.json()).row(content)
 
 
-def to_columns(records: DataFrame) -> DataFrame:
-    """Return the events of Kafka records as columns: `json_to_dataframe_row` for whole batches.
+def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
+    """Add the column `event`: what each Kafka record holds, or why it is a bad one.
+
+    The event stays one column until it is scored, so that parsing, scaling and the network run in
+    one pass through Python: fields that are taken out of it before would go back to Java first.
 
     Parameters
     ----------
     records : pyspark.sql.DataFrame
-        Has the column ``value`` with JSON objects, as bytes or text.
+        Has the binary column ``value``, as Spark's Kafka source does.
+    schema : pyspark.sql.types.StructType
+        The id of an event, and its features.
 
     Returns
     -------
     pyspark.sql.DataFrame
-        EventId and the 30 features, in the schema's order. A record that is no JSON object is a row
-        of nulls, and a feature that a record doesn't have is null.
+        With ``event``, a struct of the id, of ``features`` (an array of floats in the schema's
+        order), of ``reason`` (null for a good record; otherwise the id and the features are null),
+        and of ``unused``, names that the record has and the schema doesn't. To be short, each Arrow
+        batch tells a name once, and no more than 20.
 
     Examples
     --------
-    >>> to_columns(spark.createDataFrame([('{"EventId": 100000}',)], ["value"])).first().EventId
+    >>> records = spark.createDataFrame([(b"{}",), (b"[1]",)], "value binary")
+    >>> [row.reason for row in parse_events(records).select("event.reason").collect()]
+    ['EventId is missing', 'it is an array, not a JSON object']
+    """
+    schema_json = schema.json()
+    parse = functions.arrow_udf(
+        lambda values: _parser(schema_json).events(values), event_type(schema)
+    )
+    return records.withColumn("event", parse(functions.col("value").cast("binary")))
+
+
+def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
+    """Return rows of `json_to_dataframe_row` as the column `event` that `parse_events` makes.
+
+    Parameters
+    ----------
+    rows : pyspark.sql.DataFrame
+        Has the schema's columns.
+    schema : pyspark.sql.types.StructType
+        The id of an event, and its features.
+
+    Examples
+    --------
+    >>> from helpers.higgs import generate_events
+    >>> rows = spark.createDataFrame(generate_events(1, seed=0)[list(SCHEMA.names)], SCHEMA)
+    >>> rows_to_events(rows).first().event.EventId
     100000
     """
-    event = functions.from_json(functions.col("value").cast("string"), SCHEMA)
-    return records.select(event.alias("event")).select("event.*")
+    event_id, *features = schema.names
+    numbers = [functions.col(name).cast("double") for name in features]
+    fields = [functions.col(event_id), functions.array(*numbers).alias("features")]
+    fields += [functions.lit(None).alias("reason"), functions.lit(None).alias("unused")]
+    return rows.select(functions.struct(*fields).cast(event_type(schema)).alias("event"))
 
 
-# Spark's types by Python's, so that an integer in the JSON is a float where the schema wants one.
-_COLUMNS = [
-    (field.name, int if field.dataType.typeName() in ("integer", "long") else float)
-    for field in SCHEMA
-]
-_ROW = Row(*(name for name, _ in _COLUMNS))
+def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
+    """Return the events of Kafka records as a table: a column for the id and for each feature.
+
+    Parameters
+    ----------
+    records : pyspark.sql.DataFrame
+        Has the binary column ``value``.
+    schema : pyspark.sql.types.StructType
+        The id of an event, and its features.
+
+    Returns
+    -------
+    pyspark.sql.DataFrame
+        The schema's columns. A bad record is a row of nulls.
+
+    Examples
+    --------
+    >>> to_columns(spark.createDataFrame([(b"{}",)], "value binary")).first().EventId is None
+    True
+    """
+    event_id, *features = schema.fields
+    columns = [functions.col(f"event.{event_id.name}")]
+    for index, field in enumerate(features):
+        value = functions.col("event.features")[index]
+        columns.append(value.cast(field.dataType).alias(field.name))
+    return parse_events(records, schema).select(*columns)
+
+
+def keep_bad_records(scored: DataFrame) -> DataFrame:
+    """Put what a bad record was, where, and why it is bad, into the column `bad`.
+
+    Parameters
+    ----------
+    scored : pyspark.sql.DataFrame
+        Has the columns of Spark's Kafka source, and ``reason``.
+
+    Returns
+    -------
+    pyspark.sql.DataFrame
+        Without those columns, and with ``bad``: null for a good record, otherwise a struct of
+        ``topic``, ``partition``, ``offset``, ``timestamp``, ``key``, ``value`` and ``reason``.
+
+    Examples
+    --------
+    >>> stored = [b"{}", "events", 0, 7, None, None, "EventId is missing"]
+    >>> columns = "value binary, topic string, partition int, offset long, timestamp timestamp, "
+    >>> columns += "key binary, reason string"
+    >>> keep_bad_records(spark.createDataFrame([stored], columns)).first().bad.offset
+    7
+    """
+    fields = functions.struct(*KAFKA_COLUMNS, "reason")
+    bad = functions.when(functions.col("reason").isNotNull(), fields)
+    return scored.withColumn("bad", bad).drop(*KAFKA_COLUMNS, "timestampType", "reason")
+
+
+def observe_records(scored: DataFrame, counts: Observation) -> DataFrame:
+    """Have a batch counted while it is written, so that counting needs no second Spark action.
+
+    Parameters
+    ----------
+    scored : pyspark.sql.DataFrame
+        Has ``prediction_index``, ``bad`` and ``unused``.
+    counts : pyspark.sql.Observation
+        Gets ``events`` (that were scored), ``signal`` (of these, how many are of class 0), ``bad``
+        and ``unused`` (names of fields, in lists).
+
+    Returns
+    -------
+    pyspark.sql.DataFrame
+        Without ``unused``; an action on it fills `counts`.
+
+    Examples
+    --------
+    >>> columns = "prediction_index double, bad string, unused array<string>"
+    >>> scored = spark.createDataFrame([(0.0, None, None), (None, "why", ["Weight"])], columns)
+    >>> counts = Observation()
+    >>> observe_records(scored, counts).count()
+    2
+    >>> counts.get == {"events": 1, "signal": 1, "bad": 1, "unused": [["Weight"]]}
+    True
+    """
+    return scored.observe(
+        counts,
+        functions.count("prediction_index").alias("events"),
+        functions.count_if(functions.col("prediction_index") == 0).alias("signal"),
+        functions.count("bad").alias("bad"),
+        functions.collect_set("unused").alias("unused"),
+    ).drop("unused")
+
+
+def event_type(schema: StructType = SCHEMA) -> StructType:
+    """Return the type of the column `event`.
+
+    Examples
+    --------
+    >>> event_type().names
+    ['EventId', 'features', 'reason', 'unused']
+    """
+    fields = [
+        StructField(schema.names[0], LongType()),
+        StructField("features", ArrayType(DoubleType())),
+        StructField("reason", StringType()),
+        StructField("unused", ArrayType(StringType())),
+    ]
+    return StructType(fields)
+
+
+def list_array(rows: numpy.ndarray, missing: numpy.ndarray) -> pyarrow.ListArray:
+    """Return the rows of a matrix as an Arrow array of lists.
+
+    Parameters
+    ----------
+    rows : numpy.ndarray
+        Shape (rows that are there, width).
+    missing : numpy.ndarray
+        Shape (all rows), bool: which rows are null in the result.
+
+    Examples
+    --------
+    >>> list_array(numpy.array([[1.0, 2.0]]), numpy.array([True, False])).to_pylist()
+    [None, [1.0, 2.0]]
+    """
+    ends = numpy.cumsum(~missing, dtype="int32") * rows.shape[1]
+    offsets = pyarrow.array(numpy.concatenate([[0], ends]).astype("int32"))
+    mask = pyarrow.array(missing) if missing.any() else None
+    return pyarrow.ListArray.from_arrays(offsets, numpy.ascontiguousarray(rows).ravel(), mask=mask)
+
+
+def matrix_of(lists: pyarrow.ListArray, width: int) -> numpy.ndarray:
+    """Return the lists that are not null as the rows of a matrix.
+
+    Parameters
+    ----------
+    lists : pyarrow.ListArray
+        Lists of numbers.
+    width : int
+        How many numbers each must have.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (lists that are not null, width).
+
+    Raises
+    ------
+    ValueError
+        If a list has another length.
+
+    Examples
+    --------
+    >>> matrix_of(pyarrow.array([None, [1.0, 2.0]]), width=2)
+    array([[1., 2.]])
+    """
+    lengths = lists.drop_null().value_lengths().to_numpy()
+    if (lengths != width).any():
+        wrong = lengths[lengths != width][0]
+        raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
+    return lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+class _Event(NamedTuple):
+    """A good record's content: the id and the features in order, and the names without use."""
+
+    numbers: Sequence[float]
+    unused: list[str]
+
+
+class _Parser:
+    """Parses the records of one schema; what is good is decided in `event`."""
+
+    def __init__(self, schema: StructType) -> None:
+        self._names = schema.names
+        bits = [_INTEGER_BITS.get(field.dataType.typeName()) for field in schema]
+        self._bits = dict(zip(schema.names, bits, strict=True))
+        self._whole_features = [(i, b) for i, b in enumerate(bits) if b and i > 0]
+        self._row = Row(*schema.names)
+        self._numbers_of = operator.itemgetter(*schema.names)
+        # The id as an integer, for a float has only 53 bits for it; the features as floats.
+        self._packed = struct.Struct(f"<q{len(schema.names) - 1}d")
+
+    def row(self, value: bytes) -> Row:
+        """Return a record's event as a row; raises `BadRecordError`."""
+        numbers = self.event(value).numbers
+        kinds = [int if bits else float for bits in self._bits.values()]
+        return self._row(*(kind(number) for kind, number in zip(kinds, numbers, strict=True)))
+
+    def event(self, value: bytes | None) -> _Event:
+        """Return a record's event; raises `BadRecordError` with the first reason that is found."""
+        event = _json_object(value)
+        for name in self._names:
+            if name not in event:
+                raise BadRecordError(f"{name} is missing")
+            if type(event[name]) not in _NUMBERS:
+                raise BadRecordError(f"{name} is {_quoted(event[name])}, not a number")
+            if self._bits[name] and not _is_whole(event[name], self._bits[name]):
+                raise BadRecordError(
+                    f"{name} is {event[name]}, not an integer of {self._bits[name]} bits"
+                )
+        event_id = event[self._names[0]]
+        if type(event_id) is not int:
+            raise BadRecordError(f"{self._names[0]} is {event_id}, not an integer")
+        return _Event(self._numbers_of(event), sorted(event.keys() - self._bits.keys()))
+
+    def events(self, values: pyarrow.BinaryArray) -> pyarrow.StructArray:
+        """Return the events of an Arrow batch, as `parse_events` describes them."""
+        size, pack_into = self._packed.size, self._packed.pack_into
+        table = bytearray(size * len(values))
+        reasons: list[str | None] = [None] * len(values)
+        unused: list[list[str] | None] = [None] * len(values)
+        told: set[str] = set()
+        for index, value in enumerate(values.to_pylist()):
+            numbers = self._numbers_at_a_glance(value)
+            if numbers is None:
+                try:
+                    numbers, surplus = self.event(value)
+                except BadRecordError as error:
+                    reasons[index] = str(error)
+                    continue
+                new = [name for name in surplus if name not in told][: _NAMES_TOLD - len(told)]
+                unused[index] = new or None
+                told.update(new)
+            pack_into(table, index * size, *numbers)
+        return self._as_arrow(table, reasons, unused)
+
+    def _numbers_at_a_glance(self, value: bytes | None) -> Sequence[float] | None:
+        """Return a record's numbers where it is surely good, otherwise None: `event` decides then.
+
+        Where all fields are numbers, text is only in the names; and where there are as many colons
+        as fields, no name comes twice.
+        """
+        try:
+            event = orjson.loads(value)
+            numbers = self._numbers_of(event)
+            if len(event) != len(numbers) or value.count(b":") != len(numbers):
+                return None
+        except (ValueError, KeyError, TypeError):
+            return None
+        if not _NUMBERS.issuperset(map(type, numbers)) or type(numbers[0]) is not int:
+            return None
+        if numbers[0] >= 2**63:
+            return None
+        for index, bits in self._whole_features:
+            if not _is_whole(numbers[index], bits):
+                return None
+        return numbers
+
+    def _as_arrow(
+        self, table: bytearray, reasons: list[str | None], unused: list[list[str] | None]
+    ) -> pyarrow.StructArray:
+        """Return a packed table of ids and features, with its reasons, as an array of structs."""
+        bad = numpy.array([reason is not None for reason in reasons], dtype=bool)
+        ids = numpy.frombuffer(table, dtype="<i8").reshape(len(bad), -1)[:, 0]
+        features = numpy.frombuffer(table, dtype="<f8").reshape(len(bad), -1)[:, 1:]
+        arrays = [
+            pyarrow.array(ids, mask=bad),
+            list_array(features[~bad], bad),
+            pyarrow.array(reasons, pyarrow.string()),
+            pyarrow.array(unused, pyarrow.list_(pyarrow.string())),
+        ]
+        return pyarrow.StructArray.from_arrays(arrays, [self._names[0], *event_type().names[1:]])
+
+
+@functools.lru_cache(maxsize=8)
+def _parser(schema_json: str) -> _Parser:
+    """Return the parser of a schema; there is one, for making it takes longer than an event."""
+    return _Parser(StructType.fromJson(json.loads(schema_json)))
+
+
+def _json_object(value: bytes | None) -> Mapping[str, Any]:
+    """Return the JSON object that a record's bytes are; raises `BadRecordError`."""
+    if value is None:
+        raise BadRecordError("it has no value (a tombstone)")
+    try:
+        event = orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise BadRecordError(f"it is not JSON: {error}") from None
+    if not isinstance(event, dict):
+        raise BadRecordError(f"it is {_quoted(event)}, not a JSON object")
+    if value.count(b":") != len(event):
+        _check_names_differ(value)
+    return event
+
+
+def _check_names_differ(value: bytes) -> None:
+    """Raise `BadRecordError` where an object has a name twice, of which orjson takes the last."""
+    try:
+        pairs = json.loads(value.decode(), object_pairs_hook=list, parse_int=str, parse_float=str)
+    except RecursionError:
+        raise BadRecordError("it is nested too deeply") from None
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise BadRecordError(f"{_quoted(name)} comes twice")
+        seen.add(name)
+
+
+def _is_whole(number: float, bits: int) -> bool:
+    """Tell whether a number is whole and fits an integer of so many bits."""
+    limit = 2 ** (bits - 1)
+    return number % 1 == 0 and -limit <= number < limit
+
+
+def _quoted(value: object) -> str:
+    """Return a JSON value as a short text."""
+    if isinstance(value, list | dict):
+        return "an array" if isinstance(value, list) else "an object"
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."

@@ -30,11 +30,49 @@ from pyspark.ml.util import (
     MLWriter,
 )
 from pyspark.sql import Column, DataFrame, functions
-from pyspark.sql.types import ArrayType, DoubleType
+from pyspark.sql.types import ArrayType, DataType, DoubleType, StructField, StructType
 
 from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
+from helpers.records import list_array, matrix_of
 
 _DENSE = 1  # how VectorUDT marks a dense vector
+
+
+class EventNormalizer(
+    Transformer, HasFeaturesCol, DefaultParamsWritable, DefaultParamsReadable
+):
+    """Scale the features of each event to length 1.
+
+    It computes what Spark ML's `Normalizer` with ``p=2`` does with vectors, but in Python, between
+    parsing and the network, so that an event crosses from Java to Python once.
+
+    Parameters
+    ----------
+    features_col : str
+        A column of events as `helpers.records.parse_events` makes it. It is replaced; events of
+        length 0 and bad records stay as they are.
+
+    Examples
+    --------
+    >>> events = "event struct<EventId: long, features: array<double>, reason: string>"
+    >>> df = spark.createDataFrame([((1, [3.0, 4.0], None),)], events)
+    >>> EventNormalizer().transform(df).first().event.features
+    [0.6, 0.8]
+    """
+
+    def __init__(self, features_col: str = "event") -> None:
+        super().__init__()
+        self._set(featuresCol=features_col)
+
+    def _transform(self, dataset: DataFrame) -> DataFrame:
+        name = self.getFeaturesCol()
+        event_type = _column_type(dataset, name)
+        if not _holds_events(event_type):
+            raise ValueError(
+                f"column {name!r} must hold events, not {event_type.simpleString()}: make them "
+                "with helpers.records.parse_events."
+            )
+        return dataset.withColumn(name, functions.arrow_udf(_normalize, event_type)(dataset[name]))
 
 
 class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLReadable):
@@ -47,7 +85,9 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     keras_model : keras.Model
         The model, with one input of shape (features,) and one output of shape (classes,).
     features_col : str
-        A vector column with as many entries as the model has inputs.
+        A column of events as `helpers.records.parse_events` makes it, with as many features as the
+        model has inputs; or a vector column with as many entries. A column of events is replaced by
+        the columns of its fields, without the features; a bad record's output is null.
     output_col : str
         The new column's name: a vector with one entry a class.
 
@@ -83,10 +123,22 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         return _ModelPredictorReader()
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        _check_vector_column(dataset, self.getFeaturesCol())
-        features = _entries(dataset[self.getFeaturesCol()])
-        network = _network_function(dataset.sparkSession.sparkContext, self._checked_model_bytes())
-        return dataset.withColumn(self.getOutputCol(), array_to_vector(network(features)))
+        context, model = dataset.sparkSession.sparkContext, self._checked_model_bytes()
+        name, output = self.getFeaturesCol(), self.getOutputCol()
+        features_type = _column_type(dataset, name)
+        if not _holds_events(features_type):
+            _check_vector_column(dataset, name)
+            network = _network_function(context, model, ArrayType(DoubleType()))
+            return dataset.withColumn(output, array_to_vector(network(_entries(dataset[name]))))
+        scored_type = _with_output(features_type, output)
+        scored = dataset.withColumn(
+            name, _network_function(context, model, scored_type)(dataset[name])
+        )
+        fields = [functions.col(name)[field].alias(field) for field in scored_type.names]
+        others = [other for other in dataset.columns if other != name]
+        flat = scored.select(*others, *fields)
+        vector = functions.when(flat[output].isNotNull(), array_to_vector(flat[output]))
+        return flat.withColumn(output, vector)
 
     def _checked_model_bytes(self) -> bytes:
         if self._model_bytes is None:
@@ -205,8 +257,10 @@ class LabelIndexTransformer(
 
 
 @functools.lru_cache(maxsize=8)
-def _network_function(context: SparkContext, model_bytes: bytes) -> Callable[[Column], Column]:
-    """Return the function from an array column of features to one of predictions.
+def _network_function(
+    context: SparkContext, model_bytes: bytes, returns: DataType
+) -> Callable[[Column], Column]:
+    """Return the function from a column of lists or of events to one with predictions.
 
     It is made once for a model, so that the model goes to the workers once. It is marked
     non-deterministic because Spark's optimizer copies a deterministic function into each expression
@@ -214,11 +268,16 @@ def _network_function(context: SparkContext, model_bytes: bytes) -> Callable[[Co
     """
     model = context.broadcast(model_bytes)
     digest = hashlib.sha256(model_bytes).hexdigest()
+    names = returns.names if isinstance(returns, StructType) else None
 
-    def predict(features: pyarrow.Array) -> pyarrow.Array:
-        return _predict_batch(features, digest, model)
+    def predict(column: pyarrow.Array) -> pyarrow.Array:
+        if names is not None:
+            return _predict_events(column, names, digest, model)
+        if column.null_count:
+            raise ValueError(f"{column.null_count} rows have no features (null): filter them out.")
+        return _predict_lists(column, digest, model)
 
-    return functions.arrow_udf(predict, ArrayType(DoubleType())).asNondeterministic()
+    return functions.arrow_udf(predict, returns).asNondeterministic()
 
 
 class _Loaded(NamedTuple):
@@ -232,10 +291,26 @@ class _Loaded(NamedTuple):
 _LOADED: dict[str, _Loaded] = {}
 
 
-def _predict_batch(
+def _predict_events(
+    events: pyarrow.StructArray, names: list[str], digest: str, model: Broadcast[bytes]
+) -> pyarrow.StructArray:
+    """Put predictions in place of the events' features, on a worker."""
+    predictions = _predict_lists(events.field("features"), digest, model)
+    return _replace_features(events, predictions, names)
+
+
+def _predict_lists(
     features: pyarrow.ListArray, digest: str, model: Broadcast[bytes]
 ) -> pyarrow.ListArray:
-    """Run the network on one Arrow batch, on a worker."""
+    """Run the network on one Arrow batch, on a worker; what is null stays null."""
+    network = _loaded(digest, model)
+    matrix = matrix_of(features, network.width)
+    predictions = network.predict(matrix.astype("float32")).astype("float64")
+    return list_array(predictions, features.is_null().to_numpy(zero_copy_only=False))
+
+
+def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
+    """Return the network, which a worker loads on its first batch."""
     if digest not in _LOADED:
         _use_one_thread()
         network = model_from_bytes(model.value)
@@ -243,17 +318,48 @@ def _predict_batch(
         # Spark's worker collects garbage after each task, and looking through all of TensorFlow's
         # objects takes 0.15 s of processor time; frozen, they aren't looked at.
         gc.freeze()
-    if features.null_count:
-        raise ValueError(f"{features.null_count} rows have no features (null): filter them out.")
-    width = _LOADED[digest].width
-    lengths = features.value_lengths().to_numpy()
-    if (lengths != width).any():
-        wrong = lengths[lengths != width][0]
-        raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
-    matrix = features.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    predictions = _LOADED[digest].predict(matrix.astype("float32")).astype("float64")
-    offsets = numpy.arange(len(features) + 1, dtype="int32") * predictions.shape[1]
-    return pyarrow.ListArray.from_arrays(offsets, predictions.ravel())
+    return _LOADED[digest]
+
+
+def _normalize(events: pyarrow.Array) -> pyarrow.Array:
+    """Scale the features of one Arrow batch of events to length 1, on a worker."""
+    features = events.field("features")
+    missing = features.is_null().to_numpy(zero_copy_only=False)
+    if missing.all():
+        return events
+    matrix = matrix_of(features, width=features.drop_null().value_lengths()[0].as_py())
+    lengths = numpy.sqrt(numpy.einsum("ij,ij->i", matrix, matrix))
+    lengths[lengths == 0] = 1
+    scaled = list_array(matrix / lengths[:, numpy.newaxis], missing)
+    return _replace_features(events, scaled, [field.name for field in events.type])
+
+
+def _replace_features(
+    events: pyarrow.StructArray, features: pyarrow.ListArray, names: list[str]
+) -> pyarrow.StructArray:
+    """Return events with another list in place of their features, and new names of the fields."""
+    place = events.type.get_field_index("features")
+    arrays = [events.field(index) for index in range(len(events.type))]
+    arrays[place] = features
+    return pyarrow.StructArray.from_arrays(arrays, names)
+
+
+def _column_type(dataset: DataFrame, name: str) -> DataType:
+    """Return a column's type; raise `ValueError` if there is no such column."""
+    if name not in dataset.columns:
+        raise ValueError(f"there is no column {name!r}; the columns are {dataset.columns}.")
+    return dataset.schema[name].dataType
+
+
+def _holds_events(column_type: DataType) -> bool:
+    """Tell whether a column of this type is one of `helpers.records.parse_events`."""
+    return isinstance(column_type, StructType) and "features" in column_type.names
+
+
+def _with_output(event_type: StructType, output: str) -> StructType:
+    """Return the type of events whose features have become a prediction."""
+    prediction = StructField(output, ArrayType(DoubleType()))
+    return StructType([prediction if f.name == "features" else f for f in event_type])
 
 
 def _entries(vector: Column) -> Column:
@@ -278,9 +384,7 @@ def _use_one_thread() -> None:
 
 def _check_vector_column(dataset: DataFrame, name: str) -> None:
     """Raise `ValueError` unless the column is there and holds vectors."""
-    if name not in dataset.columns:
-        raise ValueError(f"there is no column {name!r}; the columns are {dataset.columns}.")
-    found = dataset.schema[name].dataType
+    found = _column_type(dataset, name)
     if not isinstance(found, VectorUDT):
         raise ValueError(
             f"column {name!r} must hold vectors, not {found.simpleString()}: make them with "

@@ -1,6 +1,7 @@
 """The network and the label index as Spark ML stages."""
 
 import numpy
+import orjson
 import pytest
 from pyspark.errors import PythonException
 from pyspark.ml import Pipeline, PipelineModel
@@ -12,9 +13,10 @@ from pyspark.sql.types import StructField, StructType
 
 from helpers.higgs import FEATURES, generate_events
 from helpers.model import build_model
-from helpers.transformers import LabelIndexTransformer, ModelPredictor
+from helpers.records import parse_events
+from helpers.transformers import EventNormalizer, LabelIndexTransformer, ModelPredictor
 
-BATCH = 10_000  # Spark's Arrow batches hold so many rows
+BATCH = 4_096  # rows of an Arrow batch, as `get_spark` sets it
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,64 @@ def test_predictions_equal_keras_in_memory(model, events, vectors):
         in_memory(model, events),
         atol=1e-6,
     )
+
+
+@pytest.fixture(scope="module")
+def records(spark, events):
+    """The events as records of a topic, and a bad record among them."""
+    rows = events[["EventId", *FEATURES]].to_dict("records")
+    values = [bytearray(orjson.dumps(row)) for row in rows]
+    values.insert(5, bytearray(b"junk"))
+    return spark.createDataFrame([(value,) for value in values], "value binary").coalesce(1)
+
+
+def test_events_are_scaled_as_spark_ml_does_it(vectors, records):
+    """Otherwise a pipeline of Spark ML's own stages would give other scores."""
+    found = EventNormalizer().transform(parse_events(records)).select("event.*").toPandas()
+    assert found["features"].isna().sum() == found["reason"].notna().sum() == 1
+    found = found.dropna(subset=["features"]).sort_values("EventId")
+    expected = vectors.select("EventId", "features").toPandas().sort_values("EventId")
+    numpy.testing.assert_allclose(
+        numpy.stack(found["features"]),
+        numpy.stack([vector.toArray() for vector in expected["features"]]),
+        atol=1e-12,
+    )
+
+
+def test_an_event_of_zeros_stays_as_it_is(spark):
+    """Otherwise it would become NaN, and so would its score."""
+    events = "event struct<EventId: long, features: array<double>, reason: string>"
+    df = spark.createDataFrame([((1, [0.0, 0.0], None),), ((None, None, "bad"),)], events)
+    assert EventNormalizer().transform(df).collect() == df.collect()
+
+
+def test_events_are_scored_like_vectors(model, vectors, records):
+    """Otherwise the fast way would be another model; a bad record must not get a score."""
+    predictor = ModelPredictor(keras_model=model, features_col="event")
+    scored = predictor.transform(EventNormalizer().transform(parse_events(records)))
+    assert scored.columns == ["value", "EventId", "prediction", "reason", "unused"]
+    expected = ModelPredictor(keras_model=model).transform(vectors)
+    expected = {row.EventId: row.prediction for row in expected.collect()}
+    rows = scored.collect()
+    assert [row.prediction for row in rows if row.reason] == [None]
+    good = {row.EventId: row.prediction for row in rows if not row.reason}
+    assert good.keys() == expected.keys()
+    differences = [good[key].toArray() - expected[key].toArray() for key in good]
+    assert numpy.abs(differences).max() < 1e-6
+
+
+def test_events_of_another_width_are_refused(spark, model):
+    """Otherwise a network would be given another topic's events."""
+    events = "event struct<EventId: long, features: array<double>, reason: string>"
+    df = spark.createDataFrame([((1, [1.0, 2.0], None),)], events)
+    with pytest.raises(PythonException, match="takes 30 features, but a row has 2"):
+        ModelPredictor(keras_model=model, features_col="event").transform(df).collect()
+
+
+def test_a_column_that_holds_no_events_is_refused(vectors):
+    """Otherwise the error would be one of Arrow's, from a worker."""
+    with pytest.raises(ValueError, match=r"'EventId' must hold events, not bigint: make them with"):
+        EventNormalizer(features_col="EventId").transform(vectors)
 
 
 def test_sparse_vectors_are_scored_too(spark, model):
