@@ -294,6 +294,9 @@ class LocalKafka:
             "share.coordinator.state.topic.replication.factor": 1,
             "share.coordinator.state.topic.min.isr": 1,
             "share.coordinator.state.topic.num.partitions": 1,
+            # Who may do what can be restricted, as on a site's brokers; until then all may do all.
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "allow.everyone.if.no.acl.found": "true",
             # A group of one laptop needs no time for other members to arrive.
             "group.initial.rebalance.delay.ms": 0,
         }

@@ -19,10 +19,20 @@ from pyspark.streaming.dstream import TransformedDStream
 
 from helpers.broker import check_address
 from helpers.session import scratch_folder
-from helpers.streaming.offsets import OffsetPlanner, OffsetRange, TopicAndPartition
+from helpers.streaming.offsets import (
+    ANSWER_SECONDS,
+    BrokerAwayError,
+    OffsetPlanner,
+    OffsetRange,
+    TopicAndPartition,
+    remedy,
+)
 from helpers.streaming.reader import RangeReader
 
 _LOGGER = logging.getLogger(__name__)
+
+# How long the broker may be away while a stream runs.
+AWAY_SECONDS = 60
 
 # How long a stop waits for the running batch's function, once its jobs are cancelled.
 ABANDON_SECONDS = 10
@@ -96,6 +106,7 @@ class KafkaDirectStream(TransformedDStream):
         self._abandoned = False  # and that is so because somebody asked for it
         self._batches_running = 0
         self._error: str | None = None
+        self._away_since: float | None = None  # when the broker was last there, if it is away
         self._context = ssc
         self._job_group = f"kafka-stream-{id(self)}"
         super().__init__(
@@ -109,6 +120,11 @@ class KafkaDirectStream(TransformedDStream):
     def error(self) -> str | None:
         """Why the stream has stopped by itself; None while it has not."""
         return self._error
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the broker is away, and the stream waits for it, for 60 s at most."""
+        return self._away_since is not None and not self._stopped
 
     def foreachBatch(  # noqa: N802 (named as in Structured Streaming)
         self, function: Callable[[DataFrame, int], None]
@@ -213,11 +229,24 @@ class KafkaDirectStream(TransformedDStream):
                 return
             try:
                 ranges = self._planner.next_batch(self._max_per_partition)
+                self._away_since = None
+            except BrokerAwayError as error:
+                ranges = []
+                self._wait_for_the_broker(error)
             except Exception as error:
                 self._fail(f"the next batch can't be planned: {error}")
                 raise
             with self._lock:
                 self._planned[_batch_id(batch_time)] = ranges
+
+    def _wait_for_the_broker(self, error: BrokerAwayError) -> None:
+        """Let an interval pass without records, until the broker has been away for too long."""
+        if self._away_since is None:
+            self._away_since = time.monotonic() - ANSWER_SECONDS
+            _LOGGER.warning("%s The stream waits for %s s.", error, AWAY_SECONDS)
+        if time.monotonic() - self._away_since >= AWAY_SECONDS:
+            self._fail(f"the broker has been away for {AWAY_SECONDS} s. {error}")
+            raise error
 
     def _ranges(self, batch_id: int) -> list[OffsetRange]:
         with self._lock:
@@ -243,23 +272,37 @@ class KafkaDirectStream(TransformedDStream):
         if self._abandoned or (self._stopped and failure is None):
             return
         if failure is not None:
-            self._fail(f"batch {batch_id} failed: {failure}")
+            self._fail(f"batch {batch_id} failed: {failure}{remedy(failure)}")
             return
+        with self._lock:
+            self._succeeded.add(batch_id)
         try:
-            with self._lock:
-                self._succeeded.add(batch_id)
-                self._commit_in_order()
+            while (ready := self._next_to_commit()) is not None:
+                self._commit(*ready)
         except Exception as error:
             self._fail(f"batch {batch_id} can't be committed: {error}")
 
-    def _commit_in_order(self) -> None:
-        """Commit the succeeded batches up to the first that has not succeeded yet."""
-        while self._planned and next(iter(self._planned)) in self._succeeded:
-            batch_id, ranges = next(iter(self._planned.items()))
-            ends = {part.topicAndPartition(): part.untilOffset for part in ranges}
-            if ends:
+    def _next_to_commit(self) -> tuple[int, dict[TopicAndPartition, int]] | None:
+        """Return the first planned batch and where it ends, if it has succeeded."""
+        with self._lock:
+            batch_id = next(iter(self._planned), None)
+            if batch_id not in self._succeeded:
+                return None
+            ranges = self._planned[batch_id]
+        return batch_id, {part.topicAndPartition(): part.untilOffset for part in ranges}
+
+    def _commit(self, batch_id: int, ends: dict[TopicAndPartition, int]) -> None:
+        """Commit a batch, and wait for a broker that is away, but not for ever."""
+        deadline = time.monotonic() + AWAY_SECONDS
+        while ends:
+            try:
                 # All partitions, for Kafka forgets the offsets of those that are long idle.
                 self._planner.commit({**self._planner.starts(), **self._done, **ends})
+                break
+            except BrokerAwayError:
+                if self._stopped or time.monotonic() > deadline:
+                    raise
+        with self._lock:
             del self._planned[batch_id]
             self._succeeded.remove(batch_id)
             self._done.update(ends)
@@ -274,7 +317,12 @@ class KafkaDirectStream(TransformedDStream):
         scheduler = self._context._jssc.ssc().scheduler()
         scheduler.reportError(reason, jvm.java.lang.RuntimeException(reason))
         # From a thread that the context doesn't wait for.
-        threading.Thread(target=self._context.stop, args=(False, False), daemon=True).start()
+        threading.Thread(target=self._stop_after_failure, daemon=True).start()
+
+    def _stop_after_failure(self) -> None:
+        """End the batch that runs, for its tasks may wait for a broker, and stop the context."""
+        self.abandon()
+        self._context.stop(False, False)
 
 
 class KafkaUtils:

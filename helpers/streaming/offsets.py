@@ -26,8 +26,19 @@ PLANNER_SETTINGS = {
 }
 
 
+_REMEDIES = {
+    "TopicAuthorizationException": "the ACLs READ and DESCRIBE on the topic are needed",
+    "GroupAuthorizationException": "the ACL READ on the consumer group is needed",
+    "TimeoutException": "check that the broker runs and that the executors reach it",
+}
+
+
 class StreamError(RuntimeError):
     """The stream can't be planned or goes on no further; the message says why and what helps."""
+
+
+class BrokerAwayError(StreamError):
+    """Kafka gave no answer in time; it may do so later."""
 
 
 @dataclass(frozen=True, order=True)
@@ -270,19 +281,40 @@ class OffsetPlanner:
                 use_added_jars(self._spark)
                 yield
         except Py4JJavaError as error:
-            raise StreamError(self._explain(error)) from None
+            raise self._explained(error) from None
 
-    def _explain(self, error: Py4JJavaError) -> str:
+    def _explained(self, error: Py4JJavaError) -> StreamError:
         """Return what a Java exception means for the user."""
         # KafkaConsumer's constructor wraps the cause in "Failed to construct kafka consumer".
         exception = root_cause(error)
         name, message = exception.getClass().getSimpleName(), exception.getMessage()
         if name == "TimeoutException":
-            return (
+            return BrokerAwayError(
                 f"Kafka at {self._servers()} gave no answer within {ANSWER_SECONDS} s: check the "
                 f"address, that the broker runs, and that the security settings are its own."
             )
-        return f"Kafka at {self._servers()} refuses: {message} ({name})"
+        return StreamError(
+            f"Kafka at {self._servers()} refuses: {message} ({name}){remedy(name)}."
+        )
+
+
+def remedy(error: str) -> str:
+    """Return what helps against an error of Kafka's, as the rest of a sentence; '' if unknown.
+
+    Parameters
+    ----------
+    error : str
+        The name of Kafka's exception, or a line with the name in it.
+
+    Examples
+    --------
+    >>> remedy("TopicAuthorizationException")
+    ': the ACLs READ and DESCRIBE on the topic are needed'
+    """
+    for name, words in _REMEDIES.items():
+        if name in error:
+            return f": {words}"
+    return ""
 
 
 def use_added_jars(spark: SparkSession) -> None:

@@ -19,9 +19,16 @@ _NOT_FOR_THE_READER = {"auto.offset.reset", "group.id", *PLANNER_SETTINGS}
 _READER_SETTINGS = {
     "fetch.max.wait.ms": "10",
     "max.poll.records": "10000",
+    # What Spark's driver asks Kafka before a batch: as long as the planner waits, not a minute.
+    "default.api.timeout.ms": "15000",
+    "request.timeout.ms": "15000",
     "max.partition.fetch.bytes": str(16 * 1024**2),
     "fetch.max.bytes": str(64 * 1024**2),
 }
+
+
+# How long a task waits for records of a broker that is away, before it fails and is tried again.
+POLL_SECONDS = 30
 
 
 class RangeReader:
@@ -73,6 +80,7 @@ class RangeReader:
         return (
             self._spark.read.format("kafka")
             .options(**self._options)
+            .option("kafkaConsumer.pollTimeoutMs", POLL_SECONDS * 1000)
             .option("assign", json.dumps(assigned))
             .option("startingOffsets", json.dumps(starts))
             .option("endingOffsets", json.dumps(ends))

@@ -1,0 +1,165 @@
+"""Trouble from outside the stream: brokers that go away, and topics that may not be read."""
+
+import threading
+import time
+import uuid
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
+from processes import wait_until
+from pyspark.sql import functions as F
+
+from helpers.broker import LocalKafka
+from helpers.streaming import (
+    KafkaUtils,
+    StreamError,
+    dstream,
+    new_streaming_context,
+    run_stream,
+)
+
+RECORDS = 20_000  # several Arrow batches
+
+
+@pytest.fixture
+def own_kafka():
+    """A broker that the test may kill, with a topic of one partition."""
+    with LocalKafka() as broker:
+        broker.create_topic("events", partitions=1)
+        with KafkaProducer(bootstrap_servers=broker.bootstrap_servers, linger_ms=50) as producer:
+            for number in range(RECORDS):
+                producer.send("events", str(number).encode().rjust(200))
+        yield broker
+
+
+def settings(kafka, **more):
+    """A stream's settings: from the beginning, in a new consumer group."""
+    return {
+        "bootstrap.servers": kafka.bootstrap_servers,
+        "group.id": f"group-{uuid.uuid4()}",
+        "auto.offset.reset": "earliest",
+        **more,
+    }
+
+
+def committed(kafka, group):
+    """Ask Kafka for the group's offset in the only partition."""
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        (offset,) = admin.list_group_offsets([group])[group].values()
+    return offset.offset
+
+
+class Slow:
+    """Collects a stream's numbers, but stops in the middle of a batch until it is told to go on."""
+
+    def __init__(self, folder):
+        self.begun, self.go_on = folder / "begun", folder / "go-on"
+        self.numbers = []
+
+    def process(self, df, batch_id):
+        """Collect a batch."""
+        begun, go_on = self.begun, self.go_on
+
+        def wait(batches):
+            for batch in batches:
+                begun.touch()
+                deadline = time.monotonic() + 60
+                while not go_on.exists() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                yield batch
+
+        values = df.select(F.trim(df.value.cast("string")).cast("int").alias("number"))
+        rows = values.mapInPandas(wait, "number int").collect()
+        self.numbers.extend(row.number for row in rows)
+
+
+# So small that a batch takes many requests, and the broker is missed in the middle of it.
+IN_SMALL_PIECES = {"max.partition.fetch.bytes": "20000", "max.poll.records": "40"}
+
+
+def test_a_broker_that_comes_back_changes_no_total(spark, own_kafka, tmp_path):
+    """Otherwise a broker's restart would lose events, or score them twice, or end the stream."""
+    options = settings(own_kafka, **IN_SMALL_PIECES)
+    ssc = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(ssc, ["events"], options)
+    slow = Slow(tmp_path)
+    stream.foreachBatch(slow.process)
+
+    def restart():
+        wait_until(slow.begun.exists)
+        own_kafka.kill()
+        slow.go_on.touch()
+        wait_until(lambda: stream.is_waiting)
+        own_kafka.start()
+
+    trouble = threading.Thread(target=restart)
+    trouble.start()
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=180)
+    trouble.join(60)
+    assert slow.numbers == list(range(RECORDS))
+    assert committed(own_kafka, options["group.id"]) == RECORDS
+
+
+def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path, monkeypatch):
+    """Otherwise a stream without a broker would hang for ever, and nobody would know why."""
+    monkeypatch.setattr(dstream, "AWAY_SECONDS", 1)
+    options = settings(own_kafka, **IN_SMALL_PIECES)
+    ssc = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(ssc, ["events"], options)
+    slow = Slow(tmp_path)
+    stream.foreachBatch(slow.process)
+
+    def vanish():
+        wait_until(slow.begun.exists)
+        own_kafka.kill()
+        slow.go_on.touch()
+
+    trouble = threading.Thread(target=vanish)
+    trouble.start()
+    with pytest.raises(StreamError, match=r"has been away for 1 s.*check the address"):
+        run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
+    trouble.join(60)
+    assert slow.numbers == []
+    wait_until(lambda: not spark.sparkContext.statusTracker().getActiveJobsIds())
+    own_kafka.start()
+    assert committed(own_kafka, options["group.id"]) == 0
+
+    again = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(again, ["events"], options)
+    stream.foreachBatch(slow.process)
+    run_stream(again, until=lambda: stream.lag() == 0, timeout=180)
+    assert slow.numbers == list(range(RECORDS))
+
+
+def forbid(kafka, operation, topic):
+    """Take a permission for a topic from everybody."""
+    rule = ACL(
+        principal="User:*", host="*", operation=operation,
+        permission_type=ACLPermissionType.DENY,
+        resource_pattern=ResourcePattern(ResourceType.TOPIC, topic),
+    )
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.create_acls([rule])
+
+
+def test_a_topic_that_may_not_be_seen_is_an_error_at_once(spark, kafka, topic, produce):
+    """Otherwise the user would look for the fault in the stream."""
+    produce(topic, [b"1"])
+    forbid(kafka, ACLOperation.DESCRIBE, topic)
+    ssc = new_streaming_context(spark, 0.5)
+    with pytest.raises(StreamError, match=r"refuses: .*the ACLs READ and DESCRIBE on"):
+        KafkaUtils.createDirectStream(ssc, [topic], settings(kafka))
+
+
+def test_a_topic_that_may_not_be_read_stops_the_stream(spark, kafka, topic, produce):
+    """Otherwise it would wait for records that never come, or commit what it never read."""
+    produce(topic, [b"1"])
+    ssc = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings(kafka))
+    forbid(kafka, ACLOperation.READ, topic)
+    counts = []
+    stream.foreachBatch(lambda df, batch_id: counts.append(df.collect()))
+    with pytest.raises(StreamError, match="the ACLs READ and DESCRIBE on the topic are needed"):
+        run_stream(ssc, until=lambda: stream.lag() == 0, timeout=120)
+    assert counts == []
