@@ -83,7 +83,7 @@ def names_in_docstrings(
         return
     module = request.node.name.split(".")[1]
     doctest_namespace["Vectors"] = Vectors
-    if module in ("streaming", "transformers", "records"):
+    if module in ("streaming", "transformers", "records", "monitor"):
         doctest_namespace["spark"] = request.getfixturevalue("spark")
     if module != "streaming":
         yield

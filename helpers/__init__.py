@@ -2,8 +2,9 @@
 
 From the bottom up: `higgs` (the events), `model` (the network), `jars` (what Java needs),
 `broker` (Apache Kafka on this machine), `session` (Spark), `streaming` (Kafka as a DStream),
-`records` (JSON to columns), `transformers` (the network as a Spark ML stage) and `notebook`
-(a notebook run from the command line). A file imports only from those named before it.
+`records` (JSON to columns), `transformers` (the network as a Spark ML stage), `monitor` (a stream's
+batches as a live table) and `notebook` (a notebook run from the command line). A file imports only
+from those named before it.
 """
 
 import os as _os

@@ -227,6 +227,27 @@ def test_without_a_failure_handler_the_stream_stops_by_itself(ssc, topic, produc
     wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED")
 
 
+def test_a_batch_can_ask_for_the_lag_that_it_leaves(ssc, topic, produce, settings):
+    """Otherwise a batch's function would see itself in the lag, and never a stream that is done."""
+    left = []
+    keys = [b"%d" % number for number in range(10)]  # spread over both partitions
+    produce(topic, numbers(10), keys)
+
+    def process(df, batch_id):
+        df.count()
+        if not left:
+            produce(topic, numbers(10, start=10), keys)
+            wait_until(lambda: stream.lag() == 20)  # the next interval knows of them
+        left.append((stream.lag_after(batch_id), stream.lag()))
+
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(process)
+    drain(ssc, stream)
+    assert left[0] == (10, 20)
+    after_the_last, uncommitted = left[-1]
+    assert after_the_last == 0 < uncommitted
+
+
 def test_from_offsets(ssc, topic, produce, settings):
     """Otherwise a stream could not be told where to begin."""
     metadata = produce(topic, numbers(10))[0]

@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -168,10 +168,27 @@ class KafkaDirectStream(TransformedDStream):
         >>> stream.lag()
         100
         """
-        ends, starts = self._planner.ends(), self._planner.starts()
+        return self._left_after([])
+
+    def lag_after(self, batch_id: int) -> int:
+        """Return what `lag` will be when a batch and those before it are done.
+
+        The batch's own function can ask this, when the batch is not committed yet.
+
+        Parameters
+        ----------
+        batch_id : int
+            The batch's time in milliseconds since 1970.
+
+        Examples
+        --------
+        >>> from helpers.streaming import run_stream
+        >>> stream.foreachBatch(lambda df, batch_id: print(stream.lag_after(batch_id), "are left"))
+        >>> run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
+        0 are left
+        """
         with self._lock:
-            done = {**starts, **self._done}
-        return sum(end - done[partition] for partition, end in ends.items())
+            return self._left_after([planned for planned in self._planned if planned <= batch_id])
 
     def finish(self, seconds: float) -> bool:
         """Plan no more, and wait until the batches that are planned are committed.
@@ -282,6 +299,17 @@ class KafkaDirectStream(TransformedDStream):
         except Exception as error:
             self._fail(f"batch {batch_id} can't be committed: {error}")
 
+    def _left_after(self, batch_ids: Iterable[int]) -> int:
+        """Return how many offsets are left when some planned batches are done, in their order."""
+        with self._lock:
+            done = dict(self._done)
+            for batch_id in batch_ids:
+                done.update(_ends(self._planned[batch_id]))
+            # Asked last and in this order, each knows at least what the one before it does.
+            ends = self._planner.ends()
+            done = {**self._planner.starts(), **done}
+        return sum(end - done[partition] for partition, end in ends.items())
+
     def _next_to_commit(self) -> tuple[int, dict[TopicAndPartition, int]] | None:
         """Return the first planned batch and where it ends, if it has succeeded."""
         with self._lock:
@@ -289,7 +317,7 @@ class KafkaDirectStream(TransformedDStream):
             if batch_id not in self._succeeded:
                 return None
             ranges = self._planned[batch_id]
-        return batch_id, {part.topicAndPartition(): part.untilOffset for part in ranges}
+        return batch_id, _ends(ranges)
 
     def _commit(self, batch_id: int, ends: dict[TopicAndPartition, int]) -> None:
         """Commit a batch, and wait for a broker that is away, but not for ever."""
@@ -451,6 +479,11 @@ def summary(message: str) -> str:
     lines = message.strip().splitlines() or [""]
     naming = [line for line in lines if re.match(r"(: )?[\w.$]+(Error|Exception)\b", line)]
     return (naming or lines)[-1].strip(": ")
+
+
+def _ends(ranges: Iterable[OffsetRange]) -> dict[TopicAndPartition, int]:
+    """Return where ranges end, by their partitions."""
+    return {part.topicAndPartition(): part.untilOffset for part in ranges}
 
 
 def _batch_id(batch_time: datetime) -> int:

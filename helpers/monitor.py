@@ -1,0 +1,447 @@
+"""What a stream does, batch by batch: a table while it runs, and a plot when it is done.
+
+    monitor = Monitor()
+    monitor.begin(lag=stream.lag_after)
+
+    def process_instances(df, batch_id):
+        with monitor.batch(batch_id) as counts:
+            scored = score(df).observe(counts, F.count(F.lit(1)).alias("events"))
+            scored.write.parquet(f"scores/batch={batch_id}")
+
+In a notebook the table is below the cell that called `begin`, and changes there with each batch;
+elsewhere each batch is a printed line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import math
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython import get_ipython
+from IPython.display import display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import Observation
+
+# How long Spark may take to hand over a batch's counts once the batch's function is done with it.
+# They are there by then, or they never come.
+COUNTS_SECONDS = 10
+
+# How many batches the table in a notebook shows: the last ones.
+ROWS_SHOWN = 20
+
+_HEADINGS = ("time (UTC)", "events", "signal", "bad", "seconds", "events/s", "lag")
+_WIDTHS = (10, 9, 9, 7, 7, 9, 11)
+_UNKNOWN = "-"
+
+_GREEN, _BROWN = "#3c7d4f", "#a0522d"
+_POINTS = {"marker": "o", "markersize": 4, "clip_on": False}
+
+
+class MonitorError(RuntimeError):
+    """A batch has no counts; the message says what to change in its function."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The figures of one batch.
+
+    Attributes
+    ----------
+    batch_id : int
+        The batch's time, in milliseconds since 1970.
+    events, signal, bad : int
+        How many events it had, how many of these are signal, and how many records are no events.
+    seconds : float
+        How long it took.
+    lag : int or None
+        How many records of the topic were left after it; None where nobody knows.
+
+    Examples
+    --------
+    >>> Batch(1_700_000_000_000, events=500, signal=270, bad=0, seconds=0.5).events_per_second
+    1000.0
+    """
+
+    batch_id: int
+    events: int
+    signal: int
+    bad: int
+    seconds: float
+    lag: int | None = None
+
+    @property
+    def events_per_second(self) -> float:
+        """How many events it did in a second; not a number if it took no time."""
+        return self.events / self.seconds if self.seconds else math.nan
+
+
+class Monitor:
+    """Counts a stream's batches, and shows them while it runs.
+
+    One thread may add batches (Spark calls a batch's function in a thread of its own) while another
+    asks for the table or the plot.
+
+    Examples
+    --------
+    >>> monitor = Monitor()
+    >>> monitor.add(Batch(1_700_000_000_000, 40_000, 22_221, bad=0, seconds=2.0, lag=60_000))
+    time (UTC)  events  signal  bad  seconds  events/s     lag
+    22:13:20    40,000  22,221    0      2.0    20,000  60,000
+    >>> monitor.totals()
+    {'events': 40000, 'signal': 22221, 'bad': 0, 'batches': 1}
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # of all below
+        self._batches: dict[int, Batch] = {}
+        self._lag: Callable[[int], int | None] | None = None
+        self._display: _Table | _Lines | None = None
+        self._unused: set[str] = set()  # in the batches that are shown
+        self._told: set[str] = set()  # of these and of earlier ones, what a warning has named
+
+    def begin(self, lag: Callable[[int], int | None] | None = None) -> None:
+        """Forget earlier batches, and open a new table.
+
+        Parameters
+        ----------
+        lag : callable, optional
+            Takes a batch's id, and returns how many records are left when it is done, or None.
+            `KafkaDirectStream.lag_after` is one.
+
+        Examples
+        --------
+        >>> monitor = Monitor()
+        >>> monitor.begin(lag=lambda batch_id: 0)
+        """
+        with self._lock:
+            self._batches, self._unused, self._lag = {}, set(), lag
+            self._display = _open_display()
+
+    @contextlib.contextmanager
+    def batch(self, batch_id: int) -> Iterator[Observation]:
+        """Take a batch's time and counts, and add it when the ``with`` block ends.
+
+        A block that raises adds nothing. A batch that is done again replaces what it added before.
+
+        Parameters
+        ----------
+        batch_id : int
+            The batch's time, in milliseconds since 1970.
+
+        Yields
+        ------
+        pyspark.sql.Observation
+            What `observe` of a DataFrame takes. The block must run an action on the DataFrame that
+            `observe` returns. It counts ``events``; if you like also ``signal`` and ``bad``, and
+            collects ``unused``: names of fields, or arrays of names, that the records have but
+            nobody uses.
+
+        Raises
+        ------
+        MonitorError
+            If nothing was counted.
+
+        Warns
+        -----
+        UserWarning
+            Names what is ``unused``, each name once. A notebook says so below the table instead.
+
+        Examples
+        --------
+        >>> from pyspark.sql import functions as F
+        >>> monitor = Monitor()
+        >>> with monitor.batch(1_700_000_000_000) as counts:
+        ...     events = spark.range(500).observe(counts, F.count(F.lit(1)).alias("events"))
+        ...     events.write.format("noop").mode("overwrite").save()
+        time (UTC)  events  signal  bad  seconds  events/s  lag
+        22:13:20       500       0    0  ...                  -
+        """
+        counts = Observation()
+        started = time.monotonic()
+        yield counts
+        seconds = time.monotonic() - started
+        found = _observed(counts, batch_id)
+        signal, bad = found.get("signal") or 0, found.get("bad") or 0
+        lag = None if self._lag is None else self._lag(batch_id)
+        new_names = self._note_unused(found.get("unused") or ())
+        self.add(Batch(batch_id, found["events"], signal, bad, seconds, lag))
+        # In a kernel, a warning from Spark's thread may end up below another cell, or nowhere.
+        if new_names and not _in_notebook():
+            # The caller's line is the third: between it and this one is contextlib's.
+            warnings.warn(_about_unused(new_names), UserWarning, stacklevel=3)
+
+    def add(self, batch: Batch) -> None:
+        """Add a batch, in the place of one with the same id, and show it.
+
+        Examples
+        --------
+        >>> Monitor().add(Batch(1_700_000_000_000, events=0, signal=0, bad=3, seconds=0.5))
+        time (UTC)  events  signal  bad  seconds  events/s  lag
+        22:13:20         0       0    3      0.5         0    -
+        """
+        with self._lock:
+            self._batches[batch.batch_id] = batch
+            if self._display is None:
+                self._display = _open_display()
+            self._display.show(batch, self.batches, self._unused)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The batches in the order of their times."""
+        with self._lock:
+            return [self._batches[batch_id] for batch_id in sorted(self._batches)]
+
+    def table(self) -> pd.DataFrame:
+        """Return a row a batch: time (UTC), the counts, seconds, events_per_second, and lag.
+
+        Examples
+        --------
+        >>> monitor = Monitor()
+        >>> list(monitor.table())
+        ['time', 'events', 'signal', 'bad', 'seconds', 'events_per_second', 'lag']
+        """
+        batches = self.batches
+        times = pd.to_datetime([batch.batch_id for batch in batches], unit="ms", utc=True)
+        kinds = {
+            "events": "int64", "signal": "int64", "bad": "int64", "seconds": "float64",
+            "events_per_second": "float64", "lag": "Int64",  # the one that knows missing numbers
+        }
+        columns = {
+            name: pd.array([getattr(batch, name) for batch in batches], dtype=kind)
+            for name, kind in kinds.items()
+        }
+        return pd.DataFrame({"time": times, **columns})
+
+    def totals(self) -> dict[str, int]:
+        """Return the sums of events, signal and bad, and the number of batches.
+
+        Examples
+        --------
+        >>> Monitor().totals()
+        {'events': 0, 'signal': 0, 'bad': 0, 'batches': 0}
+        """
+        batches = self.batches
+        sums = {
+            name: sum(getattr(batch, name) for batch in batches)
+            for name in ("events", "signal", "bad")
+        }
+        return {**sums, "batches": len(batches)}
+
+    def plot(self) -> Figure:
+        """Return a figure of the batches: events and seconds, the share of signal, and the lag.
+
+        As the value of a notebook's cell it is shown; elsewhere, write it to a file with `savefig`.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Three panels over the seconds since the first batch.
+
+        Raises
+        ------
+        ValueError
+            If there is no batch yet.
+
+        Examples
+        --------
+        >>> Monitor().plot()
+        Traceback (most recent call last):
+        ...
+        ValueError: there is no batch to plot yet: run the stream first.
+        """
+        table = self.table()
+        if table.empty:
+            raise ValueError("there is no batch to plot yet: run the stream first.")
+        since_first = (table["time"] - table["time"].iloc[0]).dt.total_seconds()
+        figure, (events, share, lag) = plt.subplots(
+            3, 1, figsize=(9, 7), sharex=True, layout="constrained", height_ratios=(3, 2, 2)
+        )
+        # Otherwise a notebook shows it twice: as the cell's value, and as a figure that is open.
+        plt.close(figure)
+        _plot_events(events, since_first, table)
+        _plot_share(share, since_first, table)
+        _plot_lag(lag, since_first, table)
+        lag.set_xlabel("seconds since the first batch")
+        figure.align_ylabels()
+        return figure
+
+    def _note_unused(self, found: Iterable[str | Iterable[str | None]]) -> list[str]:
+        """Keep names of unused fields for the table, and return those that are new."""
+        arrays = ([value] if isinstance(value, str) else value for value in found)
+        names = {name for array in arrays for name in array if name is not None}
+        with self._lock:
+            new = names - self._told
+            self._unused |= names
+            self._told |= names
+        return sorted(new)
+
+
+class _Table:
+    """The table in a notebook, below the cell that makes it, wherever it is changed from."""
+
+    def __init__(self) -> None:
+        self._handle = display(_both_kinds([], set()), raw=True, display_id=True)
+
+    def show(self, batch: Batch, batches: list[Batch], unused: set[str]) -> None:
+        """Show the last batches instead of those before."""
+        self._handle.update(_both_kinds(batches, unused), raw=True)
+
+
+class _Lines:
+    """Lines for a terminal or a log."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def show(self, batch: Batch, batches: list[Batch], unused: set[str]) -> None:
+        """Print a batch, the first below a heading."""
+        if not self._begun:
+            print(_line(_HEADINGS), flush=True)
+            self._begun = True
+        print(_line(_cells(batch)), flush=True)
+
+
+def _open_display() -> _Table | _Lines:
+    return _Table() if _in_notebook() else _Lines()
+
+
+def _in_notebook() -> bool:
+    """Tell whether this is a Jupyter kernel; IPython in a terminal has none."""
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+def _observed(counts: Observation, batch_id: int) -> dict[str, Any]:
+    """Return what Spark counted, or raise; `counts.get` alone would wait for ever."""
+    if counts._jo is None:
+        raise MonitorError(
+            f"batch {batch_id} was not counted: pass what `monitor.batch` gives to `observe`."
+        )
+    deadline = time.monotonic() + COUNTS_SECONDS
+    while not counts._jo.future().isCompleted():
+        if time.monotonic() > deadline:
+            raise MonitorError(
+                f"batch {batch_id} was not counted: run an action, such as a write, on the "
+                "DataFrame that `observe` returns, within the `with` block, and not on its `rdd`."
+            )
+        time.sleep(0.05)
+    try:
+        found = counts.get
+    except Py4JJavaError as error:  # Spark's optimiser has left the observed part out
+        raise MonitorError(
+            f"batch {batch_id} was not counted, for its action needed no rows: call `observe` "
+            "last, right before the action."
+        ) from error
+    if "events" not in found:
+        raise MonitorError(
+            f"batch {batch_id} has no count of events, only of {', '.join(found)}: "
+            'observe F.count(F.lit(1)).alias("events") too.'
+        )
+    return found
+
+
+def _about_unused(names: Iterable[str]) -> str:
+    return f"fields that are not used: {', '.join(sorted(names))} (they are ignored)"
+
+
+def _cells(batch: Batch) -> tuple[str, ...]:
+    """Return a batch as texts, in the order of the headings."""
+    moment = datetime.fromtimestamp(batch.batch_id / 1000, UTC)
+    lag = _UNKNOWN if batch.lag is None else f"{batch.lag:,}"
+    return (f"{moment:%H:%M:%S}", *_figures(batch), lag)
+
+
+def _figures(batch: Batch) -> tuple[str, ...]:
+    rate = batch.events_per_second
+    counts = (f"{count:,}" for count in (batch.events, batch.signal, batch.bad))
+    return (*counts, f"{batch.seconds:,.1f}", _UNKNOWN if math.isnan(rate) else f"{rate:,.0f}")
+
+
+def _total_cells(batches: Sequence[Batch]) -> tuple[str, ...]:
+    """Return the sums over batches as texts, in the order of the headings."""
+    names = ("events", "signal", "bad", "seconds")
+    sums = {name: sum(getattr(batch, name) for batch in batches) for name in names}
+    return ("total", *_figures(Batch(0, **sums)), "")
+
+
+def _line(cells: Sequence[str]) -> str:
+    """Return cells as a line: the time on the left, numbers on the right of their columns."""
+    numbers = (cell.rjust(width) for cell, width in zip(cells[1:], _WIDTHS[1:], strict=True))
+    return "  ".join([cells[0].ljust(_WIDTHS[0]), *numbers]).rstrip()
+
+
+def _both_kinds(batches: Sequence[Batch], unused: set[str]) -> dict[str, str]:
+    """Return the table for notebooks, as HTML and as text."""
+    rows = [_cells(batch) for batch in batches[-ROWS_SHOWN:]]
+    total = _total_cells(batches)
+    notes = []
+    if len(batches) > ROWS_SHOWN:
+        notes.append(f"the last {ROWS_SHOWN} of {len(batches):,} batches; the total is of all")
+    if unused:
+        notes.append(_about_unused(unused))
+    text = "\n".join([*map(_line, (_HEADINGS, *rows, total)), *notes])
+    return {"text/html": _html(rows, total, notes), "text/plain": text}
+
+
+def _html(rows: Iterable[Sequence[str]], total: Sequence[str], notes: Iterable[str]) -> str:
+    """Return the table as HTML that takes its colours from the page, light or dark."""
+    body = "".join(_html_row("td", row) for row in rows)
+    notes = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+    return (
+        '<table style="border-collapse: collapse; font-variant-numeric: tabular-nums">'
+        f"<thead>{_html_row('th', _HEADINGS, 'border-bottom: 1px solid; ')}</thead>"
+        f"<tbody>{body}</tbody>"
+        f"<tfoot>{_html_row('th', total, 'border-top: 1px solid; ')}</tfoot></table>{notes}"
+    )
+
+
+def _html_row(tag: str, cells: Iterable[str], style: str = "") -> str:
+    style += "text-align: right; padding: 0.2em 0.8em"
+    row = "".join(f'<{tag} style="{style}">{cell}</{tag}>' for cell in cells)
+    return f"<tr>{row}</tr>"
+
+
+def _plot_events(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
+    """Draw events as bars, and on an axis of its own how long each batch took."""
+    gap = since_first.diff().min() if len(table) > 1 else 1.0
+    axes.bar(since_first, table["events"], width=0.8 * gap, color=_GREEN, alpha=0.6)
+    axes.set_xlim(-gap, since_first.iloc[-1] + gap)
+    axes.set_ylabel("events a batch", color=_GREEN)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    seconds = axes.twinx()
+    seconds.plot(since_first, table["seconds"], color=_BROWN, **_POINTS)
+    seconds.set_ylabel("processing time, seconds", color=_BROWN)
+    seconds.set_ylim(bottom=0)
+
+
+def _plot_share(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
+    """Draw how many percent of the events are signal, of all up to each batch."""
+    sums = table[["events", "signal"]].cumsum()
+    axes.plot(since_first, 100 * sums["signal"] / sums["events"], color=_GREEN, **_POINTS)
+    axes.set_ylabel("signal so far, %")
+    axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _plot_lag(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
+    """Draw how many records were left after each batch of which that is known."""
+    known = table["lag"].notna()
+    lag = table.loc[known, "lag"].astype("int64")
+    axes.plot(since_first[known], lag, color=_GREEN, **_POINTS)
+    axes.set_ylabel("lag, records")
+    axes.set_ylim(0, max(1.05 * lag.max(), 1) if len(lag) else 1)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    if lag.empty:
+        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", va="center")
