@@ -11,6 +11,14 @@ import os as _os
 import sys as _sys
 from pathlib import Path as _Path
 
+# Here, because it must be set before anything imports Keras, on the workers too. TensorFlow is the
+# engine (the kit installs no other). Its oneDNN kernels are no faster for this network and round
+# differently from one processor to the next; without them it also keeps its notes about the
+# processor out of a notebook's cells.
+_os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+_os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+_os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
 # On SWAN or a cluster's edge node SPARK_HOME names the site's Spark. findspark puts it first, which
 # has to happen before anything imports pyspark; each module of this package may.
 if "pyspark" not in _sys.modules and (

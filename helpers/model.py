@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-# Before Keras is imported: TensorFlow is the engine (the kit installs no other). Its oneDNN kernels
-# are no faster for this network and round differently from one processor to the next; without
-# them it also keeps its notes about the processor out of a notebook's cells.
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy

@@ -429,9 +429,13 @@ def _plot_events(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> Non
 def _plot_share(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
     """Draw how many percent of the events are signal, of all up to each batch."""
     sums = table[["events", "signal"]].cumsum()
-    axes.plot(since_first, 100 * sums["signal"] / sums["events"], color=_GREEN, **_POINTS)
+    share = 100 * sums["signal"] / sums["events"]
+    axes.plot(since_first, share, color=_GREEN, **_POINTS)
     axes.set_ylabel("signal so far, %")
     axes.ticklabel_format(axis="y", useOffset=False)
+    # At least five percent high, so that chance does not look like a trend.
+    if share.notna().any():
+        axes.set_ylim(share.min() - 2.5, share.max() + 2.5)
 
 
 def _plot_lag(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
