@@ -119,7 +119,7 @@ class LocalKafka:
                 prefix="kafka-", ignore_cleanup_errors=True
             )
         self._folder = Path(folder or self._temporary.name).absolute()
-        self._port = port if port is not None else _free_port()
+        self._port = port if port is not None else free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._has_run = False
         self.bootstrap_servers = f"{LOOPBACK}:{self._port}"
@@ -232,20 +232,16 @@ class LocalKafka:
 
     def _check_port(self) -> None:
         """Say at once that the port is taken, rather than in the broker's log after seconds."""
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((LOOPBACK, self._port))
-            except OSError:
-                raise BrokerError(
-                    f"port {self._port} is in use: stop what listens there, or choose another port."
-                ) from None
+        if not port_is_free(self._port):
+            raise BrokerError(
+                f"port {self._port} is in use: stop what listens there, or choose another port."
+            )
 
     def _launch(self) -> None:
         """Write the settings, format the folder if it is new, and start the process."""
         self._folder.mkdir(parents=True, exist_ok=True)
         settings = self._folder / "server.properties"
-        settings.write_text(self._settings(controller_port=_free_port()))
+        settings.write_text(self._settings(controller_port=free_port()))
         (self._folder / "log4j2.properties").write_text(_LOGGING)
         data = self._folder / "data"
         if not (data / "meta.properties").exists():
@@ -362,7 +358,7 @@ def check_address(bootstrap_servers: str) -> None:
     """
     for address in bootstrap_servers.split(","):
         host, _, port = address.strip().rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal():
             raise ValueError(f"{address!r} is no address of a Kafka broker: write host:port.")
 
 
@@ -413,6 +409,41 @@ def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
     return {part.partition: ends[part] - firsts[part] for part in partitions}
 
 
+def free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on.
+
+    Raises
+    ------
+    OSError
+        If no port can be opened there.
+
+    Examples
+    --------
+    >>> 1 <= free_port() <= 65535
+    True
+    """
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def port_is_free(port: int) -> bool:
+    """Tell whether a broker can open a port of the loopback interface.
+
+    Examples
+    --------
+    >>> port_is_free(free_port())
+    True
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except (OSError, OverflowError):  # there is no port above 65535
+            return False
+    return True
+
+
 def fetch() -> None:
     """Fetch the broker's jars, so that the first start needs no network."""
     fetch_jars(*KAFKA_JARS)
@@ -441,13 +472,6 @@ def _poll(condition: Callable[[], bool], seconds: float, otherwise: str) -> None
                 return
         time.sleep(0.05)
     raise BrokerError(f"{otherwise} after {seconds} s.")
-
-
-def _free_port() -> int:
-    """Return a port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
 
 
 def _tail(log: str, lines: int = 15) -> str:

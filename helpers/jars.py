@@ -14,21 +14,28 @@ import sys
 import tempfile
 from pathlib import Path
 
+CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_{scala}:{spark}"
 RESOLVE_SECONDS = 300
 
 # A class of every Spark's Hadoop client that prints its version and ends: `spark-submit` resolves
 # the packages before it runs the class, and the resolving is all that is wanted here.
 _HARMLESS_MAIN_CLASS = "org.apache.hadoop.util.VersionInfo"
 
-INSTALL_JAVA = (
-    "Debian and Ubuntu: sudo apt-get install default-jre-headless; "
-    "Fedora: sudo dnf install java-21-openjdk-headless; "
-    "macOS: brew install openjdk@21"
-)
+# The command of each system's package manager. Homebrew keeps its Java away from PATH.
+INSTALL_JAVA = {
+    "apt-get": "sudo apt-get install default-jre-headless",
+    "dnf": "sudo dnf install java-21-openjdk-headless",
+    "brew": 'brew install openjdk@21 && export JAVA_HOME="$(brew --prefix openjdk@21)"',
+}
+_SYSTEMS = {"apt-get": "Debian and Ubuntu", "dnf": "Fedora", "brew": "macOS"}
 
 
 class JarsError(RuntimeError):
     """Java or a jar that is needed isn't there, with what to do about it."""
+
+
+class NoSuchJarError(JarsError):
+    """Maven Central doesn't have this version of a jar, so trying again is of no use."""
 
 
 def java_command() -> str:
@@ -52,7 +59,8 @@ def java_command() -> str:
         return str(candidate)
     found = shutil.which("java")
     if found is None:
-        raise JarsError(f"Java 17 or 21 is needed and there is no `java` on PATH. {INSTALL_JAVA}")
+        how = "; ".join(f"{_SYSTEMS[name]}: {command}" for name, command in INSTALL_JAVA.items())
+        raise JarsError(f"Java 17 or 21 is needed and there is no `java` on PATH. {how}")
     return found
 
 
@@ -76,6 +84,26 @@ def spark_home() -> Path:
     return Path(pyspark.__file__).parent
 
 
+def spark_and_scala() -> tuple[str, str]:
+    """Return the version of the Spark that will be started, and of its Scala, such as '2.13'.
+
+    Raises
+    ------
+    JarsError
+        If the folder of `spark_home` has no Spark.
+
+    Examples
+    --------
+    >>> spark, scala = spark_and_scala()
+    >>> scala
+    '2.13'
+    """
+    for jar in (spark_home() / "jars").glob("spark-core_*.jar"):
+        scala, spark = re.fullmatch(r"spark-core_(\d+\.\d+)-(.+)\.jar", jar.name).groups()
+        return spark, scala
+    raise JarsError(f"{spark_home()} has no jars/spark-core_*.jar: set SPARK_HOME to a Spark.")
+
+
 def fetch_jars(*coordinates: str) -> list[Path]:
     """Return the jars of Maven coordinates and of everything they need, fetched on the first call.
 
@@ -94,8 +122,10 @@ def fetch_jars(*coordinates: str) -> list[Path]:
 
     Raises
     ------
+    NoSuchJarError
+        If Maven Central doesn't have one of them.
     JarsError
-        If Maven Central doesn't have one of them, or can't be reached, or Java is missing.
+        If Maven Central can't be reached, or Java is missing.
 
     Examples
     --------
@@ -142,7 +172,7 @@ def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
                 f"{RESOLVE_SECONDS} s: check the connection and try again."
             ) from None
         if run.returncode != 0:
-            raise JarsError(_explain(coordinates, run.stdout + run.stderr))
+            raise _explain(coordinates, run.stdout + run.stderr)
         try:
             os.rename(Path(ivy) / "jars", folder)
         except OSError:  # another process was faster, and its jars are the same
@@ -150,16 +180,17 @@ def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
                 raise
 
 
-def _explain(coordinates: tuple[str, ...], log: str) -> str:
-    """Return one sentence for a failed resolution, from Ivy's pages of output."""
+def _explain(coordinates: tuple[str, ...], log: str) -> JarsError:
+    """Return an error with one sentence for a failed resolution, from Ivy's pages of output."""
     if re.search(r"Host \S*maven\S* not found|UnknownHost|Connection (refused|timed out)", log):
-        return (
+        return JarsError(
             f"Maven Central can't be reached, and {', '.join(coordinates)} must be fetched from it "
             "once: connect to the network and try again."
         )
     unresolved = re.findall(r"unresolved dependency: (\S+?)#(\S+?);(\S+?): not found", log)
     if unresolved:
         missing = ", ".join(":".join(parts) for parts in dict.fromkeys(unresolved))
-        return f"Maven Central has no {missing}: use a version that it has."
+        return NoSuchJarError(f"Maven Central has no {missing}: use a version that it has.")
     last_lines = "\n".join(log.strip().splitlines()[-8:])
-    return f"fetching {', '.join(coordinates)} failed; the resolver's last lines:\n{last_lines}"
+    failed = f"fetching {', '.join(coordinates)} failed; the resolver's last lines:\n{last_lines}"
+    return JarsError(failed)

@@ -1,7 +1,11 @@
-"""The Spark session: the one that is there already, or a new one with all that the kit needs."""
+"""The Spark session: the one that is there already, or a new one with all that the kit needs.
+
+Whether all is there that a run needs: ``python -m helpers.session``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import re
@@ -11,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from py4j.java_gateway import JavaObject
 from py4j.protocol import Py4JJavaError
@@ -20,9 +25,20 @@ from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 import helpers
-from helpers.jars import JarsError, fetch_jars, java_command, spark_home
+from helpers.jars import (
+    CONNECTOR,
+    JarsError,
+    fetch_jars,
+    java_command,
+    spark_and_scala,
+    spark_home,
+)
 
-CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_{scala}:{spark}"
+if TYPE_CHECKING:
+    import pandas
+
+    from helpers.checks import Check
+
 _CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
 
 # Java is still on its way out when this begins, and may write once more.
@@ -79,7 +95,7 @@ def get_spark(
     SessionError
         If Spark doesn't start, or there is no Kafka connector for its version.
     helpers.jars.JarsError
-        If Java is missing, or the connector can't be fetched.
+        If Java or Spark's own jars are missing, or the connector can't be fetched.
 
     Examples
     --------
@@ -95,6 +111,36 @@ def get_spark(
         spark = _start(_settings(app_name, master, executors, cores, memory, config or {}))
     _ship_helpers(spark)
     return spark
+
+
+def preflight(bootstrap_servers: str = "", memory: str = "2g") -> pandas.DataFrame:
+    """Check all that a run needs, and say for what is missing which command mends it.
+
+    Nothing is changed, except that the jars of Kafka and of the connector are fetched if they
+    aren't on disk.
+
+    Parameters
+    ----------
+    bootstrap_servers : str
+        The broker that the run will use, as ``host:port``; empty if it starts one of its own.
+    memory : str
+        Java's memory in the run, as in ``"2g"``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each thing, with ``what`` it is, whether it is ``ok``, what was ``found``, and the
+        ``remedy``, which is empty where all is well. In a notebook, ``preflight().style`` shows
+        long commands whole.
+
+    Examples
+    --------
+    >>> preflight().columns.tolist()
+    ['what', 'ok', 'found', 'remedy']
+    """
+    import pandas
+
+    return pandas.DataFrame(_checks(bootstrap_servers, memory))
 
 
 def log_file() -> Path:
@@ -138,7 +184,35 @@ def root_cause(error: Py4JJavaError) -> JavaObject:
 
 def fetch() -> None:
     """Fetch the Kafka connector's jars, so that the first session needs no network."""
-    _connector_jars(*_spark_and_scala_on_disk())
+    _connector_jars(*spark_and_scala())
+
+
+def _checks(bootstrap_servers: str, memory: str) -> list[Check]:
+    """Return the checks of all that a run needs."""
+    # Here and not above, because a session needs neither Kafka's client nor pandas.
+    from helpers import checks
+
+    return [
+        checks.check_java(),
+        checks.check_spark(),
+        checks.check_connector(),
+        checks.check_worker_python(),
+        checks.check_broker(bootstrap_servers),
+        checks.check_memory(memory),
+        checks.check_disk(),
+        checks.check_ports(),
+    ]
+
+
+def _as_table(checks: list[Check]) -> str:
+    """Return checks as lines of aligned text, with a remedy under each thing that is missing."""
+    width = max(len(check.what) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{'ok' if check.ok else 'MISSING':<7}  {check.what:<{width}}  {check.found}")
+        if not check.ok:
+            lines.append(f"{'':<7}  {'':<{width}}  mend it with: {check.remedy}")
+    return "\n".join(lines)
 
 
 def _settings(
@@ -155,7 +229,7 @@ def _settings(
         "spark.app.name": app_name,
         "spark.master": master,
         "spark.serializer": "org.apache.spark.serializer.KryoSerializer",
-        "spark.jars": ",".join(map(str, _connector_jars(*_spark_and_scala_on_disk()))),
+        "spark.jars": ",".join(map(str, _connector_jars(*spark_and_scala()))),
         "spark.ui.showConsoleProgress": "false",
         # Columns go to pandas as Arrow batches, not row by row.
         "spark.sql.execution.arrow.pyspark.enabled": "true",
@@ -206,14 +280,6 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
     if not _has_connector(spark):  # the gateway was launched without it
         _add_connector(spark)
     return spark
-
-
-def _spark_and_scala_on_disk() -> tuple[str, str]:
-    """Return the version of the Spark that will be started, and of its Scala, such as '2.13'."""
-    for jar in (spark_home() / "jars").glob("spark-core_*.jar"):
-        scala, spark = re.fullmatch(r"spark-core_(\d+\.\d+)-(.+)\.jar", jar.name).groups()
-        return spark, scala
-    raise SessionError(f"{spark_home()} has no jars/spark-core_*.jar: set SPARK_HOME to a Spark.")
 
 
 def _connector_jars(spark: str, scala: str) -> list[Path]:
@@ -268,3 +334,21 @@ def _ship_helpers(spark: SparkSession) -> None:
         for source in package.rglob("*.py"):
             archive.write(source, source.relative_to(package.parent))
     context.addPyFile(str(file))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what a run needs and whether it is there, and return 1 if something is missing."""
+    description = "Check all that a run needs; what is missing is told with what mends it."
+    parser = argparse.ArgumentParser(prog="python -m helpers.session", description=description)
+    parser.add_argument(
+        "--bootstrap-servers", default="", metavar="host:port", help="the broker of the run"
+    )
+    parser.add_argument("--memory", default="2g", help="Java's memory; default: %(default)s")
+    options = parser.parse_args(arguments)
+    checks = _checks(options.bootstrap_servers, options.memory)
+    print(_as_table(checks))
+    return 0 if all(check.ok for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
