@@ -98,6 +98,35 @@ def set_parameters(notebook: nbformat.NotebookNode, given: Mapping[str, str]) ->
     notebook.cells.insert(_parameters_index(notebook) + 1, cell)
 
 
+def definitions(name: str, tag: str) -> dict[str, Any]:
+    """Return what the cells of a notebook with a tag define: for programs that use its functions.
+
+    Parameters
+    ----------
+    name : str
+        The notebook, as for `find_notebook`.
+    tag : str
+        Only the cells with this tag are run, in this process, one after the other.
+
+    Returns
+    -------
+    dict of str to object
+        The names that they define. It is the namespace of the functions, too: what a function looks
+        up, such as a folder to write to, can be put in it.
+
+    Examples
+    --------
+    >>> definitions("1_walkthrough", "pipeline")["post_process"].__doc__
+    'Add the index of the class.'
+    """
+    notebook = nbformat.read(find_notebook(name), as_version=4)
+    namespace: dict[str, Any] = {}
+    for cell in notebook.cells:
+        if tag in cell.metadata.get("tags", []):
+            exec(compile(cell.source, f"{name}, a cell tagged {tag}", "exec"), namespace)
+    return namespace
+
+
 def recorded(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     """Return what the last cell recorded: the dictionary that is its value.
 
