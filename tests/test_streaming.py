@@ -10,13 +10,10 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import NewPartitions
 from processes import wait_until
-from pyspark.ml.feature import Normalizer, VectorAssembler
-from pyspark.sql import Observation
-from pyspark.sql import functions as F
 from pyspark.streaming import StreamingContext
 
-from helpers.model import build_model
-from helpers.records import to_columns
+from helpers.monitor import Monitor
+from helpers.notebook import definitions
 from helpers.streaming import (
     KafkaUtils,
     OffsetPlanner,
@@ -27,7 +24,6 @@ from helpers.streaming import (
     new_streaming_context,
     run_stream,
 )
-from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
 SECONDS = 60
 
@@ -462,30 +458,16 @@ def test_each_event_crosses_the_network_exactly_once(
 ):
     """Otherwise counting, filtering and writing would each pay for the network again."""
     produce(topic, event_values, [str(n).encode() for n in range(len(event_values))])
-    predictor = ModelPredictor(keras_model=build_model())
-    results = []
-
-    def process_instances(df, batch_id):
-        events = to_columns(df)
-        columns = [name for name in events.columns if name != "EventId"]
-        events = VectorAssembler(inputCols=columns, outputCol="raw").transform(events)
-        events = Normalizer(inputCol="raw", outputCol="features").transform(events)
-        scored = LabelIndexTransformer().transform(predictor.predict(events))
-        counts = Observation()
-        signal = F.count_if(F.col("prediction_index") == 0).alias("signal")
-        scored = scored.observe(counts, F.count(F.lit(1)).alias("events"), signal)
-        scored.select("EventId", "prediction", "prediction_index").write.parquet(
-            str(tmp_path / str(batch_id))
-        )
-        results.append(counts.get)
-
+    monitor = Monitor()
+    walkthrough = definitions("1_walkthrough", "pipeline")
+    walkthrough |= {"monitor": monitor, "scores": str(tmp_path)}
     store = spark._jsparkSession.sharedState().statusStore()
     before = max((e.executionId() for e in _scala_list(store.executionsList())), default=-1)
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
-    stream.foreachBatch(process_instances)
+    monitor.begin(lag=stream.lag_after)
+    stream.foreachBatch(walkthrough["process_instances"])
     drain(ssc, stream)
-    assert sum(result["events"] for result in results) == len(event_values)
+    assert monitor.totals()["events"] == len(event_values)
     assert rows_through_python(spark, before) == len(event_values)
-    written = spark.read.parquet(*map(str, tmp_path.iterdir()))
-    ids = sorted(row.EventId for row in written.select("EventId").collect())
+    ids = sorted(row.EventId for row in spark.read.parquet(str(tmp_path)).collect())
     assert ids == sorted(json.loads(value)["EventId"] for value in event_values)
