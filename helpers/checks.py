@@ -411,8 +411,8 @@ def _judge(answer: dict[str, Any], where: str = "") -> Check:
         found = f"{version}, but this is {own}: {python}{where}"
         return _missing(what, found, _use_this_python())
     if not answer["missing"]:
-        which = "the one of this process" if python == sys.executable else python
-        return _there(what, f"{version}, {which}{where}")
+        is_this = python == sys.executable and not where
+        return _there(what, f"{version}, {'this one' if is_this else python}{where}")
     found = f"{python}{where} can't import {', '.join(answer['missing'])}"
     if answer["is_systems_own"] and python != sys.executable:
         return _missing(what, found, _use_this_python())
