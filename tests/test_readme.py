@@ -1,10 +1,24 @@
-"""The README: every command in it is one that works."""
+"""The README: every command in it works, and its example and symptoms are real."""
 
+import contextlib
+import json
+import os
 import re
 import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 
+import keras
+import numpy
+import pandas
 import pytest
-from processes import ROOT, dry_run_make, run_python
+from processes import ROOT, dry_run_make, run_python, wait_until
+from py4j.protocol import Py4JJavaError
+from pyspark.errors.error_classes import ERROR_CLASSES_MAP
 
 from helpers.higgs import generate_events
 
@@ -14,14 +28,47 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
+PYTHON = ".venv/bin/python "
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def commands(start):
+    """Return the README's commands that begin with this."""
+    return [command for command in COMMANDS if command.startswith(start)]
+
+
+@contextlib.contextmanager
+def running(command, **environment):
+    """Run a command as a terminal does; at the end, end it and all that it started."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**without_make(), **environment},
+    ) as process:
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate(timeout=30)
+
+
+def without_make():
+    """Return the environment without what a `make` around the tests has put into it."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+
+
+def test_every_command_is_one_that_is_tested_here():
+    """Otherwise a new command would be promised and never tried."""
+    tried = ("make", f"{PYTHON}-m helpers.broker", f"{PYTHON}-m helpers.session")
+    tried += (f"{PYTHON}examples/kafka_producer.py", f"{PYTHON}score_pumps.py")
+    assert [command for command in COMMANDS if not command.startswith(tried)] == []
+
+
+@pytest.mark.parametrize("command", commands("make"))
 def test_make_knows_the_target_and_the_notebook_its_parameters(command):
     """Otherwise a newcomer's first command would fail."""
-    commands = dry_run_make(*shlex.split(command)[1:])
-    if "helpers.notebook" in commands:
-        arguments = shlex.split(commands.split("helpers.notebook", 1)[1])
+    recipe = dry_run_make(*shlex.split(command)[1:])
+    if "helpers.notebook" in recipe:
+        arguments = shlex.split(recipe.split("helpers.notebook", 1)[1])
         check = (
             "import sys, nbformat; from helpers.notebook import *;"
             "set_parameters(nbformat.read(find_notebook(sys.argv[1]), as_version=4),"
@@ -31,7 +78,50 @@ def test_make_knows_the_target_and_the_notebook_its_parameters(command):
         assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "kafka_producer" in c])
+def test_make_run_ends_with_the_totals():
+    """Otherwise the first command that is shown would not do what is said of it."""
+    (command,) = commands("make run EVENTS=20000")
+    run = subprocess.run(
+        shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=300,
+        stdin=subprocess.DEVNULL, env=without_make(),
+    )
+    assert run.returncode == 0, run.stderr
+    totals = r"walkthrough: events=20000 signal=\d+ batches=\d+"
+    assert re.fullmatch(totals, run.stdout.splitlines()[-1])
+
+
+def test_make_lab_opens_the_notebooks():
+    """Otherwise nobody could read and run the walkthrough cell by cell."""
+    (command,) = commands("make lab")
+    with running(shlex.split(command), BROWSER="true") as process:
+        lines = iter(process.stdout.readline, "")
+        address = next(found for line in lines if (found := re.search(r"http://127\S+", line)))[0]
+        server, token = address.split("/lab?")
+        names = wait_until(lambda: names_at(f"{server}/api/contents?{token}"))
+    assert "1_walkthrough.ipynb" in names
+
+
+def names_at(address):
+    """Return the files that a Jupyter server lists; none while it doesn't listen yet."""
+    try:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            return [entry["name"] for entry in json.load(answer)["content"]]
+    except urllib.error.URLError:
+        return []
+
+
+@pytest.mark.parametrize("command", commands(f"{PYTHON}-m helpers.broker"))
+def test_the_brokers_command_starts_one(command):
+    """Otherwise there would be nothing in the first terminal for the second one."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    arguments = shlex.split(command.replace("9092", str(port)))[1:]
+    with running([sys.executable, *arguments]) as process:
+        assert f"127.0.0.1:{port}" in process.stdout.readline()
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+
+
+@pytest.mark.parametrize("command", commands(f"{PYTHON}examples/kafka_producer.py"))
 def test_the_producers_commands_reach_the_broker(kafka, tmp_path, command):
     """Otherwise the second terminal would not work as written."""
     generate_events(10, seed=0).to_csv(tmp_path / "events.csv.gz", index=False)
@@ -43,6 +133,95 @@ def test_the_producers_commands_reach_the_broker(kafka, tmp_path, command):
             arguments[index] = str(tmp_path / "events.csv.gz")
     run = run_python(*arguments, "--topic", "readme")
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("command", commands(f"{PYTHON}-m helpers.session"))
+def test_the_check_before_a_run_finds_all_there(command):
+    """Otherwise the first thing to type when something fails would fail itself."""
+    run = run_python(*shlex.split(command)[1:])
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
+    """Otherwise readers could not bring their own topic, schema and model."""
+    readings = pandas.DataFrame({
+        "reading": range(500),
+        "temperature": numpy.linspace(20, 90, 500),
+        "pressure": numpy.linspace(1, 4, 500),
+        "valves_open": numpy.arange(500) % 5,
+    })  # fmt: skip
+    values = [json.dumps(reading).encode() for reading in readings.to_dict("records")]
+    produce("pumps", [*values, b'{"reading": 500}'])
+    features = readings.drop(columns="reading").to_numpy("float32")
+    scaling = keras.layers.Normalization()
+    scaling.adapt(features)
+    layers = [keras.Input((3,)), scaling, keras.layers.Dense(2, "softmax")]
+    model = keras.Sequential(layers)
+    model.save(tmp_path / "pumps.keras")
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (command,) = commands(f"{PYTHON}score_pumps.py")
+    path = tmp_path / command.removeprefix(PYTHON)
+    path.write_text(program.replace("127.0.0.1:9092", kafka.bootstrap_servers))
+
+    run = run_python(str(path), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
+    scored = pandas.read_parquet(tmp_path / "pumps-scored").sort_values("reading")
+    bad = scored[scored["bad"].notna()]["bad"]
+    assert [record["reason"] for record in bad] == ["temperature is missing"]
+    scored = scored[scored["bad"].isna()]
+    assert scored["reading"].tolist() == readings["reading"].tolist()
+    streamed = numpy.stack([vector["values"] for vector in scored["prediction"]])
+    numpy.testing.assert_allclose(streamed, model.predict(features, verbose=0), atol=1e-5)
+    signal = int((streamed[:, 0] >= 0.5).sum())
+    assert f"'events': 500, 'signal': {signal}, 'bad': 1" in run.stdout
+
+
+def symptoms():
+    """Return the messages in the README's table of what to do when something fails."""
+    table = README.split("| what you see |")[1].split("\n\n")[0]
+    return [text for row in table.splitlines() for text in re.findall("`([^`]+)`", cell_one(row))]
+
+
+def cell_one(row):
+    """Return the first cell of a table's row."""
+    return row.split("|")[1] if row.startswith("|") else ""
+
+
+NOT_OURS = {
+    "No module named 'pyspark.streaming.kafka'", "Failed to find data source: kafka",
+    "PYTHON_VERSION_MISMATCH", "ModuleNotFoundError", "java.lang.OutOfMemoryError",
+    "Python worker exited unexpectedly", "EventId is missing",
+}  # fmt: skip
+
+
+def test_the_symptoms_are_worded_as_the_kit_words_them():
+    """Otherwise searching the README for a message would find nothing."""
+    sources = [*(ROOT / "helpers").rglob("*.py"), ROOT / "setup.sh"]
+    # Messages have values in them, and long ones go on in the next line.
+    text = re.sub(r'"\n\s+f?"', "", "\n".join(path.read_text() for path in sources))
+    text = re.sub(r"\{[^}\n]*\}", "*", text)
+    for symptom in set(symptoms()) - NOT_OURS:
+        parts = [re.escape(part) for part in re.split(r"'?\.\.\.'?|\b\d{4}\b|\b60\b", symptom)]
+        assert re.search(r"[^\n]*".join(parts), text), symptom
+
+
+def test_pyspark_and_spark_still_word_theirs_so():
+    """Otherwise the same, for the messages that readers search for most."""
+    run = run_python("-c", "import pyspark.streaming.kafka")
+    assert "No module named 'pyspark.streaming.kafka'" in run.stderr
+    read = "SparkSession.builder.master('local[1]').getOrCreate().read.format('kafka').load()"
+    run = run_python(
+        "-c", f"from pyspark.sql import SparkSession; {read}",
+        env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1"},
+    )
+    assert "Failed to find data source: kafka" in run.stderr
+    assert "PYTHON_VERSION_MISMATCH" in ERROR_CLASSES_MAP
+
+
+def test_spark_still_words_a_killed_worker_so(spark):
+    """Otherwise the same, for what the kernel's own remedy for too little memory looks like."""
+    with pytest.raises(Py4JJavaError, match="Python worker exited unexpectedly"):
+        spark.sparkContext.parallelize([1], 1).foreach(lambda _: os.kill(os.getpid(), 9))
 
 
 def test_every_file_of_the_helpers_is_explained():
