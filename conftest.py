@@ -6,6 +6,7 @@ It is here and not in tests/ because the examples in docstrings and the notebook
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 
 import orjson
@@ -23,6 +24,11 @@ from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
 # By how many events a count may differ on another processor, which rounds in another order: only
 # events whose two probabilities are all but equal can change sides.
 TOLERANCE_EVENTS = 20
+
+# A job that a shell runs in the background ignores Ctrl-C, and so does all that it starts; tests
+# send it to programs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

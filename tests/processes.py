@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,12 +24,35 @@ def run_python(*arguments: str, seconds: float = 120, **options) -> subprocess.C
 
 def dry_run_make(*arguments: str) -> str:
     """Return the commands that `make` would run, as if typed in a shell of its own."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     run = subprocess.run(
         ["make", "--dry-run", "--no-print-directory", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=30, env=environment, check=True,
+        cwd=ROOT, capture_output=True, text=True, timeout=30, env=without_make(), check=True,
     )
     return run.stdout
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options) -> Iterator[subprocess.Popen]:
+    """Run a command beside the test; at the end, end it and all that it started, within 60 s."""
+    options = {"cwd": ROOT, "stderr": subprocess.STDOUT, **options}
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        start_new_session=True, **options,
+    )
+    try:
+        yield process
+    finally:
+        for ending in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, ending)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=30)
+                break
+
+
+def without_make() -> dict[str, str]:
+    """Return the environment without what a `make` around the tests has put into it."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> object:

@@ -3,14 +3,13 @@
 import itertools
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import ConfigResource
-from processes import ROOT, is_alive, run_python, wait_until
+from processes import is_alive, run_python, running, wait_until
 
 from helpers.broker import BrokerError, LocalKafka
 
@@ -132,7 +131,7 @@ def test_the_command_runs_until_it_is_told_to_stop(ending):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "helpers.broker", "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with running(command) as process:
         assert f"ready at 127.0.0.1:{port}" in process.stdout.readline()
         process.send_signal(ending)
         assert process.wait(60) == 0

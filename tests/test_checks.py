@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pyspark
 import pytest
-from processes import ROOT, run_python
+from processes import ROOT, run_python, running
 
 from helpers import checks, jars
 from helpers.broker import LOOPBACK, check_address, free_port
@@ -489,12 +488,9 @@ def test_a_missing_broker_is_started(impatient, taken):
         command = shlex.split(broker.remedy)
         assert command[:-1] == [sys.executable, "-m", "helpers.broker", "--port"]
         assert (command[-1] == str(port)) is not taken
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                assert process.stdout.readline().startswith("ready at")
-                assert checks.check_broker(f"{LOOPBACK}:{command[-1]}").ok
-            finally:
-                process.send_signal(signal.SIGTERM)
+        with running(command) as process:
+            assert process.stdout.readline().startswith("ready at")
+            assert checks.check_broker(f"{LOOPBACK}:{command[-1]}").ok
 
 
 def test_a_broker_elsewhere_is_to_be_looked_after(impatient):

@@ -3,13 +3,12 @@
 import gzip
 import os
 import signal
-import subprocess
 import sys
 
 import orjson
 import pytest
 from kafka import KafkaConsumer
-from processes import ROOT, run_python, wait_until
+from processes import ROOT, run_python, running, wait_until
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 
@@ -101,7 +100,7 @@ def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):
     """Otherwise a demonstration would run out of events, or repeat them."""
     command = [sys.executable, PRODUCER, kafka.bootstrap_servers, "--topic", topic]
     command += ["--events", "10", "--loop", "--pause", "0.1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with running(command) as process:
         records = wait_until(lambda: len(found := read(kafka, topic, 40)) == 40 and found)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130

@@ -1,11 +1,9 @@
 """The README: every command in it works, and its example and symptoms are real."""
 
-import contextlib
 import json
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import keras
 import numpy
 import pandas
 import pytest
-from processes import ROOT, dry_run_make, run_python, wait_until
+from processes import ROOT, dry_run_make, run_python, running, wait_until, without_make
 from py4j.protocol import Py4JJavaError
 from pyspark.errors.error_classes import ERROR_CLASSES_MAP
 
@@ -34,26 +32,6 @@ PYTHON = ".venv/bin/python "
 def commands(start):
     """Return the README's commands that begin with this."""
     return [command for command in COMMANDS if command.startswith(start)]
-
-
-@contextlib.contextmanager
-def running(command, **environment):
-    """Run a command as a terminal does; at the end, end it and all that it started."""
-    with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**without_make(), **environment},
-    ) as process:
-        try:
-            yield process
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.communicate(timeout=30)
-
-
-def without_make():
-    """Return the environment without what a `make` around the tests has put into it."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
 
 
 def test_every_command_is_one_that_is_tested_here():
@@ -93,7 +71,7 @@ def test_make_run_ends_with_the_totals():
 def test_make_lab_opens_the_notebooks():
     """Otherwise nobody could read and run the walkthrough cell by cell."""
     (command,) = commands("make lab")
-    with running(shlex.split(command), BROWSER="true") as process:
+    with running(shlex.split(command), env={**without_make(), "BROWSER": "true"}) as process:
         lines = iter(process.stdout.readline, "")
         address = next(found for line in lines if (found := re.search(r"http://127\S+", line)))[0]
         server, token = address.split("/lab?")
