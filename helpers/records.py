@@ -5,8 +5,9 @@ A good record is
 - one JSON object in UTF-8, as RFC 8259 defines it: no NaN, no Infinity, nothing after the object;
 - with each of its names once, and no number beyond the range of 64-bit floats;
 - with ``EventId`` as an integer of 64 bits (100000, not 100000.0 or "100000");
-- with each of the 30 features as a number; where the schema has an integer (``PRI_jet_num``), the
-  number is whole and fits (2 or 2.0, not 2.5).
+- with each of the 30 features as a number that a network can take, within the range of 32-bit
+  floats; where the schema has an integer (``PRI_jet_num``), it is whole and fits (2 or 2.0, not
+  2.5).
 
 Other fields are ignored. Whatever else arrives is a bad record: it is not scored, and it does not
 stop the stream. `parse_events` gives the reason for each, and `keep_bad_records` keeps it with its
@@ -37,6 +38,7 @@ from helpers.higgs import SCHEMA
 KAFKA_COLUMNS = ("topic", "partition", "offset", "timestamp", "key", "value")
 
 _NUMBERS = frozenset((int, float))  # not bool, which Python holds for an int
+_LARGEST = float(numpy.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _QUOTED = 40  # characters of a bad record that its reason quotes
 _NAMES_TOLD = 20
@@ -76,7 +78,9 @@ def json_to_dataframe_row(text: str | bytes, schema: StructType = SCHEMA) -> Row
     helpers.records.BadRecordError: DER_mass_MMC is missing
     """
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    return _parser(schema.json()).row(content)
+    # Writing a schema as JSON takes longer than reading an event.
+    parser = _higgs_parser() if schema is SCHEMA else _parser(schema.json())
+    return parser.row(content)
 
 
 def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
@@ -158,7 +162,8 @@ def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     True
     """
     event_id, *features = schema.fields
-    columns = [functions.col(f"event.{event_id.name}")]
+    name = event_id.name
+    columns = [functions.col(f"event.{name}").cast(event_id.dataType).alias(name)]
     for index, field in enumerate(features):
         value = functions.col("event.features")[index]
         columns.append(value.cast(field.dataType).alias(field.name))
@@ -311,7 +316,7 @@ class _Parser:
         self._names = schema.names
         bits = [_INTEGER_BITS.get(field.dataType.typeName()) for field in schema]
         self._bits = dict(zip(schema.names, bits, strict=True))
-        self._whole_features = [(i, b) for i, b in enumerate(bits) if b and i > 0]
+        self._whole_numbers = [(i, b) for i, b in enumerate(bits) if b]
         self._row = Row(*schema.names)
         self._numbers_of = operator.itemgetter(*schema.names)
         # The id as an integer, for a float has only 53 bits for it; the features as floats.
@@ -338,6 +343,9 @@ class _Parser:
         event_id = event[self._names[0]]
         if type(event_id) is not int:
             raise BadRecordError(f"{self._names[0]} is {event_id}, not an integer")
+        for name in self._names[1:]:
+            if abs(event[name]) > _LARGEST:
+                raise BadRecordError(f"{name} is {event[name]}, too large for a 32-bit float")
         return _Event(self._numbers_of(event), sorted(event.keys() - self._bits.keys()))
 
     def events(self, values: pyarrow.BinaryArray) -> pyarrow.StructArray:
@@ -359,7 +367,15 @@ class _Parser:
                 unused[index] = new or None
                 told.update(new)
             pack_into(table, index * size, *numbers)
-        return self._as_arrow(table, reasons, unused)
+        return self._as_arrow(table, reasons, unused, values)
+
+    def _reason(self, value: bytes) -> str | None:
+        """Return why a record is bad; None if it is good."""
+        try:
+            self.event(value)
+        except BadRecordError as error:
+            return str(error)
+        return None
 
     def _numbers_at_a_glance(self, value: bytes | None) -> Sequence[float] | None:
         """Return a record's numbers where it is surely good, otherwise None: `event` decides then.
@@ -376,20 +392,25 @@ class _Parser:
             return None
         if not _NUMBERS.issuperset(map(type, numbers)) or type(numbers[0]) is not int:
             return None
-        if numbers[0] >= 2**63:
-            return None
-        for index, bits in self._whole_features:
+        for index, bits in self._whole_numbers:
             if not _is_whole(numbers[index], bits):
                 return None
         return numbers
 
     def _as_arrow(
-        self, table: bytearray, reasons: list[str | None], unused: list[list[str] | None]
+        self,
+        table: bytearray,
+        reasons: list[str | None],
+        unused: list[list[str] | None],
+        values: pyarrow.BinaryArray,
     ) -> pyarrow.StructArray:
         """Return a packed table of ids and features, with its reasons, as an array of structs."""
+        ids = numpy.frombuffer(table, dtype="<i8").reshape(len(reasons), -1)[:, 0]
+        features = numpy.frombuffer(table, dtype="<f8").reshape(len(reasons), -1)[:, 1:]
+        # All events at once, for a look at each number of each event would take as long as parsing.
+        for index in numpy.flatnonzero((numpy.abs(features) > _LARGEST).any(axis=1)):
+            reasons[index] = self._reason(values[index].as_py())
         bad = numpy.array([reason is not None for reason in reasons], dtype=bool)
-        ids = numpy.frombuffer(table, dtype="<i8").reshape(len(bad), -1)[:, 0]
-        features = numpy.frombuffer(table, dtype="<f8").reshape(len(bad), -1)[:, 1:]
         arrays = [
             pyarrow.array(ids, mask=bad),
             list_array(features[~bad], bad),
@@ -397,6 +418,11 @@ class _Parser:
             pyarrow.array(unused, pyarrow.list_(pyarrow.string())),
         ]
         return pyarrow.StructArray.from_arrays(arrays, [self._names[0], *event_type().names[1:]])
+
+
+@functools.cache
+def _higgs_parser() -> _Parser:
+    return _Parser(SCHEMA)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,5 +1,6 @@
 """Records: what a good one is, in Python and in Spark, and what becomes of the others."""
 
+import contextlib
 import json
 import math
 
@@ -80,6 +81,8 @@ BAD = [
     (changed(PRI_jet_num=2.5), "PRI_jet_num is 2.5, not an integer of 32 bits"),
     (changed(PRI_jet_num=2**31), "PRI_jet_num is 2147483648, not an integer of 32 bits"),
     (changed(EventId=100_000.0), "EventId is 100000.0, not an integer"),
+    (changed(PRI_met=1e39), "PRI_met is 1e\\+39, too large for a 32-bit float"),
+    (changed(PRI_met=-(10**39), Weight=1), "PRI_met is -1[0.e+]*39?0*, too large for a 32-bit"),
     (changed(EventId="100000"), 'EventId is "100000", not a number'),
     (changed(EventId=2**63), "EventId is 9223372036854775808, not an integer of 64 bits"),
     (twice("PRI_met", 7), '"PRI_met" comes twice'),
@@ -169,6 +172,8 @@ def judge(value):
     jets = event["PRI_jet_num"]
     if not (float(jets).is_integer() and -(2**31) <= jets < 2**31):
         return None
+    if any(abs(number) > 3.4028234663852886e38 for number in numbers[1:]):
+        return None  # it would be infinite for the network
     if type(event[EVENT_ID]) is not int or not -(2**63) <= event[EVENT_ID] < 2**63:
         return None
     return numbers
@@ -244,8 +249,22 @@ def test_2000_kinds_of_damage_are_judged_by_the_definition(damaged):
         elif value is not None:
             with pytest.raises(BadRecordError):
                 json_to_dataframe_row(value)
-    good = sum(event["reason"] is None for event in events)
-    assert 100 < good < len(damaged) - 1_000  # both kinds are there
+    bad = sum(event["reason"] is not None for event in events)
+    assert bad >= 2_000 and len(events) - bad > 100  # both kinds are there
+
+
+@pytest.mark.parametrize(
+    "event_id, is_good", [(2**31 - 1, True), (2**31, False), (-(2**40), False)]
+)
+@pytest.mark.parametrize("more", [{}, {"unused": 1}])
+def test_an_id_must_fit_the_schema_whichever_parser_reads_it(event_id, is_good, more):
+    """Otherwise an event of one's own schema would be good or bad by what else it has."""
+    schema = StructType().add("id", IntegerType()).add("x", DoubleType())
+    value = json.dumps({"id": event_id, "x": 1.0, **more}).encode()
+    (event,) = _parser(schema.json()).events(pyarrow.array([value])).to_pylist()
+    assert (event["reason"] is None) is is_good
+    with contextlib.nullcontext() if is_good else pytest.raises(BadRecordError, match="32 bits"):
+        json_to_dataframe_row(value, schema)
 
 
 @pytest.fixture(scope="module")
