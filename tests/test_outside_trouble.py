@@ -16,6 +16,7 @@ from helpers.streaming import (
     StreamError,
     dstream,
     new_streaming_context,
+    offsets,
     run_stream,
 )
 
@@ -132,15 +133,27 @@ def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path
     assert slow.numbers == list(range(RECORDS))
 
 
-def forbid(kafka, operation, topic):
-    """Take a permission for a topic from everybody."""
+def forbid(kafka, operation, name, kind=ResourceType.TOPIC):
+    """Take a permission for a topic, or a group, from everybody."""
     rule = ACL(
         principal="User:*", host="*", operation=operation,
-        permission_type=ACLPermissionType.DENY,
-        resource_pattern=ResourcePattern(ResourceType.TOPIC, topic),
+        permission_type=ACLPermissionType.DENY, resource_pattern=ResourcePattern(kind, name),
     )
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         admin.create_acls([rule])
+
+
+def test_a_deadline_that_passes_while_the_broker_is_away_names_the_broker(
+    spark, own_kafka, monkeypatch
+):
+    """Otherwise the user would give it more time, and more, and look into Spark's log."""
+    monkeypatch.setattr(offsets, "ANSWER_SECONDS", 1)
+    ssc = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(ssc, ["events"], settings(own_kafka))
+    stream.foreachBatch(lambda df, batch_id: None)
+    own_kafka.kill()
+    with pytest.raises(TimeoutError, match=r"was stopped.*Its broker gives no answer"):
+        run_stream(ssc, until=lambda: False, timeout=25)
 
 
 def test_a_topic_that_may_not_be_seen_is_an_error_at_once(spark, kafka, topic, produce):
@@ -150,6 +163,16 @@ def test_a_topic_that_may_not_be_seen_is_an_error_at_once(spark, kafka, topic, p
     ssc = new_streaming_context(spark, 0.5)
     with pytest.raises(StreamError, match=r"refuses: .*the ACLs READ and DESCRIBE on"):
         KafkaUtils.createDirectStream(ssc, [topic], settings(kafka))
+
+
+def test_a_group_that_may_not_be_used_is_an_error_at_once(spark, kafka, topic, produce):
+    """Otherwise the stream would score a batch, and then fail to commit it, for ever."""
+    produce(topic, [b"1"])
+    options = settings(kafka)
+    forbid(kafka, ACLOperation.READ, options["group.id"], ResourceType.GROUP)
+    ssc = new_streaming_context(spark, 0.5)
+    with pytest.raises(StreamError, match="the ACL READ on the consumer group is needed"):
+        KafkaUtils.createDirectStream(ssc, [topic], options)
 
 
 def test_a_topic_that_may_not_be_read_stops_the_stream(spark, kafka, topic, produce):

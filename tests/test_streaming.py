@@ -471,3 +471,14 @@ def test_each_event_crosses_the_network_exactly_once(
     assert rows_through_python(spark, before) == len(event_values)
     ids = sorted(row.EventId for row in spark.read.parquet(str(tmp_path)).collect())
     assert ids == sorted(json.loads(value)["EventId"] for value in event_values)
+
+
+def test_a_longer_time_for_an_answer_reaches_the_reader(ssc, topic, produce, settings):
+    """Otherwise a common setting would make each batch fail: Kafka wants the whole time longer."""
+    produce(topic, numbers(5))
+    patient = {**settings, "request.timeout.ms": "40000"}
+    stream = KafkaUtils.createDirectStream(ssc, [topic], patient)
+    counts = []
+    stream.foreachBatch(lambda df, i: counts.append(df.count()))
+    drain(ssc, stream)
+    assert sum(counts) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -312,7 +313,8 @@ def remedy(error: str) -> str:
     ': the ACLs READ and DESCRIBE on the topic are needed'
     """
     for name, words in _REMEDIES.items():
-        if name in error:
+        # Kafka's own: not a SocketTimeoutException, nor java.util.concurrent.TimeoutException.
+        if re.search(rf"(?<![A-Za-z])(?<!concurrent\.){name}", error):
             return f": {words}"
     return ""
 

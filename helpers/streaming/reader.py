@@ -20,7 +20,6 @@ _READER_SETTINGS = {
     "fetch.max.wait.ms": "10",
     "max.poll.records": "10000",
     # What Spark's driver asks Kafka before a batch: as long as the planner waits, not a minute.
-    "default.api.timeout.ms": "15000",
     "request.timeout.ms": "15000",
     "max.partition.fetch.bytes": str(16 * 1024**2),
     "fetch.max.bytes": str(64 * 1024**2),
@@ -50,9 +49,12 @@ class RangeReader:
 
     def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
         self._spark = spark
+        merged = {**_READER_SETTINGS, **settings}
+        # Kafka refuses to wait for a whole answer for a shorter time than for a part of it.
+        merged.setdefault("default.api.timeout.ms", merged["request.timeout.ms"])
         self._options = {
             f"kafka.{name}": value
-            for name, value in {**_READER_SETTINGS, **settings}.items()
+            for name, value in merged.items()
             if name not in _NOT_FOR_THE_READER
         }
 

@@ -13,7 +13,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 from pyspark.streaming import StreamingContext
 
-from helpers.streaming.dstream import streams_of, summary
+from helpers.streaming.dstream import KafkaDirectStream, streams_of, summary
 from helpers.streaming.offsets import StreamError
 
 # How long a graceful stop waits for the batches that are planned.
@@ -79,10 +79,7 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
             ssc.start()
             while not (done := until()) and not interrupted.is_set():
                 if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"the stream was not done after {timeout:.0f} s and was stopped; what it "
-                        "committed is kept. Give it more time, or look at Spark's log."
-                    )
+                    raise TimeoutError(_not_done(streams, timeout))
                 if ssc.awaitTerminationOrTimeout(0.1):
                     raise StreamError("the stream was stopped before it was done.")
         except (Py4JJavaError, StreamError) as error:
@@ -155,6 +152,17 @@ def _interrupt_noted() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+def _not_done(streams: list[KafkaDirectStream], seconds: float) -> str:
+    """Return that streams were not done in time, and what may help."""
+    help_ = "Give it more time, or look at Spark's log."
+    if any(stream.is_waiting for stream in streams):
+        help_ = "Its broker gives no answer: check that it runs, then start the stream again."
+    return (
+        f"the stream was not done after {seconds:.0f} s and was stopped; what it committed is "
+        f"kept. {help_}"
+    )
 
 
 def _cause(error: Exception) -> str:
