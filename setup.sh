@@ -16,15 +16,16 @@ is_root_on_debian() {
     [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null
 }
 
-# install_packages WHAT DEBIAN FEDORA MACOS: installs Debian's packages, or says how to.
+# install_packages WHAT DEBIAN FEDORA MACOS [OLDER_DEBIAN]: installs Debian's packages, or says how.
 install_packages() {
     if is_root_on_debian; then
+        export DEBIAN_FRONTEND=noninteractive
         echo "installing $2 ..." >&2
         # shellcheck disable=SC2086  # several packages
-        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y $2; } > /dev/null
+        { apt-get update && { apt-get install -y $2 || apt-get install -y ${5:-$2}; }; } > /dev/null
     else
         fail "$1 is needed. Install it and call make again:
-  Debian, Ubuntu:  sudo apt-get install $2
+  Debian, Ubuntu:  sudo apt-get install $2${5:+ (or $5)}
   Fedora:          sudo dnf install $3
   macOS:           brew install $4"
     fi
@@ -53,8 +54,9 @@ if [ -e "$stamp" ] && java_is_new_enough; then
 fi
 
 java_is_new_enough || {
-    # Debian's default is 17 or 21, by the release.
-    install_packages "Java 17 or 21" default-jre-headless java-21-openjdk-headless openjdk@21
+    # Debian 13 has 21 but not 17, Debian 12 the reverse.
+    install_packages "Java 17 or 21" openjdk-21-jre-headless java-21-openjdk-headless openjdk@21 \
+        openjdk-17-jre-headless
     java_is_new_enough || fail "Java 17 or 21 is needed: JAVA_HOME or PATH leads to another version."
 }
 

@@ -54,10 +54,14 @@ PROGRAM_SECONDS = 30
 EXECUTORS_SECONDS = 60
 BROKER_PORT = 9092
 
+_OLDEST_SPARK = (4, 1)  # the first with `arrow_udf`
+
 _GB = 2**30
 # What the broker, the kernel and the workers take beside Spark's own memory. Measured at a run's
 # peak: 4.1 GB with MEMORY=2g on 2 cores, 3.1 GB with MEMORY=1g CORES=1.
 _MEMORY_BESIDE_SPARK = 2 * _GB
+_CORES_IN_THAT = 2
+_MEMORY_OF_A_WORKER = 0.6 * _GB  # one a core, with TensorFlow and the network in it
 _DISK = _GB  # an estimate: the broker's data and Spark's files of some 100,000 events
 
 _LEAST_MEMORY = _GB + _MEMORY_BESIDE_SPARK
@@ -227,13 +231,16 @@ def check_broker(bootstrap_servers: str = "") -> Check:
     return _missing(what, found, _start_broker(int(port)))
 
 
-def check_memory(memory: str = "2g") -> Check:
+def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
     """Check the free memory of the machine, and of the container if this is one.
 
     Parameters
     ----------
     memory : str
-        Java's memory, as in ``"2g"``. A run takes about 2 GB beside it.
+        Java's memory, as in ``"2g"``. A run takes about 2 GB beside it, and 0.6 GB for each core
+        from the third on.
+    cores : int, optional
+        How many tasks run at a time, each in a worker of its own; by default all cores.
 
     Examples
     --------
@@ -244,7 +251,9 @@ def check_memory(memory: str = "2g") -> Check:
     if amount is None:
         remedy = _python("-m", "helpers.session", "--memory", "2g")
         return _missing("memory", f"{memory!r} is no amount of memory: write it as in 2g", remedy)
+    more_workers = max(0, (cores or os.cpu_count()) - _CORES_IN_THAT)
     needed = int(amount[1]) * 2 ** (10 * "_kmgt".index(amount[2])) + _MEMORY_BESIDE_SPARK
+    needed += more_workers * _MEMORY_OF_A_WORKER
     available = min([psutil.virtual_memory().available, *_left_in_cgroups()])
     found = f"{available / _GB:,.1f} GB free, {needed / _GB:,.1f} GB needed"
     if available >= needed:
@@ -313,7 +322,7 @@ def _python(*arguments: str) -> str:
 
 def _as_root(command: str) -> str:
     """Return a command without `sudo` for root, in whose containers there often is none."""
-    return command.removeprefix("sudo ") if os.geteuid() == 0 else command
+    return command.replace("sudo ", "") if os.geteuid() == 0 else command
 
 
 def _java_version(command: str) -> str:
@@ -350,14 +359,17 @@ def _install_java() -> str:
     return "install Java 17 or 21, and put it on PATH"
 
 
-def _pinned(package: str) -> str:
-    """Return what `requirements.txt` says of a package, as in 'pyspark==4.2.0'."""
+def _pinned(module: str) -> str:
+    """Return the requirement of `requirements.txt` that a module is of, as in 'pyspark==4.2.0'."""
+    # TensorFlow's package has another name on some systems: the one that is installed here.
+    names = importlib.metadata.packages_distributions().get(module, [module])
     try:
         lines = importlib.metadata.requires("kafka-spark-keras") or []
     except importlib.metadata.PackageNotFoundError:  # used from its folder, not installed
         folder = Path(__file__).resolve().parent.parent
         lines = (folder / "requirements.txt").read_text().splitlines()
-    return next(re.split(r"[\s;]", line)[0] for line in lines if line.startswith(f"{package}=="))
+    pinned = [re.split(r"[\s;]", line)[0] for line in lines]
+    return next(pin for name in (*names, module) for pin in pinned if pin.startswith(f"{name}=="))
 
 
 def _check_sites_spark(home: str, kit: str) -> Check:
@@ -366,13 +378,18 @@ def _check_sites_spark(home: str, kit: str) -> Check:
         version, _ = spark_and_scala()
     except JarsError as error:
         return _missing("Spark", str(error), "unset SPARK_HOME")
-    if version.split(".")[0] != kit.split(".")[0]:
+    if not _OLDEST_SPARK <= _release(version) < (int(kit.split(".")[0]) + 1,):
         found = f"Spark {version} in {home}, but one like {kit} is needed"
         return _missing("Spark", found, "unset SPARK_HOME")
     if version.split(".")[:2] != pyspark.__version__.split(".")[:2]:
         found = f"Spark {version} in {home}, but PySpark is {pyspark.__version__}"
         return _missing("Spark", found, "unset SPARK_HOME")
     return _there("Spark", f"{version}, {home}")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return a version's first two numbers, to be compared: (4, 2) for '4.2.0'."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _check_brokers_jars() -> Check:

@@ -23,7 +23,9 @@ _HARMLESS_MAIN_CLASS = "org.apache.hadoop.util.VersionInfo"
 
 # The command of each system's package manager. Homebrew keeps its Java away from PATH.
 INSTALL_JAVA = {
-    "apt-get": "sudo apt-get install default-jre-headless",
+    # Debian 13 has 21 but not 17, Debian 12 the reverse; "default-jre" is 11 on older ones.
+    "apt-get": "sudo apt-get update && (sudo apt-get install -y openjdk-21-jre-headless || "
+    "sudo apt-get install -y openjdk-17-jre-headless)",
     "dnf": "sudo dnf install java-21-openjdk-headless",
     "brew": 'brew install openjdk@21 && export JAVA_HOME="$(brew --prefix openjdk@21)"',
 }

@@ -113,7 +113,9 @@ def get_spark(
     return spark
 
 
-def preflight(bootstrap_servers: str = "", memory: str = "2g") -> pandas.DataFrame:
+def preflight(
+    bootstrap_servers: str = "", memory: str = "2g", cores: int | None = None
+) -> pandas.DataFrame:
     """Check all that a run needs, and say for what is missing which command mends it.
 
     Nothing is changed, except that the jars of Kafka and of the connector are fetched if they
@@ -125,6 +127,8 @@ def preflight(bootstrap_servers: str = "", memory: str = "2g") -> pandas.DataFra
         The broker that the run will use, as ``host:port``; empty if it starts one of its own.
     memory : str
         Java's memory in the run, as in ``"2g"``.
+    cores : int, optional
+        How many tasks the run has at a time on this machine; by default one a core.
 
     Returns
     -------
@@ -140,7 +144,7 @@ def preflight(bootstrap_servers: str = "", memory: str = "2g") -> pandas.DataFra
     """
     import pandas
 
-    return pandas.DataFrame(_checks(bootstrap_servers, memory))
+    return pandas.DataFrame(_checks(bootstrap_servers, memory, cores))
 
 
 def log_file() -> Path:
@@ -187,7 +191,7 @@ def fetch() -> None:
     _connector_jars(*spark_and_scala())
 
 
-def _checks(bootstrap_servers: str, memory: str) -> list[Check]:
+def _checks(bootstrap_servers: str, memory: str, cores: int | None) -> list[Check]:
     """Return the checks of all that a run needs."""
     # Here and not above, because a session needs neither Kafka's client nor pandas.
     from helpers import checks
@@ -198,7 +202,7 @@ def _checks(bootstrap_servers: str, memory: str) -> list[Check]:
         checks.check_connector(),
         checks.check_worker_python(),
         checks.check_broker(bootstrap_servers),
-        checks.check_memory(memory),
+        checks.check_memory(memory, cores),
         checks.check_disk(),
         checks.check_ports(),
     ]
@@ -344,8 +348,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--bootstrap-servers", default="", metavar="host:port", help="the broker of the run"
     )
     parser.add_argument("--memory", default="2g", help="Java's memory; default: %(default)s")
+    parser.add_argument("--cores", type=int, help="tasks at a time; default: one a core")
     options = parser.parse_args(arguments)
-    checks = _checks(options.bootstrap_servers, options.memory)
+    checks = _checks(options.bootstrap_servers, options.memory, options.cores)
     print(_as_table(checks))
     return 0 if all(check.ok for check in checks) else 1
 

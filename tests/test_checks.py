@@ -139,7 +139,7 @@ def program(folder, name, text, interpreter=SH):
 
 def own_rights(command):
     """Return a command as it is told to this user, who may be root."""
-    return command.removeprefix("sudo ") if os.geteuid() == 0 else command
+    return command.replace("sudo ", "") if os.geteuid() == 0 else command
 
 
 def sites_spark(folder, version):
@@ -524,7 +524,7 @@ def test_a_malformed_address_is_corrected(malformed, corrected):
 
 def test_too_much_memory_is_made_less():
     """Otherwise the machine would swap, or kill the run in its middle."""
-    memory = checks.check_memory("9000g")
+    memory = checks.check_memory("9000g", cores=2)
     assert not memory.ok
     assert "9,002.0 GB needed" in memory.found
     make, run, *settings = shlex.split(memory.remedy)
@@ -532,7 +532,12 @@ def test_too_much_memory_is_made_less():
     assert (make, run) == ("make", "run")
     notebook = nbformat.read(find_notebook("1_walkthrough"), as_version=4)
     assert {name.lower() for name in values} <= parameters(notebook).keys()
-    assert checks.check_memory(values["MEMORY"]).ok
+    assert checks.check_memory(values["MEMORY"], int(values["CORES"])).ok
+
+
+def test_more_cores_need_more_memory():
+    """Otherwise a laptop with 16 of them would be filled by as many TensorFlows."""
+    assert "9,003.2 GB needed" in checks.check_memory("9000g", cores=4).found
 
 
 @pytest.mark.parametrize("malformed", ["2", "g", "2 gigabytes", ""])
@@ -565,16 +570,16 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path, own, folder, names, ca
     monkeypatch.setattr(checks, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(checks, "_CGROUPS", tmp_path / "cgroup")
     (group / limit).write_text(f"{4 * 2**30}\n")
-    memory = checks.check_memory("1g")
+    memory = checks.check_memory("1g", 2)
     less = "make run MEMORY=1g CORES=1"
     assert memory[1:] == (False, "2.0 GB free, 3.0 GB needed", f"{less}  # once 3 GB are free")
     (group / limit).write_text(f"{6 * 2**30}\n")
-    assert checks.check_memory("2g") == checks.check_memory("1g")._replace(
+    assert checks.check_memory("2g", 2) == checks.check_memory("1g", 2)._replace(
         found="4.0 GB free, 4.0 GB needed"
     )
-    assert checks.check_memory("3g").remedy == less
+    assert checks.check_memory("3g", 2).remedy == less
     (group / limit).write_text("max\n" if limit == "memory.max" else "9223372036854771712\n")
-    assert checks.check_memory("1g").ok
+    assert checks.check_memory("1g", 2).ok
 
 
 @pytest.mark.parametrize(
@@ -652,7 +657,7 @@ def test_preflight_is_a_table_with_a_row_for_each_check(kafka):
 
 def test_the_command_line_says_that_all_is_there():
     """Otherwise a script could not tell whether the run may start."""
-    run = run_python("-m", "helpers.session", "--memory", "1g")
+    run = run_python("-m", "helpers.session", "--memory", "1g", "--cores", "1")
     assert (run.returncode, run.stderr) == (0, ""), run.stdout
     lines = run.stdout.splitlines()
     assert len(lines) == 8
@@ -674,7 +679,8 @@ def test_the_command_line_without_java_says_how_to_get_it(installer):
 
 def test_the_command_line_passes_on_what_it_is_told(kafka, capsys):
     """Otherwise it would check another run than the one that is meant."""
-    assert main(["--bootstrap-servers", kafka.bootstrap_servers, "--memory", "9000g"]) == 1
+    arguments = ["--bootstrap-servers", kafka.bootstrap_servers]
+    assert main([*arguments, "--memory", "9000g", "--cores", "2"]) == 1
     printed = capsys.readouterr().out
     assert f"answers at {kafka.bootstrap_servers}" in printed
     assert "9,002.0 GB needed" in printed

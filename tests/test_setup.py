@@ -43,7 +43,8 @@ def test_without_java_the_exact_commands_are_given(bare):
     assert run.returncode == 1
     assert run.stderr.splitlines() == [
         "Java 17 or 21 is needed. Install it and call make again:",
-        "  Debian, Ubuntu:  sudo apt-get install default-jre-headless",
+        "  Debian, Ubuntu:  sudo apt-get install openjdk-21-jre-headless (or "
+        "openjdk-17-jre-headless)",
         "  Fedora:          sudo dnf install java-21-openjdk-headless",
         "  macOS:           brew install openjdk@21",
     ]
@@ -64,17 +65,21 @@ def test_without_a_fitting_python_the_exact_commands_are_given(bare):
     assert "sudo apt-get install python3 python3-venv" in run.stderr
 
 
-@pytest.mark.parametrize("user, calls", [("0", 2), ("1000", 0)])
+@pytest.mark.parametrize("user, calls", [("0", 3), ("1000", 0)])
 def test_only_root_has_packages_installed(bare, user, calls):
-    """Otherwise `make` would ask for a password, or not help where it could."""
+    """Otherwise `make` would ask for a password, or not help where it could.
+
+    This system has no Java 21, as Debian 12.
+    """
     log = bare / "log"
     (bare / "tools" / "id").unlink()
     program(bare, "id", f"echo {user}")
-    program(bare, "apt-get", f'echo "$@" >> {log}')
+    program(bare, "apt-get", f'echo "$@" >> {log}; case "$*" in *21*) exit 100;; esac')
     run = setup(bare)
     assert run.returncode == 1  # this apt-get installs nothing
     lines = log.read_text().splitlines() if log.exists() else []
-    assert lines == ["update", "install -y default-jre-headless"][:calls]
+    installs = [f"install -y openjdk-{version}-jre-headless" for version in (21, 17)]
+    assert lines == ["update", *installs][:calls]
 
 
 def test_a_second_call_needs_nothing(bare):
