@@ -42,6 +42,10 @@ COUNTS_SECONDS = 10
 # How many batches the table in a notebook shows: the last ones.
 ROWS_SHOWN = 20
 
+# How many names of unused fields it tells, and how many characters of each.
+NAMES_SHOWN = 20
+CHARACTERS_SHOWN = 40
+
 _HEADINGS = ("time (UTC)", "events", "signal", "bad", "seconds", "events/s", "lag")
 _WIDTHS = (10, 9, 9, 7, 7, 9, 11)
 _UNKNOWN = "-"
@@ -157,7 +161,8 @@ class Monitor:
         Warns
         -----
         UserWarning
-            Names what is ``unused``, each name once. A notebook says so below the table instead.
+            Names what is ``unused``, each name once, and no more than 20. A notebook says so below
+            the table instead.
 
         Examples
         --------
@@ -279,14 +284,17 @@ class Monitor:
         return figure
 
     def _note_unused(self, found: Iterable[str | Iterable[str | None]]) -> list[str]:
-        """Keep names of unused fields for the table, and return those that are new."""
+        """Keep names of unused fields for the table, and return those that are new.
+
+        They come from outside, so there may be any number of them, of any length.
+        """
         arrays = ([value] if isinstance(value, str) else value for value in found)
-        names = {name for array in arrays for name in array if name is not None}
+        names = {_shortened(name) for array in arrays for name in array if name is not None}
         with self._lock:
-            new = names - self._told
-            self._unused |= names
-            self._told |= names
-        return sorted(new)
+            self._unused.update(sorted(names - self._unused)[: NAMES_SHOWN - len(self._unused)])
+            new = sorted(names - self._told)[: NAMES_SHOWN - len(self._told)]
+            self._told.update(new)
+        return new
 
 
 class _Table:
@@ -350,6 +358,10 @@ def _observed(counts: Observation, batch_id: int) -> dict[str, Any]:
             'observe F.count(F.lit(1)).alias("events") too.'
         )
     return found
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= CHARACTERS_SHOWN else f"{name[:CHARACTERS_SHOWN]}..."
 
 
 def _about_unused(names: Iterable[str]) -> str:
