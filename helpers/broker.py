@@ -20,12 +20,22 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.admin import (
+    ACL,
+    ACLOperation,
+    ACLPermissionType,
+    ResourcePattern,
+    ResourceType,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
+from helpers import security as secured
 from helpers.jars import JarsError, fetch_jars, java_command, spark_home
 
 KAFKA_VERSION = "4.4.0"
@@ -66,6 +76,16 @@ rootLogger.appenderRef.console.ref = console
 _JVM_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 
 
+ADMINISTRATOR = "admin"
+
+
+class _Passwords:
+    """The passwords of a secured broker: its own, its key's, and its administrator's."""
+
+    def __init__(self) -> None:
+        self.broker, self.store, self.administrator = (secured.new_password() for _ in range(3))
+
+
 class BrokerError(RuntimeError):
     """The broker did not start, or doesn't answer; the message says why."""
 
@@ -80,6 +100,10 @@ class LocalKafka:
     folder : str or pathlib.Path, optional
         Where its data is kept. A broker that is given the folder of an earlier one continues with
         its data. By default a temporary folder that is removed at the end.
+    security : str, optional
+        ``"SASL_SSL"`` for a secured broker: TLS with a certificate of its own, users who sign in
+        with SCRAM-SHA-512, and nothing allowed but what ACLs allow. Such a broker needs a temporary
+        folder.
 
     Attributes
     ----------
@@ -94,7 +118,7 @@ class LocalKafka:
         If the port is taken, or the broker doesn't answer within 60 s of its start; the message
         ends with its own last log lines.
     ValueError
-        If the port is not between 1 and 65535.
+        If the port is not between 1 and 65535, or `security` is no such thing.
     helpers.jars.JarsError
         If Java is missing or the broker's jars can't be fetched.
 
@@ -110,9 +134,19 @@ class LocalKafka:
     ['Machine_Learning']
     """
 
-    def __init__(self, port: int | None = None, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        port: int | None = None,
+        folder: str | Path | None = None,
+        security: str | None = None,
+    ) -> None:
         if port is not None and not 1 <= port <= 65535:
             raise ValueError(f"port {port} is impossible: use one between 1024 and 65535.")
+        if security not in (None, secured.PROTOCOL):
+            raise ValueError(f"security is {security!r}: it must be 'SASL_SSL', or None.")
+        if security and folder is not None:
+            raise ValueError("a secured broker keeps its users' passwords in memory: no folder=.")
+        self._passwords = _Passwords() if security else None
         self._temporary = None
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(
@@ -127,7 +161,22 @@ class LocalKafka:
 
     def __repr__(self) -> str:
         state = "running" if self._process else "stopped"
-        return f"<LocalKafka {KAFKA_VERSION} {self.bootstrap_servers} {state}>"
+        secure = " SASL_SSL" if self._passwords else ""
+        return f"<LocalKafka {KAFKA_VERSION} {self.bootstrap_servers}{secure} {state}>"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """A client's settings, by Kafka's own names; of a secured broker, the administrator's.
+
+        Examples
+        --------
+        >>> with LocalKafka() as kafka:
+        ...     list(kafka.settings)
+        ['bootstrap.servers']
+        """
+        if self._passwords is None:
+            return {"bootstrap.servers": self.bootstrap_servers}
+        return self._settings_of(ADMINISTRATOR, self._passwords.administrator)
 
     def __enter__(self) -> LocalKafka:
         return self.start()
@@ -213,10 +262,72 @@ class LocalKafka:
             "num_partitions": partitions, "replication_factor": 1, "assignments": {},
             "configs": settings,
         }
-        with _admin(self.bootstrap_servers) as admin:
+        with _admin(self.settings) as admin:
             with contextlib.suppress(TopicAlreadyExistsError):
                 admin.create_topics({name: topic})
             _poll(lambda: _has_leaders(admin, name), START_SECONDS, f"topic {name} has no leader")
+
+    def add_user(self, name: str) -> dict[str, str]:
+        """Add a user to a secured broker, with a new password, and return a client's settings.
+
+        Parameters
+        ----------
+        name : str
+            The user, who may do nothing yet; see `allow`.
+
+        Returns
+        -------
+        dict of str to str
+            By Kafka's own names. `helpers.security.python_settings` makes arguments of kafka-python
+            of them.
+
+        Raises
+        ------
+        BrokerError
+            If the broker refuses.
+
+        Examples
+        --------
+        >>> with LocalKafka(security="SASL_SSL") as kafka:
+        ...     reader = kafka.add_user("reader")
+        ...     kafka.allow("reader", ["READ", "DESCRIBE"], topic="events")
+        ...     kafka.allow("reader", ["READ"], group="scoring")
+        >>> reader["security.protocol"], reader["sasl.mechanism"]
+        ('SASL_SSL', 'SCRAM-SHA-512')
+        """
+        password = secured.new_password()
+        user = UserScramCredentialUpsertion(name, ScramMechanism.SCRAM_SHA_512, password)
+        with _admin(self.settings) as admin:
+            refusals = admin.alter_user_scram_credentials([user])
+        if refusals.get(name):
+            raise BrokerError(f"user {name!r} can't be added: {refusals[name]}.")
+        return self._settings_of(name, password)
+
+    def allow(
+        self, user: str, operations: Iterable[str], topic: str = "", group: str = ""
+    ) -> None:
+        """Allow a user of a secured broker something, on one topic or for one consumer group.
+
+        Parameters
+        ----------
+        user : str
+            The user.
+        operations : iterable of str
+            By Kafka's names, such as ``READ``, ``WRITE``, ``DESCRIBE``, ``CREATE``.
+        topic, group : str
+            The name of one of them; ``*`` for all.
+        """
+        kind = ResourceType.TOPIC if topic else ResourceType.GROUP
+        rules = [
+            ACL(
+                principal=f"User:{user}", host="*", operation=ACLOperation[operation],
+                permission_type=ACLPermissionType.ALLOW,
+                resource_pattern=ResourcePattern(kind, topic or group),
+            )
+            for operation in operations
+        ]  # fmt: skip
+        with _admin(self.settings) as admin:
+            admin.create_acls(rules)
 
     def topics(self) -> list[str]:
         """Return the names of the topics, sorted, without Kafka's internal ones.
@@ -227,7 +338,7 @@ class LocalKafka:
         ...     kafka.topics()
         []
         """
-        with _admin(self.bootstrap_servers) as admin:
+        with _admin(self.settings) as admin:
             return sorted(name for name in admin.list_topics() if not name.startswith("__"))
 
     def _check_port(self) -> None:
@@ -241,7 +352,10 @@ class LocalKafka:
         """Write the settings, format the folder if it is new, and start the process."""
         self._folder.mkdir(parents=True, exist_ok=True)
         settings = self._folder / "server.properties"
-        settings.write_text(self._settings(controller_port=free_port()))
+        settings.touch(mode=0o600)  # a secured broker has passwords in it
+        if self._passwords:
+            secured.make_certificate(self._folder, self._passwords.store)
+        settings.write_text(self._properties(controller_port=free_port()))
         (self._folder / "log4j2.properties").write_text(_LOGGING)
         data = self._folder / "data"
         if not (data / "meta.properties").exists():
@@ -258,21 +372,34 @@ class LocalKafka:
     def _format(self, settings: Path) -> None:
         """Prepare an empty data folder, as Kafka asks for before the first start."""
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        arguments = ["format", "--standalone", "--cluster-id=" + cluster_id, "--config"]
+        arguments = ["format", "--standalone", "--cluster-id=" + cluster_id]
+        arguments += ["--config", str(settings)]
+        if self._passwords:
+            administrator = f"name={ADMINISTRATOR},password={self._passwords.administrator}"
+            arguments += ["--add-scram", f"{secured.MECHANISM}=[{administrator}]"]
+        # In a file, one to a line, for others can see the command line.
+        file = self._folder / "format.arguments"
+        file.touch(mode=0o600)
+        file.write_text("\n".join(arguments))
         run = subprocess.run(
-            self._java("kafka.tools.StorageTool", *arguments, str(settings)),
+            self._java("kafka.tools.StorageTool", f"@{file}"),
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS,
         )
         if run.returncode != 0:
             output = _tail(run.stdout + run.stderr)
             raise BrokerError(f"{self._folder} can't be formatted:\n{output}")
 
-    def _settings(self, controller_port: int) -> str:
+    def _settings_of(self, user: str, password: str) -> dict[str, str]:
+        certificate = self._folder / "certificate.pem"
+        return secured.client_settings(self.bootstrap_servers, certificate, user, password)
+
+    def _properties(self, controller_port: int) -> str:
         """Return the broker's settings file."""
+        listener = secured.PROTOCOL if self._passwords else "PLAINTEXT"
         settings = {
             "process.roles": "broker,controller",
             "node.id": 1,
-            "listeners": f"PLAINTEXT://{self.bootstrap_servers},"
+            "listeners": f"{listener}://{self.bootstrap_servers},"
             f"CONTROLLER://{LOOPBACK}:{controller_port}",
             "controller.listener.names": "CONTROLLER",
             "controller.quorum.bootstrap.servers": f"{LOOPBACK}:{controller_port}",
@@ -296,6 +423,12 @@ class LocalKafka:
             # A group of one laptop needs no time for other members to arrive.
             "group.initial.rebalance.delay.ms": 0,
         }
+        if self._passwords:
+            passwords = self._passwords
+            settings |= secured.broker_settings(
+                self._folder, passwords.store, ADMINISTRATOR, passwords.administrator,
+                passwords.broker,
+            )  # fmt: skip
         return "".join(f"{key}={value}\n" for key, value in settings.items())
 
     def _java(self, main_class: str, *arguments: str) -> list[str]:
@@ -449,10 +582,10 @@ def fetch() -> None:
     fetch_jars(*KAFKA_JARS)
 
 
-def _admin(bootstrap_servers: str) -> KafkaAdminClient:
+def _admin(settings: Mapping[str, str]) -> KafkaAdminClient:
     """Return a client for questions and orders to the broker; it gives up after 5 s."""
     return KafkaAdminClient(
-        bootstrap_servers=bootstrap_servers, request_timeout_ms=5_000, bootstrap_timeout_ms=2_000
+        **secured.python_settings(settings), request_timeout_ms=5_000, bootstrap_timeout_ms=2_000
     )
 
 
