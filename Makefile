@@ -1,6 +1,7 @@
 # run    executes a notebook, by default the walkthrough; its parameters can be set in capitals:
 #        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
 # test   runs all tests; the notebooks are among them
+# test-long  runs the tests that take minutes each: the same crash, many times
 # bench  measures how fast the walkthrough's stream is, against the processor's limit
 # lab    opens the notebooks in JupyterLab
 # notebooks   executes all notebooks and stores their outputs in them
@@ -14,13 +15,16 @@ typed = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(n
 quoted = '$(subst ','\'',$(1))'
 parameters = $(foreach name,$(filter-out NOTEBOOK PYTHON,$(typed)),$(call quoted,$(name)=$($(name))))
 
-.PHONY: run test bench lab notebooks clean setup
+.PHONY: run test test-long bench lab notebooks clean setup
 
 run: setup
 	@.venv/bin/python -m helpers.notebook $(call quoted,$(NOTEBOOK)) $(parameters)
 
 test: setup
 	@.venv/bin/python -m pytest
+
+test-long: setup
+	@.venv/bin/python -m pytest -m long -s
 
 bench: setup
 	@.venv/bin/python examples/benchmark.py drain

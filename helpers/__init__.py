@@ -1,10 +1,10 @@
 """The module behind the notebooks: one concept a file, each usable on its own.
 
 From the bottom up: `higgs` (the events), `model` (the network), `jars` (what Java needs),
-`broker` (Apache Kafka on this machine), `checks` (what a run needs), `session` (Spark), `streaming`
-(Kafka as a DStream), `records` (JSON to columns), `transformers` (the network as a Spark ML stage),
-`monitor` (a stream's batches as a live table) and `notebook` (a notebook run from the command
-line). A file imports only from those named before it.
+`security` (what a secured Kafka needs), `broker` (Apache Kafka on this machine), `checks` (what a
+run needs), `session` (Spark), `streaming` (Kafka as a DStream), `records` (JSON to columns),
+`transformers` (the network as a Spark ML stage), `monitor` (a stream's batches as a live table) and
+`notebook` (a notebook run from the command line). A file imports only from those named before it.
 """
 
 import os as _os

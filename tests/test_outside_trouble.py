@@ -14,9 +14,9 @@ from helpers.broker import LocalKafka
 from helpers.streaming import (
     KafkaUtils,
     StreamError,
-    dstream,
+    batches,
     new_streaming_context,
-    offsets,
+    planner,
     run_stream,
 )
 
@@ -104,7 +104,7 @@ def test_a_broker_that_comes_back_changes_no_total(spark, own_kafka, tmp_path):
 
 def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path, monkeypatch):
     """Otherwise a stream without a broker would hang for ever, and nobody would know why."""
-    monkeypatch.setattr(dstream, "AWAY_SECONDS", 1)
+    monkeypatch.setattr(batches, "AWAY_SECONDS", 1)
     options = settings(own_kafka, **IN_SMALL_PIECES)
     ssc = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(ssc, ["events"], options)
@@ -133,21 +133,32 @@ def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path
     assert slow.numbers == list(range(RECORDS))
 
 
-def forbid(kafka, operation, name, kind=ResourceType.TOPIC):
-    """Take a permission for a topic, or a group, from everybody."""
-    rule = ACL(
-        principal="User:*", host="*", operation=operation,
-        permission_type=ACLPermissionType.DENY, resource_pattern=ResourcePattern(kind, name),
-    )
+@pytest.fixture
+def forbid(kafka):
+    """Take a permission for a topic, or a group, from everybody, until the test ends."""
+    rules = []
+
+    def forbid(operation, name, kind=ResourceType.TOPIC):
+        rule = ACL(
+            principal="User:*", host="*", operation=operation,
+            permission_type=ACLPermissionType.DENY, resource_pattern=ResourcePattern(kind, name),
+        )  # fmt: skip
+        rules.append(rule)
+        with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+            admin.create_acls([rule])
+
+    yield forbid
+    # A producer of kafka-python that has written to a topic which it may no longer see asks for it
+    # again and again, without a pause: a whole core, for as long as the tests run.
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
-        admin.create_acls([rule])
+        admin.delete_acls(rules)
 
 
 def test_a_deadline_that_passes_while_the_broker_is_away_names_the_broker(
     spark, own_kafka, monkeypatch
 ):
     """Otherwise the user would give it more time, and more, and look into Spark's log."""
-    monkeypatch.setattr(offsets, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(planner, "ANSWER_SECONDS", 1)
     ssc = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(ssc, ["events"], settings(own_kafka))
     stream.foreachBatch(lambda df, batch_id: None)
@@ -156,31 +167,31 @@ def test_a_deadline_that_passes_while_the_broker_is_away_names_the_broker(
         run_stream(ssc, until=lambda: False, timeout=25)
 
 
-def test_a_topic_that_may_not_be_seen_is_an_error_at_once(spark, kafka, topic, produce):
+def test_a_topic_that_may_not_be_seen_is_an_error_at_once(spark, kafka, topic, produce, forbid):
     """Otherwise the user would look for the fault in the stream."""
     produce(topic, [b"1"])
-    forbid(kafka, ACLOperation.DESCRIBE, topic)
+    forbid(ACLOperation.DESCRIBE, topic)
     ssc = new_streaming_context(spark, 0.5)
     with pytest.raises(StreamError, match=r"refuses: .*the ACLs READ and DESCRIBE on"):
         KafkaUtils.createDirectStream(ssc, [topic], settings(kafka))
 
 
-def test_a_group_that_may_not_be_used_is_an_error_at_once(spark, kafka, topic, produce):
+def test_a_group_that_may_not_be_used_is_an_error_at_once(spark, kafka, topic, produce, forbid):
     """Otherwise the stream would score a batch, and then fail to commit it, for ever."""
     produce(topic, [b"1"])
     options = settings(kafka)
-    forbid(kafka, ACLOperation.READ, options["group.id"], ResourceType.GROUP)
+    forbid(ACLOperation.READ, options["group.id"], ResourceType.GROUP)
     ssc = new_streaming_context(spark, 0.5)
     with pytest.raises(StreamError, match="the ACL READ on the consumer group is needed"):
         KafkaUtils.createDirectStream(ssc, [topic], options)
 
 
-def test_a_topic_that_may_not_be_read_stops_the_stream(spark, kafka, topic, produce):
+def test_a_topic_that_may_not_be_read_stops_the_stream(spark, kafka, topic, produce, forbid):
     """Otherwise it would wait for records that never come, or commit what it never read."""
     produce(topic, [b"1"])
     ssc = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings(kafka))
-    forbid(kafka, ACLOperation.READ, topic)
+    forbid(ACLOperation.READ, topic)
     counts = []
     stream.foreachBatch(lambda df, batch_id: counts.append(df.collect()))
     with pytest.raises(StreamError, match="the ACLs READ and DESCRIBE on the topic are needed"):

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from pyspark.sql import DataFrame, SparkSession
 
-from helpers.streaming.offsets import PLANNER_SETTINGS, OffsetRange, use_added_jars
+from helpers.streaming.offsets import OffsetRange
+from helpers.streaming.planner import PLANNER_SETTINGS
+from helpers.streaming.settings import use_added_jars
 
 # Spark's source refuses these (it is told the offsets), or they are the planner's business.
 _NOT_FOR_THE_READER = {"auto.offset.reset", "group.id", *PLANNER_SETTINGS}

@@ -13,8 +13,8 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 from pyspark.streaming import StreamingContext
 
-from helpers.streaming.dstream import KafkaDirectStream, streams_of, summary
-from helpers.streaming.offsets import StreamError
+from helpers.streaming.batches import Batches, batches_of
+from helpers.streaming.errors import StreamError, summary
 
 # How long a graceful stop waits for the batches that are planned.
 FINISH_SECONDS = 60
@@ -72,7 +72,7 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
     100 records
     """
     deadline = time.monotonic() + timeout
-    streams = list(streams_of(ssc))
+    streams = batches_of(ssc)
     done = False
     with _interrupt_noted() as interrupted:
         try:
@@ -115,8 +115,7 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
     bool
         Whether they were.
     """
-    streams = list(streams_of(ssc))
-    streams_of(ssc).clear()
+    streams = batches_of(ssc)
     if gracefully:
         # Spark tells of a batch's end a little later, and once stopped not at all.
         finished = [stream.finish(FINISH_SECONDS) for stream in streams]
@@ -154,7 +153,7 @@ def _interrupt_noted() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, usual)
 
 
-def _not_done(streams: list[KafkaDirectStream], seconds: float) -> str:
+def _not_done(streams: list[Batches], seconds: float) -> str:
     """Return that streams were not done in time, and what may help."""
     help_ = "Give it more time, or look at Spark's log."
     if any(stream.is_waiting for stream in streams):

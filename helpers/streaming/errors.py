@@ -1,0 +1,123 @@
+"""What can go wrong between a stream and Kafka, each as one sentence with the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from py4j.protocol import Py4JJavaError
+
+from helpers.session import root_cause
+
+# How long Kafka may take to answer a question of the planner.
+ANSWER_SECONDS = 15
+
+_REMEDIES = {
+    "TopicAuthorizationException": "the ACLs READ and DESCRIBE on the topic are needed",
+    "GroupAuthorizationException": "the ACL READ on the consumer group is needed",
+    "SaslAuthenticationException": "check sasl.mechanism, and user and password in "
+    "sasl.jaas.config",
+    "SslAuthenticationException": "the broker's certificate isn't trusted; name the file with its "
+    "certificate, or its authority's, as ssl.truststore.location",
+    "CommitFailedException": "another consumer has joined the group; stop it, or use another "
+    "group.id",
+    "TimeoutException": "check that the broker runs and that the executors reach it",
+}
+
+# The settings whose values are nobody else's business.
+_SECRET = re.compile(r"password|jaas|secret|token|keystore\.key", re.IGNORECASE)
+_JAAS_VALUE = re.compile(r'=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))')
+
+
+class StreamError(RuntimeError):
+    """The stream can't be planned or goes on no further; the message says why and what helps."""
+
+
+class BrokerAwayError(StreamError):
+    """Kafka gave no answer in time; it may do so later."""
+
+
+def remedy(error: str) -> str:
+    """Return what helps against an error of Kafka's, as the rest of a sentence; '' if unknown.
+
+    Parameters
+    ----------
+    error : str
+        The name of Kafka's exception, or a line with the name in it.
+
+    Examples
+    --------
+    >>> remedy("TopicAuthorizationException")
+    ': the ACLs READ and DESCRIBE on the topic are needed'
+    """
+    for name, words in _REMEDIES.items():
+        # Kafka's own: not a SocketTimeoutException, nor java.util.concurrent.TimeoutException.
+        if re.search(rf"(?<![A-Za-z])(?<!concurrent\.){name}", error):
+            return f": {words}"
+    return ""
+
+
+def explained(error: Py4JJavaError, settings: Mapping[str, str]) -> StreamError:
+    """Return what an exception of Kafka's Java client means for the user.
+
+    Parameters
+    ----------
+    error : py4j.protocol.Py4JJavaError
+        What a call of the client raised.
+    settings : mapping
+        The client's settings by Kafka's names; what is secret in them is not repeated.
+    """
+    # KafkaConsumer's constructor wraps the cause in "Failed to construct kafka consumer".
+    exception = root_cause(error)
+    name, message = exception.getClass().getSimpleName(), exception.getMessage() or ""
+    servers = settings["bootstrap.servers"]
+    if name == "TimeoutException":
+        return BrokerAwayError(
+            f"Kafka at {servers} gave no answer within {ANSWER_SECONDS} s: check the "
+            f"address, that the broker runs, and that the security settings are its own."
+        )
+    if "certpath" in exception.getClass().getName():  # Java's reason for not trusting somebody
+        name = "SslAuthenticationException"
+    message = without_secrets(message, settings).rstrip(".")
+    return StreamError(f"Kafka at {servers} refuses: {message} ({name}){remedy(name)}.")
+
+
+def without_secrets(text: str, settings: Mapping[str, str]) -> str:
+    """Return a text without the passwords that some settings hold.
+
+    Parameters
+    ----------
+    text : str
+        A message, or a `repr`.
+    settings : mapping
+        Settings of a client by Kafka's names.
+
+    Examples
+    --------
+    >>> jaas = 'ScramLoginModule required username="reader" password="swordfish";'
+    >>> without_secrets("no user with swordfish", {"sasl.jaas.config": jaas})
+    'no user with ***'
+    """
+    for name, value in settings.items():
+        if not _SECRET.search(name):
+            continue
+        # The parts of a JAAS entry other than the user's name, and the entry as a whole.
+        parts = {quoted or plain for quoted, plain in _JAAS_VALUE.findall(value)}
+        parts -= set(re.findall(r'username\s*=\s*"?([^"\s;]+)', value))
+        for secret in sorted({value, *parts}, key=len, reverse=True):
+            text = text.replace(secret, "***") if secret else text
+    return text
+
+
+def summary(message: str) -> str:
+    """Return the line of a traceback, Python's or Java's, that names the error.
+
+    Examples
+    --------
+    >>> lines = ["Traceback (most recent call last):", "  1 / 0", "ZeroDivisionError: by zero"]
+    >>> summary(chr(10).join(lines))
+    'ZeroDivisionError: by zero'
+    """
+    lines = message.strip().splitlines() or [""]
+    naming = [line for line in lines if re.match(r"(: )?[\w.$]+(Error|Exception)\b", line)]
+    return (naming or lines)[-1].strip(": ")

@@ -1,0 +1,115 @@
+"""How many records a batch may have: Spark's own settings, obeyed as its direct stream does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from pyspark import SparkContext
+
+from helpers.streaming.offsets import TopicAndPartition
+
+_PREFIX = "spark.streaming"
+
+
+class RateLimit:
+    """Bounds the batches of a stream by the settings of its Spark session.
+
+    ``spark.streaming.kafka.maxRatePerPartition``
+        No more records a second of a partition than this (default 0: no bound).
+    ``spark.streaming.kafka.minRatePerPartition``
+        No fewer than this, where another bound is lower (default 1).
+    ``spark.streaming.backpressure.enabled``
+        As many records as the stream can manage, estimated from the batches that have completed.
+    ``spark.streaming.backpressure.initialRate``
+        Records a second, as long as there is no estimate yet (default 0: no bound).
+
+    Parameters
+    ----------
+    context : pyspark.SparkContext
+        The context with the settings.
+    interval : float
+        The interval of the micro-batches, in seconds.
+
+    References
+    ----------
+    Spark 4.2's ``DirectKafkaInputDStream.maxMessagesPerPartition`` and ``RateController``; the
+    estimate is made by Spark's own ``PIDRateEstimator`` with its
+    ``spark.streaming.backpressure.pid`` settings.
+
+    Examples
+    --------
+    >>> limit = RateLimit(spark.sparkContext, interval=1.0)
+    >>> limit.most({TopicAndPartition("events", 0): 100})
+    {TopicAndPartition(topic='events', partition=0): 100}
+    """
+
+    def __init__(self, context: SparkContext, interval: float) -> None:
+        self._conf = context.getConf()
+        self._interval = interval
+        self._max = self._number("kafka.maxRatePerPartition", 0)
+        self._min = self._number("kafka.minRatePerPartition", 1)
+        self._initial = self._number("backpressure.initialRate", 0)
+        self._lock = threading.Lock()
+        self._estimate = 0  # records a second, of all partitions; 0 while there is none
+        self._estimator = None
+        if self._conf.get(f"{_PREFIX}.backpressure.enabled", "false").lower() == "true":
+            rate = context._jvm.org.apache.spark.streaming.scheduler.rate
+            self._estimator = rate.PIDRateEstimator(
+                round(interval * 1000),
+                self._number("backpressure.pid.proportional", 1.0),
+                self._number("backpressure.pid.integral", 0.2),
+                self._number("backpressure.pid.derived", 0.0),
+                self._number("backpressure.pid.minRate", 100),
+            )
+
+    def most(self, left: Mapping[TopicAndPartition, int]) -> dict[TopicAndPartition, int]:
+        """Return how many offsets of each partition the next batch may have.
+
+        Parameters
+        ----------
+        left : mapping of TopicAndPartition to int
+            How many are left in each partition.
+        """
+        total, rate = sum(left.values()), self._rate()
+        return {
+            # Each partition's share of the rate is its share of what is left.
+            partition: self._bounded(count, rate * count / total if rate and total else None)
+            for partition, count in left.items()
+        }
+
+    def completed(self, records: int, ended: int, processing: int, waiting: int) -> None:
+        """Learn from a batch that has completed.
+
+        Parameters
+        ----------
+        records : int
+            How many offsets it had.
+        ended : int
+            When it ended, in milliseconds since 1970.
+        processing, waiting : int
+            How long it took, and how long it waited before, in milliseconds.
+        """
+        if self._estimator is None:
+            return
+        with self._lock:
+            estimate = self._estimator.compute(ended, records, processing, waiting)
+            if estimate.isDefined():
+                self._estimate = int(estimate.get())
+
+    def _rate(self) -> float:
+        """Return the records a second that are managed, of all partitions; 0 if nobody knows."""
+        if self._estimator is None:
+            return 0
+        with self._lock:
+            return self._estimate or self._initial
+
+    def _bounded(self, count: int, share: float | None) -> int:
+        """Return how many of a partition's offsets a batch may have."""
+        rates = [rate for rate in (share, self._max or None) if rate is not None]
+        if not rates:
+            return count
+        return max(int(min(rates) * self._interval), int(self._min))
+
+    def _number(self, name: str, default: float) -> float:
+        return float(self._conf.get(f"{_PREFIX}.{name}", str(default)))

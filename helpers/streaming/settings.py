@@ -1,0 +1,149 @@
+"""A stream's settings: Kafka's own names, one dictionary for the planner and for Spark's source."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from pyspark.sql import SparkSession
+
+from helpers.broker import check_address
+
+ZOOKEEPER_PORT = 2181
+ZOOKEEPER_SECONDS = 3
+
+_OLD_NAMES = {"metadata.broker.list": "bootstrap.servers"}
+_OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
+_RESETS = ("earliest", "latest", "none")
+
+
+def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
+    """Return settings with the names and values that today's Kafka has for them.
+
+    Parameters
+    ----------
+    kafka_params : mapping
+        Settings of `KafkaConsumer`; those of Kafka 0.8 (``metadata.broker.list``; ``smallest`` and
+        ``largest`` as ``auto.offset.reset``) are translated. None stands for no setting.
+
+    Raises
+    ------
+    ValueError
+        If ``bootstrap.servers`` is missing or has no port, or ``auto.offset.reset`` is no such
+        thing.
+
+    Examples
+    --------
+    >>> modern_settings({"metadata.broker.list": "127.0.0.1:9092", "auto.offset.reset": "largest"})
+    {'bootstrap.servers': '127.0.0.1:9092', 'auto.offset.reset': 'latest'}
+    """
+    settings = {
+        _OLD_NAMES.get(name, name): _as_text(value)
+        for name, value in kafka_params.items()
+        if value is not None
+    }
+    if not settings.get("bootstrap.servers"):
+        raise ValueError(
+            "kafkaParams has no 'bootstrap.servers': add the brokers' addresses, such as "
+            "{'bootstrap.servers': '127.0.0.1:9092'}."
+        )
+    check_address(settings["bootstrap.servers"])
+    reset = settings.get("auto.offset.reset", "latest")
+    settings["auto.offset.reset"] = _OLD_RESETS.get(reset, reset)
+    if settings["auto.offset.reset"] not in _RESETS:
+        raise ValueError(
+            f"'auto.offset.reset' is {reset!r}: it must be 'earliest', 'latest' or 'none'."
+        )
+    return settings
+
+
+def check_names(spark: SparkSession, settings: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a setting that Kafka's consumer doesn't know; it would ignore it.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose JVM has the Kafka client.
+    settings : mapping
+        Settings by Kafka's names.
+
+    Examples
+    --------
+    >>> check_names(spark, {"group.ids": "scoring"})
+    Traceback (most recent call last):
+    ...
+    ValueError: Kafka's consumer has no setting 'group.ids': 'group.id' may be meant.
+    """
+    known = set(spark._jvm.org.apache.kafka.clients.consumer.ConsumerConfig.configNames())
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f": {near[0]!r} may be meant." if near else "; take it out."
+            raise ValueError(f"Kafka's consumer has no setting {name!r}{hint}")
+
+
+def java_map(spark: SparkSession, settings: Mapping[str, str]) -> Any:
+    """Return settings as a Java map, as Kafka's Java clients take them."""
+    result = spark._jvm.java.util.HashMap()
+    for name, value in settings.items():
+        result.put(name, value)
+    return result
+
+
+def use_added_jars(spark: SparkSession) -> None:
+    """Have this thread's Java find the jars that were added to a running session (`ADD JAR`)."""
+    loader = spark._jsparkSession.sharedState().jarClassLoader()
+    spark._jvm.java.lang.Thread.currentThread().setContextClassLoader(loader)
+
+
+def refuse_zookeeper(addresses: str, only_its_port: bool) -> None:
+    """Raise `ValueError` if what `createStream` was given is ZooKeeper, which Kafka 4 doesn't have.
+
+    Parameters
+    ----------
+    addresses : str
+        ``host:port``, several of them with commas between, perhaps with a ``/path`` at the end.
+    only_its_port : bool
+        Ask only those who listen at ZooKeeper's usual port, 2181, or are followed by a path; what
+        listens elsewhere is probably Kafka, which logs a warning when it is asked.
+
+    Examples
+    --------
+    >>> refuse_zookeeper("127.0.0.1:9092", only_its_port=True)
+    """
+    servers, slash, _ = addresses.partition("/")
+    for address in servers.split(","):
+        host, _, port = address.strip().rpartition(":")
+        if not port.isdecimal() or (only_its_port and not slash and int(port) != ZOOKEEPER_PORT):
+            continue
+        answer = _ask_zookeeper(host, int(port))
+        reason = None
+        if slash or (answer is not None and (b"ookeeper" in answer or b"whitelist" in answer)):
+            reason = "is an address of ZooKeeper"
+        elif answer is None and int(port) == ZOOKEEPER_PORT:
+            reason = "is ZooKeeper's port, and nothing listens there"
+        if reason:
+            raise ValueError(
+                f"{address.strip()!r} {reason}. Kafka 4 has no ZooKeeper: pass the brokers' own "
+                "addresses instead, such as '127.0.0.1:9092'."
+            )
+
+
+def _ask_zookeeper(host: str, port: int) -> bytes | None:
+    """Return what a server answers to ZooKeeper's command `srvr`; None if there is no server."""
+    try:
+        connection = socket.create_connection((host, port), timeout=ZOOKEEPER_SECONDS)
+    except OSError:
+        return None
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(b"srvr")
+        return connection.recv(200)
+    return b""
+
+
+def _as_text(value: object) -> str:
+    """Return a setting's value as Kafka writes it: true, not True."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

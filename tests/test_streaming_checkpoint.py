@@ -1,0 +1,164 @@
+"""A stream with a checkpoint: after a crash the same batches again, then those after them."""
+
+import contextlib
+import json
+import os
+import random
+import sys
+import time
+import uuid
+from collections import Counter
+
+import psutil
+import pytest
+from processes import ROOT, running, wait_until
+
+WINDOW = 3  # as in the program, whose interval is a second
+PROGRAM = ROOT / "tests" / "checkpointed_stream.py"
+LAST = b"-1"
+
+
+class Stream:
+    """Runs of the program on one topic and one checkpoint."""
+
+    def __init__(self, kafka, topic, folder, values, group=""):
+        self.folder, self.values = folder, values
+        self.kills = []  # when
+        self.command = [sys.executable, str(PROGRAM), kafka.bootstrap_servers, topic, str(folder)]
+        self.command.append(group)
+
+    def run(self):
+        """Start the program; at the end of the `with` block it is ended, if it hasn't by itself."""
+        # What a killed program leaves behind goes with the test.
+        here = {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)}
+        return running(self.command, env={**os.environ, **here})
+
+    def lines(self, name):
+        """Return what the program has written down."""
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def kill_after(self, batches):
+        """Run the program until it has delivered some more batches, and kill it."""
+        wanted = len(self.lines("delivered")) + batches
+        with self.run() as process:
+            wait_until(lambda: len(self.lines("delivered")) >= wanted, 90)
+            self.kill(process)
+
+    def kill_at_random(self, seconds, after_progress=False):
+        """Run the program and kill it at a random moment after its start, or its first records.
+
+        Its first intervals are those that it missed while it was not there, without records.
+        """
+        before = self.records()
+        with self.run() as process:
+            assert "ready\n" in iter(process.stdout.readline, "")
+            if after_progress:
+                wait_until(lambda: self.records() > before, 120)
+            # Not to wait for something: the moment of the kill is what is tried.
+            time.sleep(random.uniform(0, seconds))
+            self.kill(process)
+
+    def kill(self, process):
+        """End the driver as a crash does: its Python, its Java, and the workers, at once."""
+        driver = psutil.Process(process.pid)
+        for part in (driver, *driver.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                part.kill()
+        process.wait(30)
+        self.kills.append(time.time())
+
+    def was_away(self, moment):
+        """Tell whether an interval began and ended while the driver was dead."""
+        returns = [line["time"] for line in self.lines("starts")[1:]]
+        return any(
+            killed < moment - 1 and moment < returned
+            for killed, returned in zip(self.kills, returns, strict=True)
+        )
+
+    def records(self):
+        """Return how many records were delivered, repeated ones included."""
+        return sum(len(line["values"]) for line in self.lines("delivered"))
+
+    def finish(self):
+        """Run the program to its end."""
+        with self.run() as process:
+            assert process.stdout.read().endswith("done\n")
+            assert process.wait(30) == 0
+
+    def check(self):
+        """Fail unless all was delivered, repeated batches alike; return which were repeated."""
+        ranges = {}
+        times, values = Counter(), Counter()
+        for line in self.lines("delivered"):
+            assert ranges.setdefault(line["time"], line["ranges"]) == line["ranges"]
+            times[line["time"]] += bool(line["values"])
+            values.update(line["values"])
+        assert set(values) == {str(number) for number in range(self.values)} | {LAST.decode()}
+        # A value comes twice only because its whole batch did.
+        assert sum(values.values()) - len(values) == sum(
+            (count - 1) * sum(end - start for _, start, end in ranges[batch])
+            for batch, count in times.items() if count > 1
+        )  # fmt: skip
+        # Nothing is made up for the intervals in which no driver was there.
+        missed = [line["values"] for line in self.lines("delivered") if self.was_away(line["time"])]
+        assert not any(missed)
+        # A window has the plans of its intervals again, also those from before a crash.
+        for line in self.lines("in_windows"):
+            intervals = [line["time"] - before for before in range(WINDOW)]
+            sizes = [end - start for time in intervals for _, start, end in ranges.get(time, [])]
+            assert line["count"] == sum(sizes)
+        # The state is kept with the batches, so it counts each value once.
+        assert sum(self.lines("counted")[-1]["counts"].values()) == self.values + 1
+        return {batch for batch, count in times.items() if count > 1}
+
+
+@pytest.fixture
+def stream_of(kafka, topic, produce, tmp_path):
+    """Make a stream of so many numbers, 200 a second."""
+
+    def make(values, group=""):
+        numbers = [str(number).encode() for number in range(values)]
+        produce(topic, numbers, numbers)
+        return Stream(kafka, topic, tmp_path, values, group)
+
+    return make
+
+
+@pytest.fixture
+def finish(topic, produce):
+    """Let a stream run to the topic's end, and check what it did; return the repeated batches."""
+
+    def run(stream):
+        produce(topic, [LAST])
+        stream.finish()
+        return stream.check()
+
+    return run
+
+
+def test_a_killed_stream_goes_on_where_it_was(stream_of, finish):
+    """Otherwise a crash would lose events, or score others than those that were planned."""
+    stream = stream_of(1_200, group=f"group-{uuid.uuid4()}")
+    stream.kill_after(batches=3)
+    assert stream.records() < 1_200
+    finish(stream)
+    assert any(stream.was_away(line["time"]) for line in stream.lines("delivered"))
+
+
+def test_a_random_kill_loses_nothing(stream_of, finish):
+    """Otherwise it would only be the moments that somebody thought of, with a group, that hold."""
+    stream = stream_of(1_200)
+    stream.kill_at_random(9)
+    finish(stream)
+
+
+@pytest.mark.long
+def test_twenty_random_kills_lose_nothing(stream_of, finish):
+    """Otherwise one lucky kill would pass for a promise."""
+    stream = stream_of(12_000)
+    for _ in range(20):
+        stream.kill_at_random(3, after_progress=True)
+    repeated = finish(stream)
+    again = stream.records() - 12_001
+    print(f"\n20 kills: lost 0 of 12,001; {again} were delivered again in {len(repeated)} batches")

@@ -1,0 +1,352 @@
+"""The stream beside all that Kafka does: retention, groups, transactions, compaction, codecs."""
+
+import contextlib
+import logging
+import uuid
+
+import pytest
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import NewPartitions
+from processes import wait_until
+
+from helpers.streaming import (
+    KafkaUtils,
+    OffsetPlanner,
+    OffsetRange,
+    StreamError,
+    TopicAndPartition,
+    new_streaming_context,
+    run_stream,
+)
+from helpers.streaming.rates import RateLimit
+
+
+@pytest.fixture
+def ssc(spark):
+    """A streaming context with a short interval, stopped at the end."""
+    context = new_streaming_context(spark, 0.5)
+    yield context
+    context.stop(stopSparkContext=False, stopGraceFully=False)
+
+
+@pytest.fixture
+def settings(kafka):
+    """A stream's settings: from the beginning, in a new consumer group."""
+    return {
+        "bootstrap.servers": kafka.bootstrap_servers,
+        "group.id": f"group-{uuid.uuid4()}",
+        "auto.offset.reset": "earliest",
+    }
+
+
+@pytest.fixture
+def one(kafka):
+    """A new topic with one partition."""
+    name = f"one-{uuid.uuid4()}"
+    kafka.create_topic(name, partitions=1)
+    return name
+
+
+def drain(ssc, topic, settings):
+    """Return the keys and values that a stream delivers until the topic's end."""
+    found = []
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachRDD(lambda rdd: found.extend(rdd.collect()))
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)
+    return found
+
+
+def committed(kafka, group):
+    """Ask Kafka for a group's offsets."""
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        return {part.partition: found.offset for part, found in
+                admin.list_group_offsets([group])[group].items()}  # fmt: skip
+
+
+@pytest.fixture
+def half_deleted(kafka, produce, one, settings):
+    """A topic whose first 20 of 50 records are deleted after the group has begun at the first."""
+    produce(one, [str(number).encode() for number in range(50)])
+    with KafkaConsumer(
+        bootstrap_servers=kafka.bootstrap_servers, group_id=settings["group.id"],
+        enable_auto_commit=False,
+    ) as consumer:  # fmt: skip
+        partition = TopicPartition(one, 0)
+        consumer.assign([partition])
+        consumer.seek(partition, 0)
+        consumer.commit()
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_records({partition: 20})
+    assert committed(kafka, settings["group.id"]) == {0: 0}
+    return one
+
+
+@pytest.mark.parametrize(
+    "reset, first, loss",
+    [
+        ("earliest", 20, "20 events of one-.*, partition 0 \\(offsets 0 to 19\\) are lost"),
+        ("latest", 50, "50 events of one-.*, partition 0 \\(offsets 0 to 49\\) are lost"),
+    ],
+)
+def test_what_retention_has_deleted_is_told_to_the_last_event(
+    ssc, half_deleted, settings, caplog, reset, first, loss
+):
+    """Otherwise nobody would know how much is missing from the results."""
+    with caplog.at_level(logging.WARNING):
+        found = drain(ssc, half_deleted, {**settings, "auto.offset.reset": reset})
+    assert [int(value) for _, value in found] == list(range(first, 50))
+    assert len([text for text in caplog.messages if "are lost" in text]) == 1
+    with pytest.raises(AssertionError, match=loss):
+        raise AssertionError(caplog.text)
+
+
+def test_with_none_a_loss_is_an_error(ssc, half_deleted, settings):
+    """Otherwise those who can't go on without some events would go on."""
+    with pytest.raises(StreamError, match=r"20 events .* are lost: .*retention.*set auto\.offset"):
+        KafkaUtils.createDirectStream(
+            ssc, [half_deleted], {**settings, "auto.offset.reset": "none"}
+        )
+
+
+def test_with_none_a_group_without_offsets_is_an_error(ssc, one, settings):
+    """Otherwise the stream would begin somewhere, and nobody has said where."""
+    with pytest.raises(StreamError, match=r"group 'group-.*' has committed no offset of one-"):
+        KafkaUtils.createDirectStream(ssc, [one], {**settings, "auto.offset.reset": "none"})
+
+
+def test_what_is_deleted_after_it_was_planned_is_left_out(
+    spark, kafka, produce, one, settings, caplog
+):
+    """Otherwise the batch would fail for ever, for its records never come back."""
+    produce(one, [b"x"] * 50)
+    planner = OffsetPlanner(spark, [one], settings)
+    ranges = planner.next_batch()
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_records({TopicPartition(one, 0): 30})
+    assert planner.still_there(ranges) == [OffsetRange(one, 0, 30, 50)]
+    assert "30 events" in caplog.text
+    planner.close()
+
+
+def test_a_group_with_live_members_is_refused(ssc, kafka, produce, one, settings):
+    """Otherwise Kafka would refuse each commit, after each batch was scored."""
+    produce(one, [b"x"])
+    with KafkaConsumer(
+        one, bootstrap_servers=kafka.bootstrap_servers, group_id=settings["group.id"],
+        client_id="dashboard", consumer_timeout_ms=1_000,
+    ) as consumer:  # fmt: skip
+        wait_until(lambda: consumer.poll(timeout_ms=200) or consumer.assignment())
+        with pytest.raises(StreamError, match=r"has live members \(dashboard.*use another group"):
+            KafkaUtils.createDirectStream(ssc, [one], settings)
+
+
+def test_offsets_are_committed_by_hand_where_that_is_asked_for(
+    ssc, kafka, produce, one, settings
+):
+    """Otherwise programs that commit with their results could not."""
+    produce(one, [b"x"] * 30)
+    by_hand = {**settings, "enable.auto.commit": False}
+    stream = KafkaUtils.createDirectStream(ssc, [one], by_hand)
+    seen = []
+
+    def process(rdd):
+        seen.extend(rdd.offsetRanges())
+        for part in rdd.offsetRanges():
+            stream.commitAsync([OffsetRange(part.topic, part.partition, part.fromOffset, 12)])
+
+    stream.foreachRDD(process)
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)
+    assert seen == [OffsetRange(one, 0, 0, 30)]
+    assert committed(kafka, settings["group.id"]) == {0: 12}
+
+
+def test_nothing_is_committed_unless_it_is_asked_for(ssc, kafka, produce, one, settings):
+    """Otherwise a program that commits by hand would find other offsets than its own."""
+    produce(one, [b"x"] * 30)
+    assert len(drain(ssc, one, {**settings, "enable.auto.commit": "false"})) == 30
+    assert committed(kafka, settings["group.id"]) == {}
+
+
+def test_aborted_transactions_never_appear_and_gaps_do_not_hang(ssc, kafka, one, settings):
+    """Otherwise events would be scored that their producer has taken back."""
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"id-{uuid.uuid4()}"
+    ) as producer:
+        producer.init_transactions()
+        for text, end in ((b"kept", "commit"), (b"taken back", "abort"), (b"kept too", "commit"),
+                          (b"taken back as well", "abort")):  # fmt: skip
+            producer.begin_transaction()
+            for _ in range(5):  # each is there before its transaction ends
+                producer.send(one, text, key=b"key").get(10)
+            getattr(producer, f"{end}_transaction")()
+    found = drain(ssc, one, {**settings, "isolation.level": "read_committed"})
+    assert [value for _, value in found] == ["kept"] * 5 + ["kept too"] * 5
+    assert committed(kafka, settings["group.id"]) == {0: 24}  # a mark ends each transaction
+
+
+def test_an_open_transaction_is_waited_for(spark, kafka, one, settings):
+    """Otherwise a batch would wait for records that nobody may read yet, until it fails."""
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"id-{uuid.uuid4()}"
+    ) as producer:
+        producer.init_transactions()
+        producer.begin_transaction()
+        producer.send(one, b"later").get(10)
+        planner = OffsetPlanner(spark, [one], {**settings, "isolation.level": "read_committed"})
+        assert planner.next_batch() == []
+        producer.commit_transaction()
+    assert wait_until(planner.next_batch) == [OffsetRange(one, 0, 0, 2)]
+    planner.close()
+
+
+def test_a_compacted_topic_has_gaps(ssc, kafka, produce, settings):
+    """Otherwise the stream would wait for records that compaction has removed."""
+    name = f"compacted-{uuid.uuid4()}"
+    kafka.create_topic(name, partitions=1, config={
+        "cleanup.policy": "compact", "segment.ms": 100, "min.cleanable.dirty.ratio": 0.01,
+        "max.compaction.lag.ms": 100,
+    })  # fmt: skip
+
+    def kept():
+        """Write once more, for only a full segment is compacted; count what is left."""
+        produce(name, [b"last"], [b"other"])
+        with KafkaConsumer(
+            name, bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest",
+            consumer_timeout_ms=2_000,
+        ) as consumer:  # fmt: skip
+            return sum(record.key == b"same" for record in consumer)
+
+    produce(name, [b"value"] * 50, [b"same"] * 50)
+    wait_until(lambda: kept() == 1, 120)
+    found = drain(ssc, name, settings)
+    assert found.count(("same", "value")) == 1
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+def test_each_codec_large_values_and_none(ssc, kafka, one, settings, codec):
+    """Otherwise a producer's choice would break the stream."""
+    large = "x" * 900_000
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, compression_type=codec
+    ) as producer:
+        for key, value in ((None, large.encode()), (b"key", None), (None, b"small")):
+            producer.send(one, value, key=key).get(10)
+    assert drain(ssc, one, settings) == [(None, large), ("key", None), (None, "small")]
+
+
+def test_windows_that_slide_by_several_intervals_are_committed(
+    ssc, kafka, produce, one, settings
+):
+    """Otherwise a stream whose only output is such a window would begin anew each time."""
+    produce(one, [b"x"] * 30)
+    sizes = []
+    stream = KafkaUtils.createDirectStream(ssc, [one], settings)
+    windows = stream.window(1.5, 1.5)
+    windows.count().foreachRDD(lambda rdd: sizes.extend(rdd.collect()))
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)
+    assert sum(sizes) == 30
+    assert committed(kafka, settings["group.id"]) == {0: 30}
+
+
+def test_a_partition_that_is_added_while_the_stream_runs_is_read(
+    ssc, kafka, produce, one, settings
+):
+    """Otherwise a topic that grows would be scored in part."""
+    found, grown = [], []
+    produce(one, [b"old"] * 5)
+    stream = KafkaUtils.createDirectStream(ssc, [one], {**settings, "metadata.max.age.ms": 500})
+    stream.foreachRDD(lambda rdd: found.extend(value for _, value in rdd.collect()))
+
+    def grow():
+        with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+            admin.create_partitions({one: NewPartitions(2)})
+        with KafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+            wait_until(lambda: len(producer.partitions_for(one)) == 2)
+            producer.send(one, b"new", partition=1).get(10)
+
+    def is_read():
+        if "old" in found and not grown:
+            grown.append(grow())
+        return "new" in found and stream.lag() == 0
+
+    run_stream(ssc, until=is_read, timeout=60)
+    assert sorted(found) == ["new", *["old"] * 5]
+    assert committed(kafka, settings["group.id"]) == {0: 5, 1: 1}
+
+
+@contextlib.contextmanager
+def configured(spark, settings):
+    """Set settings of Spark for as long as a `with` block lasts."""
+    conf = spark.sparkContext._jsc.sc().conf()
+    for name, value in settings.items():
+        conf.set(f"spark.streaming.{name}", str(value))
+    try:
+        yield
+    finally:
+        for name in settings:
+            conf.remove(f"spark.streaming.{name}")
+
+
+@pytest.mark.parametrize(
+    "given, most",
+    [
+        ({}, (3_000, 1_000)),
+        ({"kafka.maxRatePerPartition": 100}, (200, 200)),
+        ({"backpressure.initialRate": 100}, (3_000, 1_000)),  # it is for backpressure alone
+        ({"backpressure.enabled": "true", "backpressure.initialRate": 100}, (150, 50)),
+        (
+            {"backpressure.enabled": "true", "backpressure.initialRate": 100,
+             "kafka.maxRatePerPartition": 50}, (100, 50),
+        ),
+        (
+            {"backpressure.enabled": "true", "backpressure.initialRate": 100,
+             "kafka.minRatePerPartition": 60}, (150, 60),
+        ),
+    ],
+)  # fmt: skip
+def test_the_rates_are_those_of_sparks_own_stream(spark, given, most):
+    """Otherwise settings that a site has found out would mean something else here."""
+    partitions = [TopicAndPartition("t", 0), TopicAndPartition("t", 1)]
+    with configured(spark, given):
+        limit = RateLimit(spark.sparkContext, interval=2.0)
+    left = dict(zip(partitions, (3_000, 1_000), strict=True))
+    assert tuple(limit.most(left).values()) == most
+
+
+def drain_backlog(spark, kafka, settings, events, initial_rate):
+    """Drain a backlog with backpressure; return the sizes of the batches and their durations."""
+    name = f"backlog-{uuid.uuid4()}"
+    kafka.create_topic(name, partitions=4)
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, linger_ms=100, batch_size=2**20
+    ) as producer:
+        for number in range(events):
+            producer.send(name, b"%d" % number)
+    ssc = new_streaming_context(spark, 1)
+    rates = {"backpressure.enabled": "true", "backpressure.initialRate": initial_rate}
+    with configured(spark, rates):
+        stream = KafkaUtils.createDirectStream(ssc, [name], settings)
+    sizes = []
+    numbers = stream.map(lambda pair: int(pair[1]))
+    numbers.foreachRDD(lambda rdd: sizes.append(rdd.filter(lambda number: number >= 0).count()))
+    listener = ssc._jssc.ssc().progressListener()
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=1_200)
+    batches = listener.retainedCompletedBatches()
+    delays = [batches.apply(index).processingDelay() for index in range(batches.size())]
+    return sizes, [delay.get() / 1000 for delay in delays]
+
+
+def test_backpressure_begins_with_the_initial_rate(spark, kafka, settings):
+    """Otherwise the first batch after a night would take the whole backlog."""
+    sizes, _ = drain_backlog(spark, kafka, settings, events=5_000, initial_rate=500)
+    assert next(size for size in sizes if size) <= 500
+    assert sum(sizes) == 5_000
+
+
+@pytest.mark.long
+def test_a_backlog_does_not_overwhelm_a_stream_with_backpressure(spark, kafka, settings):
+    """Otherwise the first batches after a night would take minutes, and block the rest."""
+    sizes, seconds = drain_backlog(spark, kafka, settings, events=500_000, initial_rate=20_000)
+    assert sum(sizes) == 500_000
+    print(f"\n500,000 events in {len(sizes)} batches, from the sixth on {max(seconds[5:]):.2f} s")
+    assert max(seconds[5:]) <= 2, list(zip(seconds, sizes, strict=False))
