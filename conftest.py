@@ -6,6 +6,7 @@ It is here and not in tests/ because the examples in docstrings and the notebook
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 from collections.abc import Callable, Iterator
 
@@ -88,22 +89,25 @@ def names_in_docstrings(
         yield
         return
     module = request.node.name.split(".")[1]
+    words = {word for example in request.node.dtest.examples
+             for word in re.findall(r"\w+", example.source)}  # fmt: skip
     doctest_namespace["Vectors"] = Vectors
-    if module in ("streaming", "transformers", "records", "monitor"):
+    if module in ("streaming", "transformers", "records", "monitor") and "spark" in words:
         doctest_namespace["spark"] = request.getfixturevalue("spark")
-    if module != "streaming":
+    if module != "streaming" or not words & {"kafka", "ssc", "stream"}:
         yield
         return
     kafka = doctest_namespace["kafka"] = request.getfixturevalue("kafka")
     if "events" not in kafka.topics():
         kafka.create_topic("events", partitions=1)
         request.getfixturevalue("produce")("events", [b"{}"] * 100)
-    ssc = doctest_namespace["ssc"] = new_streaming_context(doctest_namespace["spark"], 1)
-    doctest_namespace["stream"] = KafkaUtils.createDirectStream(
-        ssc,
-        ["events"],
-        {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"},
-    )
+    if not words & {"ssc", "stream"}:
+        yield
+        return
+    ssc = new_streaming_context(request.getfixturevalue("spark"), 1)
+    settings = {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
+    stream = KafkaUtils.createDirectStream(ssc, ["events"], settings)
+    doctest_namespace.update(ssc=ssc, stream=stream)
     yield
     stop_streaming(ssc, gracefully=False)
 
