@@ -46,15 +46,16 @@ class Stream:
             self.kill(process)
 
     def kill_at_random(self, seconds, after_progress=False):
-        """Run the program and kill it at a random moment after its start, or its first records.
+        """Run the program and kill it at a random moment after its start, or its first new records.
 
-        Its first intervals are those that it missed while it was not there, without records.
+        Before those come the batch that was under way, once more, and the intervals in which it was
+        not there.
         """
-        before = self.records()
+        before = self.different_records()
         with self.run() as process:
             assert "ready\n" in iter(process.stdout.readline, "")
             if after_progress:
-                wait_until(lambda: self.records() > before, 120)
+                wait_until(lambda: self.different_records() > before, 120)
             # Not to wait for something: the moment of the kill is what is tried.
             time.sleep(random.uniform(0, seconds))
             self.kill(process)
@@ -79,6 +80,10 @@ class Stream:
     def records(self):
         """Return how many records were delivered, repeated ones included."""
         return sum(len(line["values"]) for line in self.lines("delivered"))
+
+    def different_records(self):
+        """Return how many records were delivered, each counted once."""
+        return len({value for line in self.lines("delivered") for value in line["values"]})
 
     def finish(self):
         """Run the program to its end."""
