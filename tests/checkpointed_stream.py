@@ -14,7 +14,7 @@ from pyspark.streaming import StreamingContext
 from helpers.session import get_spark
 from helpers.streaming import KafkaUtils, run_stream
 
-SECONDS = 1
+SECONDS = 2  # an interval
 RATE = 100  # records of each partition a second: some seconds of batches
 WINDOW = 3  # intervals
 LAST = "-1"  # the value after which the program ends
@@ -64,7 +64,7 @@ def main(servers: str, topic: str, folder: str, group: str) -> None:
 
     ssc = StreamingContext.getOrCreate(f"{folder}/checkpoint", set_up)
     print("ready", flush=True)
-    run_stream(ssc, until=end.exists, timeout=300)
+    run_stream(ssc, until=end.exists, timeout=900)
     print("done", flush=True)
 
 

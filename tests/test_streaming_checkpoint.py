@@ -11,9 +11,9 @@ from collections import Counter
 
 import psutil
 import pytest
+from checkpointed_stream import SECONDS, WINDOW
 from processes import ROOT, running, wait_until
 
-WINDOW = 3  # as in the program, whose interval is a second
 PROGRAM = ROOT / "tests" / "checkpointed_stream.py"
 LAST = b"-1"
 
@@ -42,7 +42,7 @@ class Stream:
         """Run the program until it has delivered some more batches, and kill it."""
         wanted = len(self.lines("delivered")) + batches
         with self.run() as process:
-            wait_until(lambda: len(self.lines("delivered")) >= wanted, 90)
+            wait_until(lambda: len(self.lines("delivered")) >= wanted, 120)
             self.kill(process)
 
     def kill_at_random(self, seconds, after_progress=False):
@@ -55,7 +55,7 @@ class Stream:
         with self.run() as process:
             assert "ready\n" in iter(process.stdout.readline, "")
             if after_progress:
-                wait_until(lambda: self.different_records() > before, 120)
+                wait_until(lambda: self.different_records() > before, 600)
             # Not to wait for something: the moment of the kill is what is tried.
             time.sleep(random.uniform(0, seconds))
             self.kill(process)
@@ -73,7 +73,7 @@ class Stream:
         """Tell whether an interval began and ended while the driver was dead."""
         returns = [line["time"] for line in self.lines("starts")[1:]]
         return any(
-            killed < moment - 1 and moment < returned
+            killed < moment - SECONDS and moment < returned
             for killed, returned in zip(self.kills, returns, strict=True)
         )
 
@@ -110,7 +110,7 @@ class Stream:
         assert not any(missed)
         # A window has the plans of its intervals again, also those from before a crash.
         for line in self.lines("in_windows"):
-            intervals = [line["time"] - before for before in range(WINDOW)]
+            intervals = [line["time"] - before * SECONDS for before in range(WINDOW)]
             sizes = [end - start for time in intervals for _, start, end in ranges.get(time, [])]
             assert line["count"] == sum(sizes)
         # The state is kept with the batches, so it counts each value once.
@@ -144,16 +144,16 @@ def finish(topic, produce):
 
 def test_a_killed_stream_goes_on_where_it_was(stream_of, finish):
     """Otherwise a crash would lose events, or score others than those that were planned."""
-    stream = stream_of(1_200, group=f"group-{uuid.uuid4()}")
+    stream = stream_of(2_000, group=f"group-{uuid.uuid4()}")
     stream.kill_after(batches=3)
-    assert stream.records() < 1_200
+    assert stream.records() < 2_000
     finish(stream)
     assert any(stream.was_away(line["time"]) for line in stream.lines("delivered"))
 
 
 def test_a_random_kill_loses_nothing(stream_of, finish):
     """Otherwise it would only be the moments that somebody thought of, with a group, that hold."""
-    stream = stream_of(1_200)
+    stream = stream_of(2_000)
     stream.kill_at_random(9)
     finish(stream)
 
