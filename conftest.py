@@ -9,12 +9,15 @@ import itertools
 import re
 import signal
 from collections.abc import Callable, Iterator
+from datetime import datetime
 
 import orjson
 import pytest
 from kafka import KafkaProducer
+from pyspark.ml.functions import array_to_vector
 from pyspark.ml.linalg import Vectors
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.functions import array, lit
 
 from helpers.broker import LocalKafka
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
@@ -80,6 +83,19 @@ def event_values() -> list[bytes]:
     return [orjson.dumps(event) for event in events.to_dict("records")]
 
 
+_WITH_SPARK = ("files", "monitor", "records", "sinks", "streaming", "transformers")
+
+
+def _scored_event(spark: SparkSession) -> DataFrame:
+    """Return an event as a batch's function hands it to a sink."""
+    columns = (
+        "EventId long, prediction_index double, topic string, partition int, offset long, "
+        "timestamp timestamp, bad struct<key: binary, value: binary, reason: string>"
+    )
+    event = spark.createDataFrame([(100_000, 0.0, "events", 0, 0, datetime.now(), None)], columns)
+    return event.withColumn("prediction", array_to_vector(array(lit(0.75), lit(0.25))))
+
+
 @pytest.fixture(autouse=True)
 def names_in_docstrings(
     request: pytest.FixtureRequest, doctest_namespace: dict[str, object]
@@ -92,9 +108,11 @@ def names_in_docstrings(
     words = {word for example in request.node.dtest.examples
              for word in re.findall(r"\w+", example.source)}  # fmt: skip
     doctest_namespace["Vectors"] = Vectors
-    if module in ("streaming", "transformers", "records", "monitor") and "spark" in words:
-        doctest_namespace["spark"] = request.getfixturevalue("spark")
-    if module != "streaming" or not words & {"kafka", "ssc", "stream"}:
+    if module in _WITH_SPARK and words & {"spark", "scored"}:
+        spark = doctest_namespace["spark"] = request.getfixturevalue("spark")
+    if module == "sinks" and "scored" in words:
+        doctest_namespace["scored"] = _scored_event(spark)
+    if module not in ("streaming", "sinks") or not words & {"kafka", "ssc", "stream"}:
         yield
         return
     kafka = doctest_namespace["kafka"] = request.getfixturevalue("kafka")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import json
-import re
 from dataclasses import astuple, dataclass
 
-from py4j.java_gateway import JavaObject
 from pyspark.sql import SparkSession
 
+from helpers.files import JsonFolder
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
 
@@ -32,8 +30,7 @@ class Plan:
 class PlanLog:
     """A folder with a file for each batch, on any file system that Spark's Hadoop client knows.
 
-    A file is written under another name and then renamed, so that it is there whole or not at all;
-    it never replaces one that is there. Batches without records have no file.
+    Batches without records have no file.
 
     Parameters
     ----------
@@ -52,18 +49,8 @@ class PlanLog:
     """
 
     def __init__(self, spark: SparkSession, folder: str) -> None:
-        self._jvm, self._gateway = spark._jvm, spark.sparkContext._gateway
-        configuration = spark._jsc.hadoopConfiguration()
-        path = self._jvm.org.apache.hadoop.fs.Path(folder)
-        self._files = path.getFileSystem(configuration)
-        self._folder = self._files.makeQualified(path)
-        self._files.mkdirs(self._folder)
-        self._context = self._jvm.org.apache.hadoop.fs.FileContext.getFileContext(
-            self._folder.toUri(), configuration
-        )
-        names = [status.getPath().getName() for status in self._files.listStatus(self._folder)]
-        found = [re.fullmatch(r"(\d+)\.json", name) for name in names]
-        self._batch_ids = sorted(int(name[1]) for name in found if name)
+        self._files = JsonFolder(spark, folder)
+        self._batch_ids = sorted(int(name) for name in self._files.names())
 
     def write(self, batch_id: int, plan: Plan) -> None:
         """Keep the plan of a batch that has none yet.
@@ -79,29 +66,14 @@ class PlanLog:
             "ranges": [astuple(part) for part in plan.ranges],
             "positions": [[*astuple(part), offset] for part, offset in plan.positions.items()],
         }
-        draft = self._path(f".{batch_id}.draft")
-        file = self._files.create(draft, True)
-        try:
-            file.write(json.dumps(content).encode())
-            file.hsync()
-        finally:
-            file.close()
-        # Without options a rename fails where the name is taken.
-        no_options = self._gateway.new_array(
-            getattr(self._jvm.org.apache.hadoop.fs, "Options$Rename"), 0
-        )
-        self._context.rename(draft, self._path(f"{batch_id}.json"), no_options)
+        self._files.write(str(batch_id), content)
         bisect.insort(self._batch_ids, batch_id)
 
     def read(self, batch_id: int) -> Plan | None:
         """Return the plan of a batch; None if it has none, which is so if it had no records."""
         if batch_id not in self._batch_ids:
             return None
-        file = self._files.open(self._path(f"{batch_id}.json"))
-        try:
-            content = json.loads(bytes(file.readAllBytes()))
-        finally:
-            file.close()
+        content = self._files.read(str(batch_id))
         ranges = [OffsetRange(*part) for part in content["ranges"]]
         positions = {
             TopicAndPartition(topic, partition): offset
@@ -123,8 +95,5 @@ class PlanLog:
         """
         old = bisect.bisect_left(self._batch_ids, before, hi=max(0, len(self._batch_ids) - 1))
         for batch_id in self._batch_ids[:old]:
-            self._files.delete(self._path(f"{batch_id}.json"), False)
+            self._files.delete(str(batch_id))
         del self._batch_ids[:old]
-
-    def _path(self, name: str) -> JavaObject:
-        return self._jvm.org.apache.hadoop.fs.Path(self._folder, name)

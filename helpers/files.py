@@ -1,0 +1,199 @@
+"""Small files on any file system that Spark's Hadoop client knows: there whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from py4j.java_gateway import JavaObject
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import SparkSession
+
+
+class _CannotLinkError(Exception):
+    """The file system has no second names for files, as many network file systems haven't."""
+
+
+def _is_taken(error: Py4JJavaError) -> bool:
+    """Tell whether Java found a file where there was to be none; HDFS's answer is its cause."""
+    exception = error.java_exception
+    while exception is not None:
+        if exception.getClass().getSimpleName() == "FileAlreadyExistsException":
+            return True
+        exception = exception.getCause()
+    return False
+
+
+class JsonFolder:
+    """A folder of JSON files, each written once.
+
+    A file is written under another name and then renamed, which is one step of the file system: a
+    reader sees all of it or nothing, and a file that is there is never replaced.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client is used.
+    folder : str
+        The folder's path or URI (``file:``, ``hdfs:``); it is made if it isn't there.
+
+    Attributes
+    ----------
+    uri : str
+        The folder with its scheme.
+
+    Examples
+    --------
+    >>> folder = JsonFolder(spark, str(getfixture("tmp_path") / "plans"))
+    >>> folder.write("first", {"events": 10})
+    >>> folder.names(), folder.read("first")
+    (['first'], {'events': 10})
+    """
+
+    def __init__(self, spark: SparkSession, folder: str) -> None:
+        self._jvm, self._gateway = spark._jvm, spark.sparkContext._gateway
+        self._spark = spark
+        path, self._files = _file_system(spark, folder)
+        self._folder = self._files.makeQualified(path)
+        self._files.mkdirs(self._folder)
+        # Its rename refuses where a file is; that of FileSystem may replace it.
+        self._context = self._jvm.org.apache.hadoop.fs.FileContext.getFileContext(
+            self._folder.toUri(), spark._jsc.hadoopConfiguration()
+        )
+        self.uri = self._folder.toString()
+
+    def names(self) -> list[str]:
+        """Return the names of the files, sorted, without ``.json`` at their ends."""
+        names = folder_names(self._spark, self.uri)
+        complete = (name for name in names if name.endswith(".json") and name[0] not in "._")
+        return [name.removesuffix(".json") for name in complete]
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a new file.
+
+        Parameters
+        ----------
+        name : str
+            Its name, without ``.json``.
+        content : object
+            What `json` can write.
+
+        Raises
+        ------
+        FileExistsError
+            If there is one of that name, which stays as it is.
+        """
+        # Drafts differ, too: two writers of the same name must not write into one.
+        draft = self._path(f".{name}.{self._jvm.java.util.UUID.randomUUID().toString()}.draft")
+        file = self._files.create(draft, False)
+        try:
+            file.write(f"{json.dumps(content)}\n".encode())
+            file.hsync()
+        finally:
+            file.close()
+        try:
+            self._publish(draft, self._path(f"{name}.json"))
+        except Py4JJavaError as error:
+            if not _is_taken(error):
+                raise
+            raise FileExistsError(f"{self.uri}/{name}.json is there already") from None
+        finally:
+            # A draft that stays harms nobody, and its loss must not hide what went wrong before.
+            with contextlib.suppress(Py4JJavaError):
+                self._files.delete(draft, False)
+
+    def read(self, name: str) -> Any:
+        """Return the content of a file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none of that name.
+        """
+        if not self._files.exists(self._path(f"{name}.json")):
+            raise FileNotFoundError(f"{self.uri}/{name}.json is not there")
+        return json.loads(read_file(self._spark, f"{self.uri}/{name}.json"))
+
+    def delete(self, name: str) -> None:
+        """Remove a file; without effect if it isn't there."""
+        self._files.delete(self._path(f"{name}.json"), False)
+
+    def changed_at(self, name: str) -> int | None:
+        """Return when a file was last changed, in milliseconds since 1970; None if it is gone."""
+        path = self._path(f"{name}.json")
+        if not self._files.exists(path):
+            return None
+        return self._files.getFileStatus(path).getModificationTime()
+
+    def touch(self, name: str) -> None:
+        """Have a file's time of change be now."""
+        now = self._jvm.java.lang.System.currentTimeMillis()
+        self._files.setTimes(self._path(f"{name}.json"), now, -1)
+
+    def _publish(self, draft: JavaObject, path: JavaObject) -> None:
+        """Give a file its name in one step that fails where the name is taken."""
+        if self._folder.toUri().getScheme() == "file":
+            # Hadoop's rename looks first and then renames, between which others may do the same.
+            with contextlib.suppress(_CannotLinkError):
+                return self._link(draft, path)
+        no_options = self._gateway.new_array(
+            getattr(self._jvm.org.apache.hadoop.fs, "Options$Rename"), 0
+        )
+        self._context.rename(draft, path, no_options)
+
+    def _link(self, draft: JavaObject, path: JavaObject) -> None:
+        """Give a local file a second name; raises `_CannotLinkError` where that can't be done."""
+        files, paths = self._jvm.java.nio.file.Files, self._jvm.java.nio.file.Path
+        try:
+            files.createLink(paths.of(path.toUri()), paths.of(draft.toUri()))
+        except Py4JJavaError as error:
+            if _is_taken(error):
+                raise
+            raise _CannotLinkError from error
+
+    def _path(self, name: str) -> JavaObject:
+        return self._jvm.org.apache.hadoop.fs.Path(self._folder, name)
+
+
+def folder_names(spark: SparkSession, folder: str) -> list[str]:
+    """Return the names of what is in a folder, sorted; none if there is no such folder.
+
+    Examples
+    --------
+    >>> folder_names(spark, "/no/such/folder")
+    []
+    """
+    path, files = _file_system(spark, folder)
+    if not files.exists(path):
+        return []
+    return sorted(found.getPath().getName() for found in files.listStatus(path))
+
+
+def read_file(spark: SparkSession, name: str) -> str:
+    """Return the text of a file.
+
+    Examples
+    --------
+    >>> _ = (getfixture("tmp_path") / "note").write_text("42")
+    >>> read_file(spark, str(getfixture("tmp_path") / "note"))
+    '42'
+    """
+    path, files = _file_system(spark, name)
+    file = files.open(path)
+    try:
+        return bytes(file.readAllBytes()).decode()
+    finally:
+        file.close()
+
+
+def remove_folder(spark: SparkSession, folder: str) -> None:
+    """Remove a folder with all that is in it; without effect if it isn't there."""
+    path, files = _file_system(spark, folder)
+    files.delete(path, True)
+
+
+def _file_system(spark: SparkSession, name: str) -> tuple[JavaObject, JavaObject]:
+    """Return Hadoop's path and file system for a name."""
+    path = spark._jvm.org.apache.hadoop.fs.Path(name)
+    return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
