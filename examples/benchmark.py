@@ -35,6 +35,7 @@ from helpers.broker import LocalKafka
 from helpers.monitor import Monitor
 from helpers.notebook import definitions
 from helpers.session import get_spark, scratch_folder
+from helpers.sinks import ParquetSink
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
 
 TOPIC = "benchmark"
@@ -104,7 +105,7 @@ def drain(
         Seconds from when the first batch was planned to when the last one was committed.
     """
     monitor: Monitor = functions["monitor"]
-    functions["scores"] = f"{scratch_folder()}/scores-{uuid.uuid4()}"
+    sink = functions["sink"] = ParquetSink(spark, f"{scratch_folder()}/scored-{uuid.uuid4()}")
     settings = {
         "bootstrap.servers": bootstrap_servers,
         "group.id": f"benchmark-{uuid.uuid4()}",
@@ -121,7 +122,9 @@ def drain(
     stream = KafkaUtils.createDirectStream(ssc, [TOPIC], settings)
     stream.foreachBatch(functions["process_instances"])
     monitor.begin(lag=stream.lag_after)
-    run_stream(ssc, until=is_drained, timeout=DRAIN_SECONDS)
+    with sink:
+        sink.begin(stream.ranges_of)
+        run_stream(ssc, until=is_drained, timeout=DRAIN_SECONDS)
     planned = monitor.batches[0].batch_id / 1000
     return monitor.totals(), ended - planned
 

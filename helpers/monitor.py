@@ -15,7 +15,9 @@ elsewhere each batch is a printed line.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import html
+import json
 import math
 import threading
 import time
@@ -33,11 +35,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from py4j.protocol import Py4JJavaError
-from pyspark.sql import Observation
+from pyspark.sql import Observation, SparkSession
+from pyspark.sql.streaming import StreamingQueryListener
+from pyspark.sql.streaming.listener import SourceProgress, StreamingQueryProgress
 
-# How long Spark may take to hand over a batch's counts once the batch's function is done with it.
-# They are there by then, or they never come.
-COUNTS_SECONDS = 10
+from helpers.records import COUNTS_SECONDS, observed
 
 # How many batches the table in a notebook shows: the last ones.
 ROWS_SHOWN = 20
@@ -65,13 +67,16 @@ class Batch:
     Attributes
     ----------
     batch_id : int
-        The batch's time, in milliseconds since 1970.
+        What Spark calls the batch; of a DStream, its time in milliseconds since 1970.
     events, signal, bad : int
         How many events it had, how many of these are signal, and how many records are no events.
     seconds : float
         How long it took.
     lag : int or None
         How many records of the topic were left after it; None where nobody knows.
+    planned_at : int or None
+        When it was planned, in milliseconds since 1970, if that isn't its id: Structured Streaming
+        numbers its batches.
 
     Examples
     --------
@@ -85,6 +90,12 @@ class Batch:
     bad: int
     seconds: float
     lag: int | None = None
+    planned_at: int | None = None
+
+    @property
+    def time(self) -> int:
+        """When it was planned, in milliseconds since 1970."""
+        return self.batch_id if self.planned_at is None else self.planned_at
 
     @property
     def events_per_second(self) -> float:
@@ -112,6 +123,7 @@ class Monitor:
         self._lock = threading.RLock()  # of all below
         self._batches: dict[int, Batch] = {}
         self._lag: Callable[[int], int | None] | None = None
+        self._held: dict[int, Batch] | None = None  # until Spark reports them, if it is to do so
         self._display: _Table | _Lines | None = None
         self._unused: set[str] = set()  # in the batches that are shown
         self._told: set[str] = set()  # of these and of earlier ones, what a warning has named
@@ -178,15 +190,80 @@ class Monitor:
         started = time.monotonic()
         yield counts
         seconds = time.monotonic() - started
-        found = _observed(counts, batch_id)
+        found = _counts_of(counts, batch_id)
         signal, bad = found.get("signal") or 0, found.get("bad") or 0
         lag = None if self._lag is None else self._lag(batch_id)
         new_names = self._note_unused(found.get("unused") or ())
-        self.add(Batch(batch_id, found["events"], signal, bad, seconds, lag))
+        self._add_or_hold(Batch(batch_id, found["events"], signal, bad, seconds, lag))
         # In a kernel, a warning from Spark's thread may end up below another cell, or nowhere.
         if new_names and not _in_notebook():
             # The caller's line is the third: between it and this one is contextlib's.
             warnings.warn(_about_unused(new_names), UserWarning, stacklevel=3)
+
+    @contextlib.contextmanager
+    def follow(self, spark: SparkSession) -> Iterator[None]:
+        """Let Spark tell of the batches of a query that runs within the ``with`` block.
+
+        What a batch's function counted in `batch` is added when Spark reports the batch's progress:
+        with the time it was planned at, how long it took in all, planning and checkpoint included,
+        and how many records are left. The block must not end before its query.
+
+        Parameters
+        ----------
+        spark : pyspark.sql.SparkSession
+            The session that the query runs in.
+
+        Examples
+        --------
+        >>> from pyspark.sql import functions as F
+        >>> def count(df, batch_id):
+        ...     with monitor.batch(batch_id) as counts:
+        ...         counted = df.observe(counts, F.count("value").alias("events"))
+        ...         counted.write.format("noop").mode("overwrite").save()
+        >>> monitor = Monitor()
+        >>> _ = (getfixture("tmp_path") / "lines").write_text("one")
+        >>> lines = spark.readStream.text(str(getfixture("tmp_path"))).writeStream
+        >>> with monitor.follow(spark):
+        ...     query = lines.foreachBatch(count).trigger(availableNow=True).start()
+        ...     ended = query.awaitTermination(60)
+        time (UTC)  events  signal  bad  seconds  events/s  lag
+        ...              1       0    0      ...
+        """
+        listener = _QueryListener(self)
+        with self._lock:
+            self._held = {}
+        spark.streams.addListener(listener)
+        try:
+            yield
+            listener.wait()
+        finally:
+            spark.streams.removeListener(listener)
+            with self._lock:
+                self._held = None
+
+    def progressed(self, progress: StreamingQueryProgress) -> None:
+        """Add a batch that was held for what Spark says of it; the listener calls this."""
+        with self._lock:
+            batch = self._held.pop(progress.batchId, None) if self._held is not None else None
+        if batch is None:  # one without records
+            return
+        planned_at = datetime.fromisoformat(progress.timestamp)
+        self.add(
+            dataclasses.replace(
+                batch,
+                planned_at=round(planned_at.timestamp() * 1000),
+                seconds=progress.durationMs["triggerExecution"] / 1000,
+                lag=_left(progress.sources[0]),
+            )
+        )
+
+    def _add_or_hold(self, batch: Batch) -> None:
+        """Add a batch now, or when Spark has reported its progress."""
+        with self._lock:
+            if self._held is not None:
+                self._held[batch.batch_id] = batch
+                return
+        self.add(batch)
 
     def add(self, batch: Batch) -> None:
         """Add a batch, in the place of one with the same id, and show it.
@@ -219,7 +296,7 @@ class Monitor:
         ['time', 'events', 'signal', 'bad', 'seconds', 'events_per_second', 'lag']
         """
         batches = self.batches
-        times = pd.to_datetime([batch.batch_id for batch in batches], unit="ms", utc=True)
+        times = pd.to_datetime([batch.time for batch in batches], unit="ms", utc=True)
         kinds = {
             "events": "int64", "signal": "int64", "bad": "int64", "seconds": "float64",
             "events_per_second": "float64", "lag": "Int64",  # the one that knows missing numbers
@@ -297,6 +374,37 @@ class Monitor:
         return new
 
 
+class _QueryListener(StreamingQueryListener):
+    """Hears from Spark how the batches of a query went."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._running: set[str] = set()
+        self._ended = threading.Condition()
+
+    def onQueryStarted(self, event: Any) -> None:  # noqa: N802 (Spark's name)
+        """Note that there is an end to wait for; Spark calls this."""
+        self._running.add(str(event.runId))
+
+    def onQueryProgress(self, event: Any) -> None:  # noqa: N802
+        """Tell the monitor of a batch; Spark calls this."""
+        self._monitor.progressed(event.progress)
+
+    def onQueryIdle(self, event: Any) -> None:  # noqa: N802
+        """Do nothing; Spark calls this when there is nothing to read."""
+
+    def onQueryTerminated(self, event: Any) -> None:  # noqa: N802
+        """Note the end of a query, after which there is no more news; Spark calls this."""
+        with self._ended:
+            self._running.discard(str(event.runId))
+            self._ended.notify_all()
+
+    def wait(self) -> None:
+        """Wait for the news that are on their way."""
+        with self._ended:
+            self._ended.wait_for(lambda: not self._running, COUNTS_SECONDS)
+
+
 class _Table:
     """The table in a notebook, below the cell that makes it, wherever it is changed from."""
 
@@ -331,33 +439,42 @@ def _in_notebook() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-def _observed(counts: Observation, batch_id: int) -> dict[str, Any]:
-    """Return what Spark counted, or raise; `counts.get` alone would wait for ever."""
+def _counts_of(counts: Observation, batch_id: int) -> dict[str, Any]:
+    """Return what Spark counted, or raise."""
     if counts._jo is None:
         raise MonitorError(
             f"batch {batch_id} was not counted: pass what `monitor.batch` gives to `observe`."
         )
-    deadline = time.monotonic() + COUNTS_SECONDS
-    while not counts._jo.future().isCompleted():
-        if time.monotonic() > deadline:
-            raise MonitorError(
-                f"batch {batch_id} was not counted: run an action, such as a write, on the "
-                "DataFrame that `observe` returns, within the `with` block, and not on its `rdd`."
-            )
-        time.sleep(0.05)
     try:
-        found = counts.get
+        found = observed(counts)
     except Py4JJavaError as error:  # Spark's optimiser has left the observed part out
         raise MonitorError(
             f"batch {batch_id} was not counted, for its action needed no rows: call `observe` "
             "last, right before the action."
         ) from error
+    if found is None:
+        raise MonitorError(
+            f"batch {batch_id} was not counted: run an action, such as a write, on the "
+            "DataFrame that `observe` returns, within the `with` block, and not on its `rdd`."
+        )
     if "events" not in found:
         raise MonitorError(
             f"batch {batch_id} has no count of events, only of {', '.join(found)}: "
             'observe F.count(F.lit(1)).alias("events") too.'
         )
     return found
+
+
+def _left(source: SourceProgress) -> int | None:
+    """Return how many offsets a query has left in Kafka; None where its source is another one."""
+    if not source.description.startswith("Kafka"):
+        return None
+    ends, latest = json.loads(source.endOffset), json.loads(source.latestOffset)
+    return sum(
+        offset - ends.get(topic, {}).get(partition, 0)
+        for topic, partitions in latest.items()
+        for partition, offset in partitions.items()
+    )
 
 
 def _shortened(name: str) -> str:
@@ -370,7 +487,7 @@ def _about_unused(names: Iterable[str]) -> str:
 
 def _cells(batch: Batch) -> tuple[str, ...]:
     """Return a batch as texts, in the order of the headings."""
-    moment = datetime.fromtimestamp(batch.batch_id / 1000, UTC)
+    moment = datetime.fromtimestamp(batch.time / 1000, UTC)
     lag = _UNKNOWN if batch.lag is None else f"{batch.lag:,}"
     return (f"{moment:%H:%M:%S}", *_figures(batch), lag)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import linecache
 import re
 import sys
 import tempfile
@@ -121,9 +122,13 @@ def definitions(name: str, tag: str) -> dict[str, Any]:
     """
     notebook = nbformat.read(find_notebook(name), as_version=4)
     namespace: dict[str, Any] = {}
-    for cell in notebook.cells:
+    for number, cell in enumerate(notebook.cells):
         if tag in cell.metadata.get("tags", []):
-            exec(compile(cell.source, f"{name}, a cell tagged {tag}", "exec"), namespace)
+            file = f"<{name}, cell {number}, tagged {tag}>"
+            # So that a traceback, and inspect.getsource, can show its lines.
+            lines = cell.source.splitlines(keepends=True)
+            linecache.cache[file] = len(cell.source), None, lines, file
+            exec(compile(cell.source, file, "exec"), namespace)
     return namespace
 
 

@@ -23,6 +23,7 @@ import functools
 import json
 import operator
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ from pyspark.sql.types import ArrayType, DoubleType, LongType, StringType, Struc
 
 from helpers.higgs import SCHEMA
 
-# What Spark's Kafka source says of a record, other than its type of timestamp.
-KAFKA_COLUMNS = ("topic", "partition", "offset", "timestamp", "key", "value")
+# How long Spark may take to hand over an action's counts. They are there by then, or never.
+COUNTS_SECONDS = 10
 
 _NUMBERS = frozenset((int, float))  # not bool, which Python holds for an int
 _LARGEST = float(numpy.finfo("float32").max)
@@ -171,7 +172,7 @@ def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
 
 
 def keep_bad_records(scored: DataFrame) -> DataFrame:
-    """Put what a bad record was, where, and why it is bad, into the column `bad`.
+    """Put what a bad record was, and why it is bad, into the column `bad`.
 
     Parameters
     ----------
@@ -181,20 +182,22 @@ def keep_bad_records(scored: DataFrame) -> DataFrame:
     Returns
     -------
     pyspark.sql.DataFrame
-        Without those columns, and with ``bad``: null for a good record, otherwise a struct of
-        ``topic``, ``partition``, ``offset``, ``timestamp``, ``key``, ``value`` and ``reason``.
+        With each record's place (``topic``, ``partition``, ``offset``) and ``timestamp``, without
+        the other columns of the source, and with ``bad``: null for a good record, otherwise a
+        struct of ``key``, ``value`` and ``reason``.
 
     Examples
     --------
     >>> stored = [b"{}", "events", 0, 7, None, None, "EventId is missing"]
     >>> columns = "value binary, topic string, partition int, offset long, timestamp timestamp, "
     >>> columns += "key binary, reason string"
-    >>> keep_bad_records(spark.createDataFrame([stored], columns)).first().bad.offset
-    7
+    >>> bad = keep_bad_records(spark.createDataFrame([stored], columns)).first()
+    >>> bad.offset, bad.bad.reason
+    (7, 'EventId is missing')
     """
-    fields = functions.struct(*KAFKA_COLUMNS, "reason")
+    fields = functions.struct("key", "value", "reason")
     bad = functions.when(functions.col("reason").isNotNull(), fields)
-    return scored.withColumn("bad", bad).drop(*KAFKA_COLUMNS, "timestampType", "reason")
+    return scored.withColumn("bad", bad).drop("key", "value", "timestampType", "reason")
 
 
 def observe_records(scored: DataFrame, counts: Observation) -> DataFrame:
@@ -230,6 +233,30 @@ def observe_records(scored: DataFrame, counts: Observation) -> DataFrame:
         functions.count("bad").alias("bad"),
         functions.collect_set("unused").alias("unused"),
     ).drop("unused")
+
+
+def observed(counts: Observation) -> dict[str, Any] | None:
+    """Return what an action has counted; None if it hasn't, for `get` alone would wait for ever.
+
+    Parameters
+    ----------
+    counts : pyspark.sql.Observation
+        What was given to `observe` of a DataFrame.
+
+    Examples
+    --------
+    >>> counts = Observation()
+    >>> observe = spark.range(3).observe(counts, functions.count("id").alias("events"))
+    >>> observe.write.format("noop").mode("overwrite").save()
+    >>> observed(counts)
+    {'events': 3}
+    """
+    deadline = time.monotonic() + COUNTS_SECONDS
+    while not counts._jo.future().isCompleted():
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.05)
+    return counts.get
 
 
 def event_type(schema: StructType = SCHEMA) -> StructType:

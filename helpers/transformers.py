@@ -129,7 +129,8 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         if not _holds_events(features_type):
             _check_vector_column(dataset, name)
             network = _network_function(context, model, ArrayType(DoubleType()))
-            return dataset.withColumn(output, array_to_vector(network(_entries(dataset[name]))))
+            scores = network(vector_entries(dataset[name]))
+            return dataset.withColumn(output, array_to_vector(scores))
         scored_type = _with_output(features_type, output)
         scored = dataset.withColumn(
             name, _network_function(context, model, scored_type)(dataset[name])
@@ -240,7 +241,7 @@ class LabelIndexTransformer(
 
     def _index(self, prediction: Column) -> Column:
         """Return the index chosen, as an expression on a vector column."""
-        entries = _entries(prediction)
+        entries = vector_entries(prediction)
         indices = range(self.getOrDefault(self.outputDim))
         # Spark holds NaN for larger than any number; a NaN must not be chosen.
         nothing = functions.lit(float("-inf"))
@@ -362,10 +363,22 @@ def _with_output(event_type: StructType, output: str) -> StructType:
     return StructType([prediction if f.name == "features" else f for f in event_type])
 
 
-def _entries(vector: Column) -> Column:
-    """Return a vector column as an array column.
+def vector_entries(vector: Column) -> Column:
+    """Return a vector column as an array column, null where the vector is null.
 
-    The entries of a dense vector are at hand; `vector_to_array` would put each into an object.
+    The entries of a dense vector are at hand; Spark's `vector_to_array` would put each into an
+    object, and refuses null.
+
+    Parameters
+    ----------
+    vector : pyspark.sql.Column
+        A column of vectors.
+
+    Examples
+    --------
+    >>> df = spark.createDataFrame([(Vectors.dense([0.5, 2.0]),)], ["features"])
+    >>> df.select(vector_entries(df.features).alias("entries")).first().entries
+    [0.5, 2.0]
     """
     dense = functions.unwrap_udt(vector)
     is_dense = dense["type"] == _DENSE

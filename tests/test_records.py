@@ -305,10 +305,10 @@ def test_no_record_vanishes_and_none_stops_the_batch(
     assert len(bad) == len(values) - len(good) == counts.get["bad"]
     for row in bad:
         assert row.EventId is row.prediction is row.prediction_index is None
-        assert row.bad.topic == topic
+        assert row.topic == topic
         stored = None if row.bad.value is None else bytes(row.bad.value)
-        assert stored == places.pop((row.bad.partition, row.bad.offset))
-        assert row.bad.timestamp is not None
+        assert stored == places.pop((row.partition, row.offset))
+        assert row.timestamp is not None
         assert row.bad.reason
 
 

@@ -14,6 +14,7 @@ from pyspark.streaming import StreamingContext
 
 from helpers.monitor import Monitor
 from helpers.notebook import definitions
+from helpers.sinks import ParquetSink, read_scored
 from helpers.streaming import (
     KafkaUtils,
     OffsetPlanner,
@@ -460,16 +461,19 @@ def test_each_event_crosses_the_network_exactly_once(
     produce(topic, event_values, [str(n).encode() for n in range(len(event_values))])
     monitor = Monitor()
     walkthrough = definitions("1_walkthrough", "pipeline")
-    walkthrough |= {"monitor": monitor, "scores": str(tmp_path)}
+    sink = ParquetSink(spark, str(tmp_path / "scored"))
+    walkthrough |= {"monitor": monitor, "sink": sink}
     store = spark._jsparkSession.sharedState().statusStore()
     before = max((e.executionId() for e in _scala_list(store.executionsList())), default=-1)
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
     monitor.begin(lag=stream.lag_after)
     stream.foreachBatch(walkthrough["process_instances"])
-    drain(ssc, stream)
+    with sink:
+        sink.begin(stream.ranges_of)
+        drain(ssc, stream)
     assert monitor.totals()["events"] == len(event_values)
     assert rows_through_python(spark, before) == len(event_values)
-    ids = sorted(row.EventId for row in spark.read.parquet(str(tmp_path)).collect())
+    ids = sorted(row.EventId for row in read_scored(spark, sink.path).collect())
     assert ids == sorted(json.loads(value)["EventId"] for value in event_values)
 
 

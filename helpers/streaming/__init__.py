@@ -16,7 +16,8 @@ the whole batch has succeeded. `KafkaDirectStream` is its face as a DStream.
 
 From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `planner`, `reader`,
 `rates` (how much a batch may have), `plans` (what a checkpoint needs), `batches`, `dstream`,
-`utils` (the API that there was), `running` (a context from its start to its end).
+`utils` (the API that there was), `running` (a context from its start to its end), `structured`
+(the same for Spark's Structured Streaming).
 """
 
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
@@ -25,10 +26,12 @@ from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import RangeReader
 from helpers.streaming.running import new_streaming_context, run_stream, stop_streaming
+from helpers.streaming.structured import CheckpointRanges, read_stream
 from helpers.streaming.utils import KafkaMessageAndMetadata, KafkaUtils, utf8_decoder
 
 __all__ = [
     "Broker",
+    "CheckpointRanges",
     "KafkaDirectStream",
     "KafkaMessageAndMetadata",
     "KafkaRDD",
@@ -39,6 +42,7 @@ __all__ = [
     "StreamError",
     "TopicAndPartition",
     "new_streaming_context",
+    "read_stream",
     "run_stream",
     "stop_streaming",
     "utf8_decoder",

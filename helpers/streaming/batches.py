@@ -83,6 +83,8 @@ class Batches:
         The interval of the micro-batches, in seconds.
     from_offsets : mapping of TopicAndPartition to int, optional
         The partitions to read, and where each starts.
+    positions : mapping of TopicAndPartition to int, optional
+        Where to go on, as `OffsetPlanner` takes it.
     stream_id : str, optional
         Names the stream's plans beside the checkpoint.
     folder : str, optional
@@ -95,11 +97,12 @@ class Batches:
         settings: Mapping[str, str],
         interval: float,
         from_offsets: Mapping[TopicAndPartition, int] | None = None,
+        positions: Mapping[TopicAndPartition, int] | None = None,
         stream_id: str | None = None,
         folder: str | None = None,
     ) -> None:
         self._topics, self._settings, self._from_offsets = topics, dict(settings), from_offsets
-        self._interval = interval
+        self._interval, self._positions = interval, positions
         self.stream_id = stream_id or str(uuid.uuid4())
         self._folder = folder
         self._commits = self._settings.get("enable.auto.commit") != "false"
@@ -124,7 +127,7 @@ class Batches:
     def __reduce__(self) -> tuple:
         """Return what Spark's checkpoint keeps: all that is needed to go on with the stream."""
         folder = self._folder or self._plans_folder()
-        kept = (self._topics, self._settings, self._interval, self._from_offsets)
+        kept = (self._topics, self._settings, self._interval, self._from_offsets, self._positions)
         return _made_anew, (*kept, self.stream_id, folder)
 
     def connect(self, ssc: StreamingContext) -> None:
@@ -160,15 +163,14 @@ class Batches:
                 self._plan(batch_id_of(batch_time))
         return ticks
 
-    def ranges(self, batch_time: datetime) -> list[OffsetRange]:
+    def ranges(self, interval: int) -> list[OffsetRange]:
         """Return the offset ranges of an interval; none if it has no records."""
-        interval = batch_id_of(batch_time)
         with self._lock:
             return next((p.ranges for p in self._planned if p.interval == interval), [])
 
     def elements(self, batch_time: datetime, to_element: Callable[[Any], Any]) -> RDD:
         """Return an interval's records as Python objects."""
-        ranges = self.ranges(batch_time)
+        ranges = self.ranges(batch_id_of(batch_time))
         if not ranges:
             return SparkContext._active_spark_context.emptyRDD()
         try:
@@ -179,7 +181,8 @@ class Batches:
 
     def run(self, function: Callable[[DataFrame, int], None], batch_time: datetime) -> None:
         """Call a function with a batch; if it fails, once more; then let no later batch begin."""
-        ranges, batch_id = self.ranges(batch_time), batch_id_of(batch_time)
+        batch_id = batch_id_of(batch_time)
+        ranges = self.ranges(batch_id)
         if not ranges or self._stopped:
             return
         SparkContext._active_spark_context.setJobGroup(self._job_group, f"batch {batch_id}")
@@ -300,11 +303,11 @@ class Batches:
         if self._planner is not None:
             return
         spark = get_spark()
-        positions = None
+        positions = self._positions
         if self._folder is not None:
             self._plans = PlanLog(spark, self._folder)
             last = self._plans.last()
-            positions = last.positions if last else None
+            positions = last.positions if last else positions
             # From a thread, for Spark says that a context is active when it has its first batches.
             threading.Thread(target=self._join_when_active, daemon=True).start()
         self._limit = RateLimit(spark.sparkContext, self._interval)
@@ -314,7 +317,7 @@ class Batches:
         )
         self._unread = self._planner.unread()
         # What the group has, so that a batch that is done once more takes no commit back.
-        self._done = self._planner.committed() if positions else {}
+        self._done = self._planner.committed() if positions is not None else {}
 
     def _join(self, context: JavaObject) -> None:
         """Become part of a streaming context: learn of the ends of its batches."""
@@ -520,6 +523,7 @@ def _made_anew(
     settings: Mapping[str, str],
     interval: float,
     from_offsets: Mapping[TopicAndPartition, int] | None,
+    positions: Mapping[TopicAndPartition, int] | None,
     stream_id: str,
     folder: str,
 ) -> Batches:
@@ -532,7 +536,7 @@ def _made_anew(
             if not batches.is_over():
                 return batches
             batches.close()
-    batches = Batches(topics, settings, interval, from_offsets, stream_id, folder)
+    batches = Batches(topics, settings, interval, from_offsets, positions, stream_id, folder)
     _LIVE.append(batches)
     return batches
 

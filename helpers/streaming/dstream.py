@@ -13,7 +13,7 @@ from pyspark.streaming import DStream, StreamingContext
 from pyspark.streaming.dstream import TransformedDStream
 
 from helpers.session import scratch_folder
-from helpers.streaming.batches import Batches
+from helpers.streaming.batches import Batches, batch_id_of
 from helpers.streaming.offsets import OffsetRange
 
 
@@ -155,6 +155,21 @@ class KafkaDirectStream(TransformedDStream):
         """
         self._batches.commit_async(ranges)
 
+    def ranges_of(self, batch_id: int) -> list[OffsetRange]:
+        """Return the offset ranges of a batch that isn't committed yet.
+
+        Parameters
+        ----------
+        batch_id : int
+            The batch's time in milliseconds since 1970.
+
+        Examples
+        --------
+        >>> stream.ranges_of(1_700_000_000_000)
+        []
+        """
+        return self._batches.ranges(batch_id)
+
     def lag(self) -> int:
         """Return how many offsets that the topics had at the last interval are not done yet.
 
@@ -190,7 +205,7 @@ class KafkaDirectStream(TransformedDStream):
         takes_time = len(inspect.signature(func).parameters) == 2
 
         def call(batch_time: datetime, rdd: RDD) -> Any:
-            kafka_rdd = KafkaRDD(rdd, batches.ranges(batch_time))
+            kafka_rdd = KafkaRDD(rdd, batches.ranges(batch_id_of(batch_time)))
             return func(batch_time, kafka_rdd) if takes_time else func(kafka_rdd)
 
         return call

@@ -49,8 +49,8 @@ class OffsetPlanner:
     from_offsets : mapping of TopicAndPartition to int, optional
         The partitions to read, and at which offset each starts.
     positions : mapping of TopicAndPartition to int, optional
-        Where an earlier planner of the same stream stopped, by `positions`; what the group has
-        committed is not asked then.
+        Where to go on: where an earlier planner of the same stream stopped, by `positions`, or what
+        a sink has. What the group has committed is not asked then, not even if there is none yet.
 
     Raises
     ------
@@ -84,6 +84,7 @@ class OffsetPlanner:
         self._fixed_partitions = set(from_offsets or ())
         self._positions: dict[TopicAndPartition, int] = dict(positions or from_offsets or {})
         self._starts = {} if positions else dict(self._positions)
+        self._asks_group = bool(self._settings.get("group.id")) and positions is None
         self._java_partitions: dict[TopicAndPartition, Any] = {}
         self._lock = threading.RLock()  # a KafkaConsumer is for one thread at a time
         self._answer_time = self._jvm.java.time.Duration.ofSeconds(ANSWER_SECONDS)
@@ -279,7 +280,7 @@ class OffsetPlanner:
 
     def _find_starts(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
         """Return where partitions begin that the stream hasn't read from yet."""
-        committed = self._committed(partitions) if self._settings.get("group.id") else {}
+        committed = self._committed(partitions) if self._asks_group else {}
         never_read = [partition for partition in partitions if partition not in committed]
         if not never_read:
             return committed

@@ -27,9 +27,32 @@ _READER_SETTINGS = {
     "fetch.max.bytes": str(64 * 1024**2),
 }
 
-
 # How long a task waits for records of a broker that is away, before it fails and is tried again.
 POLL_SECONDS = 30
+
+
+def source_options(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return a Kafka client's settings as options of Spark's Kafka source.
+
+    Parameters
+    ----------
+    settings : mapping
+        Settings of `KafkaConsumer` by Kafka's names.
+
+    Examples
+    --------
+    >>> source_options({"bootstrap.servers": "127.0.0.1:9092"})["kafka.bootstrap.servers"]
+    '127.0.0.1:9092'
+    """
+    merged = {**_READER_SETTINGS, **settings}
+    # Kafka refuses to wait for a whole answer for a shorter time than for a part of it.
+    merged.setdefault("default.api.timeout.ms", merged["request.timeout.ms"])
+    options = {
+        f"kafka.{name}": value
+        for name, value in merged.items()
+        if name not in _NOT_FOR_THE_READER
+    }
+    return options | {"kafkaConsumer.pollTimeoutMs": str(POLL_SECONDS * 1000)}
 
 
 class RangeReader:
@@ -51,14 +74,7 @@ class RangeReader:
 
     def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
         self._spark = spark
-        merged = {**_READER_SETTINGS, **settings}
-        # Kafka refuses to wait for a whole answer for a shorter time than for a part of it.
-        merged.setdefault("default.api.timeout.ms", merged["request.timeout.ms"])
-        self._options = {
-            f"kafka.{name}": value
-            for name, value in merged.items()
-            if name not in _NOT_FOR_THE_READER
-        }
+        self._options = source_options(settings)
 
     def read(self, ranges: Iterable[OffsetRange]) -> DataFrame:
         """Return the records of the ranges.
@@ -84,7 +100,6 @@ class RangeReader:
         return (
             self._spark.read.format("kafka")
             .options(**self._options)
-            .option("kafkaConsumer.pollTimeoutMs", POLL_SECONDS * 1000)
             .option("assign", json.dumps(assigned))
             .option("startingOffsets", json.dumps(starts))
             .option("endingOffsets", json.dumps(ends))

@@ -135,6 +135,7 @@ class KafkaUtils:
         keyDecoder: Decoder = utf8_decoder,  # noqa: N803
         valueDecoder: Decoder = utf8_decoder,  # noqa: N803
         messageHandler: Callable[[KafkaMessageAndMetadata], Any] | None = None,  # noqa: N803
+        positions: Mapping[TopicAndPartition, int] | None = None,
     ) -> KafkaDirectStream:
         """Return a DStream of the records of some topics, without a receiver.
 
@@ -157,6 +158,10 @@ class KafkaUtils:
             From the bytes of a key and a value (None if there are none) to Python objects.
         messageHandler : callable, optional
             From a `KafkaMessageAndMetadata` to the stream's element, instead of ``(key, value)``.
+        positions : dict of TopicAndPartition to int, optional
+            Where to go on, as a sink says (`ParquetSink.positions`), instead of where the group is.
+            Unlike `fromOffsets` it may leave partitions out: these are read from their beginning;
+            where it is empty, from where ``auto.offset.reset`` says.
 
         Returns
         -------
@@ -182,7 +187,8 @@ class KafkaUtils:
         >>> stream.map(lambda record: record[1]).pprint()
         """
         interval = ssc._jssc.ssc().graph().batchDuration().milliseconds() / 1000
-        batches = Batches(list(topics), modern_settings(kafkaParams), interval, fromOffsets)
+        settings = modern_settings(kafkaParams)
+        batches = Batches(list(topics), settings, interval, fromOffsets, positions)
         batches.connect(ssc)
         to_element = _element_maker(keyDecoder, valueDecoder, messageHandler)
         return KafkaDirectStream(ssc, batches, to_element)

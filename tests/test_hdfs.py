@@ -1,0 +1,19 @@
+"""The sink on HDFS, whose renames and errors are others than those of a local disk."""
+
+import json
+import os
+
+from processes import ROOT, run_python
+
+
+def test_a_sink_on_hdfs_keeps_its_promises(tmp_path):
+    """Otherwise 'exactly once' would be true on a laptop, and not on a cluster."""
+    program = str(ROOT / "tests" / "sink_on_hdfs.py")
+    here = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    run = run_python(program, str(tmp_path / "hdfs"), env=here, seconds=300)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["path"].startswith("hdfs://")
+    assert found["offsets"] == list(range(15))
+    assert "another job writes to hdfs://" in found["second sink"]
+    assert "is there already" in found["second manifest"]
