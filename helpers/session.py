@@ -274,6 +274,9 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
             except PySparkRuntimeError:
                 tail = "\n".join(log_file().read_text(errors="replace").splitlines()[-10:])
                 raise SessionError(f"Java did not start for Spark; it said:\n{tail}") from None
+    if "PYSPARK_GATEWAY_PORT" in os.environ:  # spark-submit's Java, and its settings
+        for name, value in SparkConf(_jvm=gateway.jvm).getAll():
+            conf.set(name, value)
     try:
         spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
     except Py4JJavaError as error:

@@ -38,6 +38,7 @@ def test_every_command_is_one_that_is_tested_here():
     """Otherwise a new command would be promised and never tried."""
     tried = ("make", f"{PYTHON}-m helpers.broker", f"{PYTHON}-m helpers.session")
     tried += (f"{PYTHON}examples/kafka_producer.py", f"{PYTHON}score_pumps.py")
+    tried += (f"{PYTHON}examples/streaming_job.py", f"{PYTHON}examples/replay_dead_letters.py")
     assert [command for command in COMMANDS if not command.startswith(tried)] == []
 
 
@@ -113,6 +114,27 @@ def test_the_producers_commands_reach_the_broker(kafka, tmp_path, command):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("command", commands(f"{PYTHON}examples/streaming_job.py"))
+def test_the_jobs_commands_have_its_options(command):
+    """Otherwise a service would not start as written; test_streaming_job.py runs it."""
+    check = "import sys; sys.path.insert(0, 'examples'); from streaming_job import parse_arguments;"
+    run = run_python("-c", f"{check} parse_arguments(None)", *shlex.split(command)[2:])
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_replay_command_mends_as_written(kafka, topic, produce, tmp_path):
+    """Otherwise dead letters would stay dead; test_replay.py has the rest."""
+    (command,) = commands(f"{PYTHON}examples/replay_dead_letters.py")
+    (tmp_path / "repairs.py").write_text("def mend(value):\n    return value\n")
+    arguments = [
+        {"127.0.0.1:9092": kafka.bootstrap_servers, "Machine_Learning": topic}.get(word, word)
+        for word in shlex.split(command)[2:]
+    ]
+    program = str(ROOT / "examples" / "replay_dead_letters.py")
+    run = run_python(program, *arguments, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("command", commands(f"{PYTHON}-m helpers.session"))
 def test_the_check_before_a_run_finds_all_there(command):
     """Otherwise the first thing to type when something fails would fail itself."""
@@ -177,7 +199,8 @@ NOT_OURS = {
 
 def test_the_symptoms_are_worded_as_the_kit_words_them():
     """Otherwise searching the README for a message would find nothing."""
-    sources = [*(ROOT / "helpers").rglob("*.py"), ROOT / "setup.sh"]
+    sources = [*(ROOT / "helpers").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    sources += [ROOT / "setup.sh"]
     # Messages have values in them, and long ones go on in the next line.
     text = re.sub(r'"\n\s+f?"', "", "\n".join(path.read_text() for path in sources))
     text = re.sub(r"\{[^}\n]*\}", "*", text)

@@ -1,0 +1,264 @@
+r"""Score a Kafka topic into Parquet, each event once: the walkthrough's pipeline as a program.
+
+    python examples/streaming_job.py --engine structured --bootstrap-servers 127.0.0.1:9092 \
+        --topic Machine_Learning --output scored --checkpoint checkpoint
+
+runs until it gets SIGTERM or Ctrl-C, finishes its batch, and ends with exit code 0; with
+`--available-now` it scores what is there and ends. `spark-submit examples/streaming_job.py ...`
+takes the settings of its Spark from spark-submit. Started again, it goes on where the output ends.
+`helpers.sinks.read_scored` reads the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
+
+import keras
+from pyspark.errors import StreamingQueryException
+from pyspark.sql import DataFrame, SparkSession
+
+from helpers.broker import check_address
+from helpers.jars import JarsError
+from helpers.model import build_model
+from helpers.monitor import Monitor
+from helpers.records import keep_bad_records, observe_records, parse_events
+from helpers.session import SessionError, get_spark
+from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError
+from helpers.streaming import (
+    CheckpointRanges,
+    KafkaUtils,
+    StreamError,
+    new_streaming_context,
+    read_stream,
+    run_stream,
+)
+from helpers.streaming.errors import summary
+from helpers.transformers import EventNormalizer, LabelIndexTransformer, ModelPredictor
+
+# What a batch may have: enough to be fast, few enough to be done in seconds. spark-submit's own
+# spark.streaming.kafka.maxRatePerPartition, for DStreams, wins.
+RECORDS_PER_BATCH = 100_000
+RECORDS_PER_PARTITION_AND_SECOND = 10_000
+
+# How long a query may take for the batch that it is at when it is asked to stop.
+FINISH_SECONDS = 60
+
+
+class Job:
+    """The pipeline between a topic and a sink.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session that it runs in.
+    options : argparse.Namespace
+        What was asked for on the command line.
+    sink : ParquetSink
+        Where the scored events go; it is open.
+    stopping : threading.Event
+        Set when the job is to end.
+    """
+
+    def __init__(
+        self,
+        spark: SparkSession,
+        options: argparse.Namespace,
+        sink: ParquetSink,
+        stopping: threading.Event,
+    ) -> None:
+        self._spark, self._options, self._sink, self._stopping = spark, options, sink, stopping
+        self._settings = kafka_settings(options)
+        self._monitor = Monitor()
+        self._stages = [
+            EventNormalizer(features_col="event"),
+            ModelPredictor(
+                keras_model=load_model(options.model), features_col="event",
+                output_col="prediction",
+            ),
+            LabelIndexTransformer(
+                output_dim=2, input_col="prediction", output_col="prediction_index"
+            ),
+        ]  # fmt: skip
+
+    def process_instances(self, df: DataFrame, batch_id: int) -> None:
+        """Score a batch, unless it is in the sink already."""
+        if self._sink.has(batch_id):
+            return
+        with self._monitor.batch(batch_id) as counts:
+            scored = parse_events(df)
+            for stage in self._stages:
+                scored = stage.transform(scored)
+            self._sink.write(observe_records(keep_bad_records(scored), counts), batch_id)
+
+    def run_dstream(self) -> None:
+        """Score with a DStream: the sink says where it begins, so it needs no checkpoint."""
+        ssc = new_streaming_context(self._spark, self._options.interval)
+        stream = KafkaUtils.createDirectStream(
+            ssc, [self._options.topic], self._settings, positions=self._sink.positions()
+        )
+        there, done = stream.lag(), 0
+
+        def process(df: DataFrame, batch_id: int) -> None:
+            nonlocal done
+            self.process_instances(df, batch_id)
+            done += sum(part.count() for part in stream.ranges_of(batch_id))
+
+        self._sink.begin(stream.ranges_of)
+        self._monitor.begin(lag=stream.lag_after)
+        stream.foreachBatch(process)
+
+        def is_over() -> bool:
+            return self._stopping.is_set() or (self._options.available_now and done >= there)
+
+        run_stream(ssc, until=is_over, timeout=math.inf)
+
+    def run_structured(self) -> None:
+        """Score with Structured Streaming: Spark keeps in the checkpoint where it is."""
+        ranges_of = CheckpointRanges(self._spark, self._options.checkpoint)
+        positions = self._sink.positions()
+        if not positions and not ranges_of.is_new():
+            raise SinkError(
+                f"{self._options.checkpoint} goes on with an output that isn't there: give "
+                "--output as it was, or a new --checkpoint to score all again."
+            )
+        self._sink.begin(ranges_of)
+        self._monitor.begin()
+        records = read_stream(
+            self._spark, [self._options.topic], self._settings, positions, RECORDS_PER_BATCH
+        )
+        now = self._options.available_now
+        trigger = {"availableNow": True} if now else {"processingTime": self._interval()}
+        query = records.writeStream.foreachBatch(self.process_instances).trigger(**trigger)
+        with self._monitor.follow(self._spark):
+            query = query.option("checkpointLocation", self._options.checkpoint).start()
+            try:
+                while not self._stopping.is_set() and not query.awaitTermination(1):
+                    pass
+                self._finish_batch(lambda: query.isActive and query.status["isTriggerActive"])
+            finally:
+                query.stop()
+
+    def _interval(self) -> str:
+        return f"{round(self._options.interval * 1000)} milliseconds"
+
+    def _finish_batch(self, is_busy: Callable[[], bool]) -> None:
+        """Wait until the batch that runs is done; one that isn't is done when the job goes on."""
+        batches = len(self._monitor.batches)
+        again = threading.Event()
+        for _ in range(FINISH_SECONDS * 10):
+            if not is_busy() or len(self._monitor.batches) > batches:
+                return
+            again.wait(0.1)
+
+
+def load_model(path: str | None) -> keras.Model:
+    """Return the network in a ``.keras`` file, or the walkthrough's own."""
+    return keras.saving.load_model(path, compile=False) if path else build_model()
+
+
+def kafka_settings(options: argparse.Namespace) -> dict[str, str]:
+    """Return the settings of Kafka's clients.
+
+    Examples
+    --------
+    >>> kafka_settings(parse_arguments(
+    ...     "--bootstrap-servers h:9092 --topic t --output o --checkpoint c "
+    ...     "--kafka-option group.id=g".split()))
+    {'auto.offset.reset': 'earliest', 'isolation.level': 'read_committed', 'group.id': 'g',
+     'bootstrap.servers': 'h:9092'}
+    """
+    given = dict(option.split("=", 1) for option in options.kafka_option)
+    return {
+        # What a producer has taken back, such as a replay that was interrupted, is not scored.
+        "auto.offset.reset": "earliest", "isolation.level": "read_committed", **given,
+        "bootstrap.servers": options.bootstrap_servers,
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job, and return its exit code."""
+    options = parse_arguments(arguments)
+    stopping = threading.Event()
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: stopping.set())
+    try:
+        check_address(options.bootstrap_servers)
+        run(options, stopping)
+    except StreamingQueryException as error:
+        return fail(summary(str(error)))
+    except (JarsError, SessionError, SinkError, StreamError, OSError, ValueError) as error:
+        return fail(str(error))
+    return 0
+
+
+def run(options: argparse.Namespace, stopping: threading.Event) -> None:
+    """Start Spark, and score until the job is told to stop or has nothing left to do."""
+    rate = {"spark.streaming.kafka.maxRatePerPartition": RECORDS_PER_PARTITION_AND_SECOND}
+    spark = get_spark("Streaming job", config=rate)
+    try:
+        settings = kafka_settings(options)
+        with ParquetSink(spark, options.output, options.on_bad_record, settings) as sink:
+            job = Job(spark, options, sink, stopping)
+            job.run_dstream() if options.engine == "dstream" else job.run_structured()
+    finally:
+        spark.stop()
+
+
+def fail(reason: str) -> int:
+    """Say why the job ends, and return the exit code for that."""
+    print(f"streaming_job.py: {reason}", file=sys.stderr)
+    return 1
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options; ends the program with a sentence where they are wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--engine", choices=("dstream", "structured"), default="structured",
+        help="which of Spark's streams; default: %(default)s")  # fmt: skip
+    add("--bootstrap-servers", required=True, metavar="HOST:PORT", help="the Kafka brokers")
+    add("--topic", required=True, help="where the events are")
+    add("--output", required=True, metavar="PATH", help="where the scored events go")
+    add("--checkpoint", metavar="PATH",
+        help="where Spark keeps how far it is; with --engine structured only, for a DStream asks "
+        "the output")  # fmt: skip
+    add("--model", metavar="PATH", help="a .keras file; default: the walkthrough's random network")
+    add("--interval", type=_seconds, default=1.0, metavar="S",
+        help="seconds between batches; default: %(default)s")  # fmt: skip
+    add("--available-now", action="store_true", help="score what is there, and end")
+    add("--on-bad-record", choices=ON_BAD_RECORD, default="dead-letter",
+        help="what to do with records that are no events; default: %(default)s")  # fmt: skip
+    add("--kafka-option", action="append", default=[], metavar="K=V", type=_setting,
+        help="a setting of Kafka's clients, such as security.protocol=SASL_SSL; as many as needed",
+        )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.engine == "structured" and not options.checkpoint:
+        parser.error("--engine structured needs a --checkpoint")
+    return options
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _setting(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text} is not of the form K=V")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

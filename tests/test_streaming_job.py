@@ -1,0 +1,178 @@
+"""Tests of examples/streaming_job.py: the pipeline as a program, with either engine."""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+from kafka import KafkaConsumer
+from processes import ROOT, run_python, running
+
+from helpers.jars import spark_home
+from helpers.sinks import read_scored
+
+JOB = ROOT / "examples" / "streaming_job.py"
+SECONDS = 180
+
+
+@pytest.fixture
+def filled(topic, produce, event_values):
+    """A topic with 1,000 events and two records that are none."""
+    keys = [str(number).encode() for number in range(len(event_values))]
+    produce(topic, [*event_values, b"rubbish", None], [*keys, b"a", b"b"])
+    return topic
+
+
+@pytest.fixture
+def arguments(kafka, topic, tmp_path):
+    """Return the job's arguments for an engine."""
+
+    def arguments(engine, *more, output=None):
+        return [
+            "--engine", engine, "--bootstrap-servers", kafka.bootstrap_servers, "--topic", topic,
+            "--output", str(tmp_path / (output or engine)),
+            "--checkpoint", str(tmp_path / "checkpoint"), *more,
+        ]  # fmt: skip
+
+    return arguments
+
+
+def score_all(arguments, seconds=SECONDS):
+    """Run the job until it has scored what is there."""
+    run = run_python(str(JOB), *arguments, "--available-now", seconds=seconds)
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+def test_both_engines_store_the_same(spark, kafka, filled, arguments, tmp_path, event_values):
+    """Otherwise the choice of Spark's stream would be a choice of results."""
+    outputs = []
+    for engine in ("dstream", "structured"):
+        printed = score_all(arguments(engine)).stdout
+        assert printed.startswith("time (UTC)")  # the monitor's lines
+        outputs.append(read_scored(spark, str(tmp_path / engine)).toPandas())
+    columns = ["EventId", "topic", "partition", "offset"]
+    one, other = (output.sort_values("EventId").reset_index(drop=True) for output in outputs)
+    assert len(one) == len(event_values) and one["EventId"].is_unique
+    assert one[columns].equals(other[columns])
+    assert (one["probability_0"] - other["probability_0"]).abs().max() < 1e-6
+    assert one["predicted_index"].equals(other["predicted_index"])
+    with KafkaConsumer(
+        f"{filled}.dead-letter", bootstrap_servers=kafka.bootstrap_servers,
+        auto_offset_reset="earliest", consumer_timeout_ms=3_000,
+    ) as consumer:  # fmt: skip
+        letters = [record.value for record in consumer]
+    assert sorted(letters, key=str) == [None, None, b"rubbish", b"rubbish"]  # of each engine
+
+
+def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
+    spark, filled, arguments, tmp_path, event_values
+):
+    """Otherwise a deployment would kill a batch, or two jobs score the same events."""
+    with running([sys.executable, str(JOB), *arguments("structured")]) as service:
+        lines = [service.stdout.readline() for _ in range(2)]
+        assert "1,000" in lines[1], lines
+        second = run_python(str(JOB), *arguments("dstream", output="structured"), seconds=SECONDS)
+        assert second.returncode == 1
+        assert "another job writes to" in second.stderr.splitlines()[-1]
+        service.send_signal(signal.SIGTERM)
+        rest, _ = service.communicate(timeout=SECONDS)
+        assert service.returncode == 0, rest
+    assert read_scored(spark, str(tmp_path / "structured")).count() == len(event_values)
+
+
+def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, tmp_path):
+    """Otherwise whoever is called at night would have to search for it."""
+    strict = arguments("structured", "--on-bad-record", "stop", "--available-now")
+    run = run_python(str(JOB), *strict, seconds=SECONDS)
+    assert run.returncode == 1
+    last = run.stderr.splitlines()[-1]
+    assert f"{filled}, partition " in last and "is no event: it " in last, run.stderr
+    assert read_scored(spark, str(tmp_path / "structured")).count() == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--engine", "structured"], "--engine structured needs a --checkpoint"),
+        (["--interval", "0"], "0 is not above 0"),
+        (["--kafka-option", "group.id"], "group.id is not of the form K=V"),
+        (["--on-bad-record", "ignore"], "invalid choice: 'ignore'"),
+        (["--checkpoint", "c", "--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
+    ],
+)
+def test_wrong_options_are_refused_with_the_reason(kafka, topic, arguments, reason, tmp_path):
+    """Otherwise a typo would start something else."""
+    required = ["--bootstrap-servers", kafka.bootstrap_servers, "--topic", topic]
+    run = run_python(str(JOB), *required, "--output", str(tmp_path / "out"), *arguments)
+    assert run.returncode != 0
+    assert reason in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_spark_submit_runs_it_with_its_own_settings(
+    spark, filled, arguments, tmp_path, event_values
+):
+    """Otherwise it could not be sent to a cluster."""
+    submit = [str(spark_home() / "bin" / "spark-submit"), "--master", "local[1]"]
+    submit += ["--conf", "spark.sql.parquet.compression.codec=gzip", str(JOB)]
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_HOME": str(spark_home())}
+    command = [*submit, *arguments("structured", "--available-now")]
+    with running(command, env=environment) as process:
+        printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, printed
+    assert read_scored(spark, str(tmp_path / "structured")).count() == len(event_values)
+    assert list((tmp_path / "structured" / "data").rglob("*.gz.parquet"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["dstream", "structured"])
+def test_twenty_random_kills_lose_and_repeat_nothing(
+    spark, kafka, topic, arguments, engine, tmp_path
+):
+    """Otherwise 'exactly once' would hold until the first bad night."""
+    events = 60_000
+    producer = [sys.executable, str(ROOT / "examples" / "kafka_producer.py")]
+    producer += [kafka.bootstrap_servers, "--topic", topic, "--events", str(events), "--rate", "60"]
+    output = str(tmp_path / engine)
+    given = {**os.environ, "TMPDIR": str(tmp_path)}
+    with running(producer) as source:
+        for _ in range(20):
+            with running([sys.executable, str(JOB), *arguments(engine)], env=given) as job:
+                job.stdout.readline()  # the heading of the monitor's lines
+                # Not to wait for something: the moment of the kill is what is tried.
+                time.sleep(random.uniform(0, 6))
+                kill(job.pid)
+        still_producing = source.poll() is None
+        source.send_signal(signal.SIGINT)
+        source.communicate(timeout=60)
+    left_out = len(list((tmp_path / engine / "data").iterdir()))
+    score_all(arguments(engine), seconds=600)
+    there = ids_in(kafka, topic)
+    found = [row.EventId for row in read_scored(spark, output).select("EventId").collect()]
+    lost, repeated = set(there) - set(found), len(found) - len(set(found))
+    print(
+        f"\n{engine}: 20 kills, {len(there):,} events; lost {len(lost)}, duplicated {repeated}; "
+        f"{left_out - len(list((tmp_path / engine / 'commits').glob('*.json')))} left out"
+    )
+    assert still_producing and len(there) == len(set(there))
+    assert (len(lost), repeated) == (0, 0)
+
+
+def kill(process_id):
+    """End a driver as a crash does: its Python, its Java and the workers, at once."""
+    driver = psutil.Process(process_id)
+    for part in (driver, *driver.children(recursive=True)):
+        part.kill()
+
+
+def ids_in(kafka, topic):
+    """Return the ids of all events of a topic: they are the keys."""
+    with KafkaConsumer(
+        topic, bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest",
+        consumer_timeout_ms=5_000,
+    ) as consumer:  # fmt: skip
+        return [int(record.key) for record in consumer if record.key.isdigit()]
