@@ -1,7 +1,7 @@
 # run    executes a notebook, by default the walkthrough; its parameters can be set in capitals:
 #        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
 # test   runs all tests; the notebooks are among them
-# test-long  runs the tests that take minutes each: the same crash, many times
+# test-long  runs the tests that take minutes each: the same crash, many times; half an hour
 # bench  measures how fast the walkthrough's stream is, against the processor's limit
 # lab    opens the notebooks in JupyterLab
 # notebooks   executes all notebooks and stores their outputs in them
