@@ -116,7 +116,10 @@ class Job:
         stream.foreachBatch(process)
 
         def is_over() -> bool:
-            return self._stopping.is_set() or (self._options.available_now and done >= there)
+            if self._stopping.is_set() or not self._options.available_now:
+                return self._stopping.is_set()
+            # Offsets that are deleted meanwhile are never done, but don't lag behind either.
+            return done >= there or stream.lag() == 0
 
         run_stream(ssc, until=is_over, timeout=math.inf)
 
@@ -124,10 +127,13 @@ class Job:
         """Score with Structured Streaming: Spark keeps in the checkpoint where it is."""
         ranges_of = CheckpointRanges(self._spark, self._options.checkpoint)
         positions = self._sink.positions()
-        if not positions and not ranges_of.is_new():
+        missing = {
+            part: end for part, end in ranges_of.finished().items() if positions.get(part, 0) < end
+        }
+        if missing:
             raise SinkError(
-                f"{self._options.checkpoint} goes on with an output that isn't there: give "
-                "--output as it was, or a new --checkpoint to score all again."
+                f"{self._options.checkpoint} goes on behind what {self._options.output} has: give "
+                "the --output that it belongs to, or a new --checkpoint."
             )
         self._sink.begin(ranges_of)
         self._monitor.begin()
@@ -187,8 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job, and return its exit code."""
     options = parse_arguments(arguments)
     stopping = threading.Event()
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda *_: stopping.set())
+    stop_at_signals(stopping)
     try:
         check_address(options.bootstrap_servers)
         run(options, stopping)
@@ -203,6 +208,7 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
     """Start Spark, and score until the job is told to stop or has nothing left to do."""
     rate = {"spark.streaming.kafka.maxRatePerPartition": RECORDS_PER_PARTITION_AND_SECOND}
     spark = get_spark("Streaming job", config=rate)
+    stop_at_signals(stopping)  # once more, for PySpark has its own reaction to Ctrl-C
     try:
         settings = kafka_settings(options)
         with ParquetSink(spark, options.output, options.on_bad_record, settings) as sink:
@@ -210,6 +216,12 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
             job.run_dstream() if options.engine == "dstream" else job.run_structured()
     finally:
         spark.stop()
+
+
+def stop_at_signals(stopping: threading.Event) -> None:
+    """Have SIGTERM and Ctrl-C ask the job to stop, instead of ending it in the middle."""
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: stopping.set())
 
 
 def fail(reason: str) -> int:

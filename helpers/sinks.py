@@ -129,15 +129,11 @@ class ParquetSink:
 
     def __enter__(self) -> ParquetSink:
         self._writer = _Writer(self._spark, self.path)
-        self._commits = JsonFolder(self._spark, f"{self.path}/commits")
-        names = self._commits.names()
-        if names:
-            last = self._commits.read(names[-1])
-            self._number = last["batch"]
-            self._positions = {
-                TopicAndPartition(topic, partition): offset
-                for topic, partition, offset in last["positions"]
-            }
+        try:
+            self._read_last_commit()
+        except BaseException:
+            self._writer.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -197,6 +193,18 @@ class ParquetSink:
             remove_folder(self._spark, f"{self.path}/data/{folder}")
             raise
         self._commit(number, left, folder, counts)
+
+    def _read_last_commit(self) -> None:
+        """Find out how far an earlier sink has come."""
+        self._commits = JsonFolder(self._spark, f"{self.path}/commits")
+        names = self._commits.names()
+        if names:
+            last = self._commits.read(names[-1])
+            self._number = last["batch"]
+            self._positions = {
+                TopicAndPartition(topic, partition): offset
+                for topic, partition, offset in last["positions"]
+            }
 
     def _ranges(self, batch_id: int) -> list[OffsetRange]:
         if self._ranges_of is None:

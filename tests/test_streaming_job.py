@@ -66,22 +66,30 @@ def test_both_engines_store_the_same(spark, kafka, filled, arguments, tmp_path, 
     ) as consumer:  # fmt: skip
         letters = [record.value for record in consumer]
     assert sorted(letters, key=str) == [None, None, b"rubbish", b"rubbish"]  # of each engine
+    # A checkpoint that is further than the output would leave events out.
+    run = run_python(str(JOB), *arguments("structured", output="another"), seconds=SECONDS)
+    assert run.returncode == 1
+    assert "goes on behind what" in run.stderr.splitlines()[-1], run.stderr
 
 
+@pytest.mark.parametrize(
+    "engine, other, ending",
+    [("structured", "dstream", signal.SIGTERM), ("dstream", "structured", signal.SIGINT)],
+)
 def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
-    spark, filled, arguments, tmp_path, event_values
+    spark, filled, arguments, tmp_path, event_values, engine, other, ending
 ):
     """Otherwise a deployment would kill a batch, or two jobs score the same events."""
-    with running([sys.executable, str(JOB), *arguments("structured")]) as service:
+    with running([sys.executable, str(JOB), *arguments(engine)]) as service:
         lines = [service.stdout.readline() for _ in range(2)]
         assert "1,000" in lines[1], lines
-        second = run_python(str(JOB), *arguments("dstream", output="structured"), seconds=SECONDS)
+        second = run_python(str(JOB), *arguments(other, output=engine), seconds=SECONDS)
         assert second.returncode == 1
         assert "another job writes to" in second.stderr.splitlines()[-1]
-        service.send_signal(signal.SIGTERM)
+        service.send_signal(ending)
         rest, _ = service.communicate(timeout=SECONDS)
         assert service.returncode == 0, rest
-    assert read_scored(spark, str(tmp_path / "structured")).count() == len(event_values)
+    assert read_scored(spark, str(tmp_path / engine)).count() == len(event_values)
 
 
 def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, tmp_path):

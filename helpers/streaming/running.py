@@ -134,13 +134,15 @@ def _interrupt_noted() -> Iterator[threading.Event]:
     """Have the first Ctrl-C set an event, for it must not break into an exchange with Java.
 
     PySpark's own reaction does: it cancels the jobs from within whatever call is under way, and
-    leaves the connection unusable. A second Ctrl-C interrupts as usual.
+    leaves the connection unusable. A second Ctrl-C interrupts as usual. A program that has its own
+    reaction to Ctrl-C keeps it.
     """
     interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    usual = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    is_default = usual is signal.default_int_handler or _is_of_pyspark(usual)
+    if threading.current_thread() is not threading.main_thread() or not is_default:
         yield interrupted
         return
-    usual = signal.getsignal(signal.SIGINT) or signal.default_int_handler
 
     def note(*_: object) -> None:
         interrupted.set()
@@ -151,6 +153,10 @@ def _interrupt_noted() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+def _is_of_pyspark(handler: object) -> bool:
+    return getattr(handler, "__module__", "").startswith("pyspark.")
 
 
 def _not_done(streams: list[Batches], seconds: float) -> str:

@@ -64,9 +64,17 @@ class CheckpointRanges:
             if end > starts.get(part, 0)
         )
 
-    def is_new(self) -> bool:
-        """Tell whether the query has planned nothing yet."""
-        return not folder_names(self._spark, f"{self._checkpoint}/offsets")
+    def finished(self) -> dict[TopicAndPartition, int]:
+        """Return where the query's last finished batch ended, in each partition it has read."""
+        batches = [int(name) for name in self._names("commits") if name.isdigit()]
+        if not batches:
+            return {}
+        starts = self._offsets("sources/0/0")
+        ends = self._offsets(f"offsets/{max(batches)}")
+        return {part: end for part, end in ends.items() if end > starts.get(part, 0)}
+
+    def _names(self, folder: str) -> list[str]:
+        return folder_names(self._spark, f"{self._checkpoint}/{folder}")
 
     def _offsets(self, name: str) -> dict[TopicAndPartition, int]:
         """Return the offsets in one of the checkpoint's files, whose last line they are."""
