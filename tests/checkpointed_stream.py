@@ -1,6 +1,6 @@
 """A stream with a checkpoint, as a program that tests kill: it writes down what each batch gets.
 
-python checkpointed_stream.py BOOTSTRAP_SERVERS TOPIC FOLDER GROUP ('' for none)
+python checkpointed_stream.py BOOTSTRAP_SERVERS TOPIC FOLDER GROUP ('' for none) [with-state]
 """
 
 import json
@@ -20,7 +20,7 @@ WINDOW = 3  # intervals
 LAST = "-1"  # the value after which the program ends
 
 
-def main(servers: str, topic: str, folder: str, group: str) -> None:
+def main(servers: str, topic: str, folder: str, group: str, state: str = "") -> None:
     """Run the stream, or go on with it, until it gets the last value."""
     config = {
         "spark.streaming.kafka.maxRatePerPartition": RATE,
@@ -57,8 +57,9 @@ def main(servers: str, topic: str, folder: str, group: str) -> None:
         )  # fmt: skip
         stream.foreachRDD(deliver)
         stream.window(WINDOW * SECONDS, SECONDS).count().foreachRDD(count_window)
-        pairs = stream.transform(lambda rdd: rdd.map(lambda value: (str(int(value) % 3), 1)))
-        pairs.updateStateByKey(lambda new, before: (before or 0) + sum(new)).foreachRDD(count)
+        if state:
+            pairs = stream.transform(lambda rdd: rdd.map(lambda value: (str(int(value) % 3), 1)))
+            pairs.updateStateByKey(lambda new, before: (before or 0) + sum(new)).foreachRDD(count)
         ssc.checkpoint(f"{folder}/checkpoint")
         return ssc
 
