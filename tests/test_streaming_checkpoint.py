@@ -164,9 +164,9 @@ def test_twenty_random_kills_lose_nothing(stream_of, finish):
     """Otherwise one lucky kill would pass for a promise."""
     # Without a state: when a driver dies while it catches up, Spark may have deleted files of the
     # state that its last checkpoint still names (one of 40 kills here), and doesn't start again.
-    stream = stream_of(12_000, state=False)
+    stream = stream_of(40_000, state=False)
     for _ in range(20):
         stream.kill_at_random(3, after_progress=True)
     repeated = finish(stream)
-    again = stream.records() - 12_001
-    print(f"\n20 kills: lost 0 of 12,001; {again} were delivered again in {len(repeated)} batches")
+    again = stream.records() - 40_001
+    print(f"\n20 kills: lost 0 of 40,001; {again} were delivered again in {len(repeated)} batches")
