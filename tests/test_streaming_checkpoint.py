@@ -16,6 +16,7 @@ from processes import ROOT, running, wait_until
 
 PROGRAM = ROOT / "tests" / "checkpointed_stream.py"
 LAST = b"-1"
+KEYS = (b"1", b"2")  # of two partitions, by Kafka's hash
 
 
 class Stream:
@@ -125,7 +126,8 @@ def stream_of(kafka, topic, produce, tmp_path):
 
     def make(values, group="", state=True):
         numbers = [str(number).encode() for number in range(values)]
-        produce(topic, numbers, numbers)
+        # As many in one partition as in the other: the last value is then the last to come.
+        produce(topic, numbers, [KEYS[number % 2] for number in range(values)])
         return Stream(kafka, topic, tmp_path, values, group, state)
 
     return make
