@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import time
 import uuid
+from datetime import datetime
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -17,7 +19,10 @@ from helpers.streaming import (
     TopicAndPartition,
     new_streaming_context,
     run_stream,
+    stop_streaming,
 )
+from helpers.streaming import batches as batches_module
+from helpers.streaming.plans import PlanLog
 from helpers.streaming.rates import RateLimit
 
 
@@ -352,3 +357,38 @@ def test_a_backlog_does_not_overwhelm_a_stream_with_backpressure(spark, kafka, s
     print(f"\n500,000 events in {len(sizes)} batches, from the sixth on {longest:.2f} s at most")
     # What else runs on the machine may slow down one batch or two, before the rate follows.
     assert most[-len(most) // 10] <= 2, list(zip(seconds, sizes, strict=False))
+
+
+def test_plans_are_kept_while_a_stream_catches_up(
+    spark, one, produce, settings, tmp_path, monkeypatch
+):
+    """Otherwise a second crash, while it does, would lose the records that were planned.
+
+    The intervals of a stream that catches up are long past; Spark's calls are made here for such.
+    """
+    context = new_streaming_context(spark, 3_600)
+    context.checkpoint(str(tmp_path))
+    stream = KafkaUtils.createDirectStream(context, [one], settings)
+    stream.foreachRDD(lambda rdd: None)
+    context.start()
+    batches, now = stream._batches, round(time.time()) * 1_000
+    intervals = [now - 7_200_000, now - 7_199_000, now - 7_198_000]
+    try:
+        for interval in intervals:
+            produce(one, [b"1"] * 5)
+            batches.plan(datetime.fromtimestamp(interval / 1_000), None)
+            batches.submitted(interval, now + 60_000)
+            batches.completed(interval, None)
+        plans = PlanLog(spark, f"{tmp_path}/kafka-plans/{batches.stream_id}")
+        assert [plans.read(interval).ranges[0].fromOffset for interval in intervals] == [0, 5, 10]
+        # Long after its commit a plan goes; the last one stays, for it says where to go on.
+        monkeypatch.setattr(batches_module, "_KEPT_SECONDS", -1)
+        produce(one, [b"1"] * 5)
+        batches.plan(datetime.fromtimestamp(now / 1_000), None)
+        batches.submitted(now, now + 60_000)
+        batches.completed(now, None)
+        plans = PlanLog(spark, f"{tmp_path}/kafka-plans/{batches.stream_id}")
+        assert plans.read(intervals[0]) is None
+        assert plans.last().ranges[0].untilOffset == 20
+    finally:
+        stop_streaming(context, gracefully=False)

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -47,9 +48,10 @@ ABANDON_SECONDS = 10
 # How long Spark may take from asking for the first batch to being active.
 ACTIVE_SECONDS = 60
 
-# Spark writes its checkpoint a little after the batch: plans are kept a little longer than what
-# Spark remembers, for the last checkpoint on disk may be an older one.
-_KEPT_LONGER_MS = 60_000
+# Spark writes its checkpoint some time after a batch. A driver that dies before that is followed by
+# one that asks for the batch again, so plans are kept this long after they are committed: time on
+# the clock, for a stream that catches up goes through hours of intervals in a minute.
+_KEPT_SECONDS = 600
 
 # The streams of this process that aren't closed.
 _LIVE: list[Batches] = []
@@ -111,6 +113,7 @@ class Batches:
         self._planner: OffsetPlanner | None = None
         self._plans: PlanLog | None = None
         self._planned: list[_Planned] = []
+        self._committed: deque[tuple[float, int]] = deque()  # when, and which interval
         self._done: dict[TopicAndPartition, int] = {}
         self._asked: dict[TopicAndPartition, int] = {}  # by commitAsync
         self._unread = 0
@@ -432,6 +435,7 @@ class Batches:
             with self._lock:
                 _advance(self._done, ends)
                 self._planned.remove(first)
+                self._committed.append((time.monotonic(), first.interval))
         if not self._commits:
             with self._lock:
                 asked = dict(self._asked)
@@ -457,10 +461,13 @@ class Batches:
         """Remove the plans that no checkpoint will ask for any more."""
         if self._plans is None or self._context is None:
             return
-        remembered = self._context.graph().getMaxInputStreamRememberDuration().milliseconds()
-        with self._lock:
-            oldest = self._planned[0].interval if self._planned else _now()
-        self._plans.forget(oldest - remembered - _KEPT_LONGER_MS)
+        forgotten = None
+        while self._committed and self._committed[0][0] < time.monotonic() - _KEPT_SECONDS:
+            _, forgotten = self._committed.popleft()
+        if forgotten is not None:
+            # A window asks for as many intervals before its own as Spark remembers.
+            remembered = self._context.graph().getMaxInputStreamRememberDuration().milliseconds()
+            self._plans.forget(forgotten - remembered)
 
     def _fail(self, reason: str) -> None:
         """Stop the context for a reason that `awaitTermination` and `run_stream` then raise."""
