@@ -21,7 +21,7 @@ run: setup
 	@.venv/bin/python -m helpers.notebook $(call quoted,$(NOTEBOOK)) $(parameters)
 
 test: setup
-	@.venv/bin/python -m pytest -n 2 --dist loadfile
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup
 	@.venv/bin/python -m pytest -m long -s
