@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
-import keras
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
@@ -30,6 +29,7 @@ from helpers.jars import JarsError
 from helpers.model import build_model
 from helpers.monitor import Monitor
 from helpers.records import keep_bad_records, observe_records, parse_events
+from helpers.serving import ModelFile
 from helpers.session import SessionError, get_spark
 from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError
 from helpers.streaming import (
@@ -50,6 +50,10 @@ RECORDS_PER_PARTITION_AND_SECOND = 10_000
 
 # How long a query may take for the batch that it is at when it is asked to stop.
 FINISH_SECONDS = 60
+
+
+# From Kafka's records to scored ones, and which class is signal.
+Score = Callable[[DataFrame], tuple[DataFrame, int]]
 
 
 class Job:
@@ -77,26 +81,16 @@ class Job:
         self._spark, self._options, self._sink, self._stopping = spark, options, sink, stopping
         self._settings = kafka_settings(options)
         self._monitor = Monitor()
-        self._stages = [
-            EventNormalizer(features_col="event"),
-            ModelPredictor(
-                keras_model=load_model(options.model), features_col="event",
-                output_col="prediction",
-            ),
-            LabelIndexTransformer(
-                output_dim=2, input_col="prediction", output_col="prediction_index"
-            ),
-        ]  # fmt: skip
+        self._score = score_with_file(options.model) if options.model else score_as_walkthrough()
 
     def process_instances(self, df: DataFrame, batch_id: int) -> None:
         """Score a batch, unless it is in the sink already."""
         if self._sink.has(batch_id):
             return
         with self._monitor.batch(batch_id) as counts:
-            scored = parse_events(df)
-            for stage in self._stages:
-                scored = stage.transform(scored)
-            self._sink.write(observe_records(keep_bad_records(scored), counts), batch_id)
+            scored, signal_index = self._score(df)
+            scored = observe_records(keep_bad_records(scored), counts, signal_index)
+            self._sink.write(scored, batch_id)
 
     def run_dstream(self) -> None:
         """Score with a DStream: the sink says where it begins, so it needs no checkpoint."""
@@ -165,9 +159,33 @@ class Job:
             again.wait(0.1)
 
 
-def load_model(path: str | None) -> keras.Model:
-    """Return the network in a ``.keras`` file, or the walkthrough's own."""
-    return keras.saving.load_model(path, compile=False) if path else build_model()
+def score_with_file(path: str) -> Score:
+    """Return what scores records with a serving model; each batch with the version in the file."""
+    file = ModelFile(path)
+
+    def score(records: DataFrame) -> tuple[DataFrame, int]:
+        transformer, model = file.current(), file.model
+        events = parse_events(records, model.schema)
+        return transformer.transform(events), model.contract.signal_index
+
+    return score
+
+
+def score_as_walkthrough() -> Score:
+    """Return what scores records with the walkthrough's random network, whose signal is class 0."""
+    stages = [
+        EventNormalizer(features_col="event"),
+        ModelPredictor(keras_model=build_model(), features_col="event", output_col="prediction"),
+        LabelIndexTransformer(output_dim=2, input_col="prediction", output_col="prediction_index"),
+    ]
+
+    def score(records: DataFrame) -> tuple[DataFrame, int]:
+        scored = parse_events(records)
+        for stage in stages:
+            scored = stage.transform(scored)
+        return scored, 0
+
+    return score
 
 
 def kafka_settings(options: argparse.Namespace) -> dict[str, str]:
@@ -244,7 +262,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", metavar="PATH",
         help="where Spark keeps how far it is; with --engine structured only, for a DStream asks "
         "the output")  # fmt: skip
-    add("--model", metavar="PATH", help="a .keras file; default: the walkthrough's random network")
+    add("--model", metavar="PATH",
+        help="a file of helpers.model.save_serving_model, which may be replaced while the job "
+        "runs; default: the walkthrough's random network")  # fmt: skip
     add("--interval", type=_seconds, default=1.0, metavar="S",
         help="seconds between batches; default: %(default)s")  # fmt: skip
     add("--available-now", action="store_true", help="score what is there, and end")

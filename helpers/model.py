@@ -1,13 +1,30 @@
-"""The network of the walkthrough, and its way from the driver to the workers as bytes."""
+"""The network of the walkthrough, and the file in which a trained one goes to where it serves.
+
+A network alone doesn't say what its inputs are called, in which order they come, how they were
+scaled, or which of its outputs means signal; whoever has to guess that will guess wrong one day. A
+*serving model* is a network together with its *contract*: one ``.keras`` file that holds all of it,
+and that is refused when its parts disagree.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
+import platform
 import tempfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 
 import keras
 import numpy
+from pyspark.sql.types import DoubleType, LongType, StructType
+
+from helpers.higgs import EVENT_ID
 
 FEATURE_COUNT = 30
 CLASS_COUNT = 2
@@ -16,8 +33,15 @@ CLASS_COUNT = 2
 # anything from none to all. With this seed it is about half of them, so there is something to see.
 SEED = 39
 
+MODEL_VERSION = "model_version"  # the column that says which serving model scored an event
 
-def build_model(seed: int = SEED) -> keras.Model:
+CONTRACT = "contract.json"  # its name in the .keras file, which is a ZIP archive
+_NETWORK_FILES = ("config.json", "model.weights.h5")  # what Keras keeps a network in
+_LIBRARIES = ("keras", "tensorflow-cpu", "tensorflow", "numpy", "pyspark")
+_DIGEST_LENGTH = 12  # hexadecimal digits of a version
+
+
+def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.Model:
     """Return the original notebook's network with random weights: 30-500-1000-500-2.
 
     Dense layers with relu, dropout of 0.4 after the first two, softmax at the end: 1,018,002
@@ -27,11 +51,13 @@ def build_model(seed: int = SEED) -> keras.Model:
     ----------
     seed : int
         Seed of the random weights.
+    feature_count : int
+        The number of inputs.
 
     Returns
     -------
     keras.Model
-        Takes float32 of shape (events, 30), returns probabilities of shape (events, 2).
+        Takes float32 of shape (events, feature_count), returns probabilities of shape (events, 2).
 
     References
     ----------
@@ -46,7 +72,7 @@ def build_model(seed: int = SEED) -> keras.Model:
     weights = [keras.initializers.GlorotUniform(seed=seed + layer) for layer in range(4)]
     return keras.Sequential(
         [
-            keras.Input(shape=(FEATURE_COUNT,), name="features"),
+            keras.Input(shape=(feature_count,), name="features"),
             _dense(500, "relu", weights[0], "hidden_1"),
             keras.layers.Dropout(0.4, seed=seed, name="dropout_1"),
             _dense(1000, "relu", weights[1], "hidden_2"),
@@ -125,3 +151,270 @@ def compiled_predict(model: keras.Model) -> Callable[[numpy.ndarray], numpy.ndar
         autograph=False,
     )
     return lambda features: graph(features).numpy()
+
+
+class ServingModelError(ValueError):
+    """The file is no serving model, or its parts disagree; the message says which."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What has to hold where a network serves.
+
+    Attributes
+    ----------
+    feature_names : tuple of str
+        The network's inputs, in their order.
+    means, scales : tuple of float
+        What each feature is scaled with, ``(value - mean) / scale``, by the network's own first
+        layer.
+    class_names : tuple of str
+        The network's two outputs, in their order.
+    signal_index : int
+        Which of them is signal.
+    threshold : float
+        The probability of signal from which an event is called signal.
+    training_data : str
+        The fingerprint of the rows that the network was trained on.
+    metrics : dict of str to float
+        How good the network was on events that training did not see.
+    event_id : str
+        The field that identifies an event.
+    missing : float, optional
+        The value that stands for one that is missing, and is scaled like any other.
+    libraries : dict of str to str
+        The versions that the network was trained with.
+    """
+
+    feature_names: tuple[str, ...]
+    means: tuple[float, ...]
+    scales: tuple[float, ...]
+    class_names: tuple[str, ...]
+    signal_index: int
+    threshold: float
+    training_data: str
+    metrics: dict[str, float]
+    event_id: str = EVENT_ID
+    missing: float | None = None
+    libraries: dict[str, str] = field(default_factory=lambda: _library_versions())
+
+    def faults(self) -> list[str]:
+        """Return what is wrong in itself, in clauses; none if nothing is."""
+        names, classes, count = self.feature_names, self.class_names, len(self.feature_names)
+        numbers = {"means": self.means, "scales": self.scales}
+        rules = {
+            f"features are named twice: {_repeated(names)}": len(set(names)) == count,
+            f"the field of the id, {self.event_id!r}, is a feature": self.event_id not in names,
+            f"it has {len(classes)} classes, not two": len(set(classes)) == len(classes) == 2,
+            f"signal_index is {self.signal_index}": self.signal_index in (0, 1),
+            f"threshold is {self.threshold}, not between 0 and 1": 0 < self.threshold < 1,
+            "a scale isn't above 0": all(scale > 0 for scale in self.scales),
+        }
+        for name, values in numbers.items():
+            rules[f"it has {len(values)} {name} for {count} features"] = len(values) == count
+            rules[f"{name} are not all finite"] = all(map(math.isfinite, values))
+        return [fault for fault, holds in rules.items() if not holds]
+
+
+@dataclass(frozen=True)
+class ServingModel:
+    """A network, its contract, and its version.
+
+    Attributes
+    ----------
+    network : keras.Model
+        Takes features as they are, of shape (events, features), and scales them itself.
+    contract : Contract
+        What its inputs and outputs are.
+    version : str
+        What tells it from others: the beginning of its digest; empty if it was never saved.
+    """
+
+    network: keras.Model
+    contract: Contract
+    version: str = ""
+
+    @property
+    def schema(self) -> StructType:
+        """The fields of an event, for `helpers.records.parse_events`."""
+        schema = StructType().add(self.contract.event_id, LongType())
+        for name in self.contract.feature_names:
+            schema = schema.add(name, DoubleType())
+        return schema
+
+
+def scaled_network(
+    network: keras.Model, means: Sequence[float], scales: Sequence[float]
+) -> keras.Model:
+    """Return a network that scales its inputs itself, in front of one that was trained on scaled.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Was trained on ``(value - mean) / scale``.
+    means, scales : sequence of float
+        One of each a feature, such as ``mean`` and ``std`` of Spark's `StandardScalerModel`.
+
+    Examples
+    --------
+    >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Activation("linear")])
+    >>> scaled = scaled_network(network, means=[1.0, 2.0], scales=[1.0, 4.0])
+    >>> scaled(numpy.array([[3.0, 4.0]], dtype="float32")).numpy().tolist()
+    [[2.0, 0.5]]
+    """
+    variance = numpy.square(scales)
+    scaling = keras.layers.Normalization(mean=means, variance=variance, name="scaling")
+    return keras.Sequential([keras.Input((len(means),), name="features"), scaling, network])
+
+
+def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> ServingModel:
+    """Write a network and its contract to one file, which Keras alone can open, too.
+
+    A file that is there is replaced in one step: whoever serves from it has the old or the new one.
+
+    Parameters
+    ----------
+    model : ServingModel
+        The network and its contract.
+    path : str or path-like
+        Where to; the name ends in ``.keras``.
+
+    Returns
+    -------
+    ServingModel
+        What `load_serving_model` makes of the file, its version among it.
+
+    Raises
+    ------
+    ServingModelError
+        If network and contract disagree.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        draft = Path(folder) / path.name
+        model.network.save(draft)
+        content = {"contract": asdict(model.contract), "network": _network_digest(draft)}
+        with zipfile.ZipFile(draft, "a") as archive:
+            archive.writestr(CONTRACT, json.dumps(content, indent=1))
+        load_serving_model(draft)
+        draft.replace(path)
+    return load_serving_model(path)
+
+
+def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
+    """Return the network and its contract from a file; no code in the file runs.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A file that `save_serving_model` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ServingModelError
+        If it is no serving model, or its parts disagree.
+
+    Examples
+    --------
+    >>> contract = Contract(
+    ...     feature_names=("mass", "energy"), means=(90.0, 40.0), scales=(30.0, 20.0),
+    ...     class_names=("background", "signal"), signal_index=1, threshold=0.5,
+    ...     training_data="none", metrics={})
+    >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])
+    >>> network = scaled_network(network, contract.means, contract.scales)
+    >>> path = getfixture("tmp_path") / "model.keras"
+    >>> saved = save_serving_model(ServingModel(network, contract), path)
+    >>> load_serving_model(path).contract == contract
+    True
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    contract, digest = _read_contract(path)
+    faults = contract.faults()
+    if digest != _network_digest(path):
+        faults.append("the contract was written for another network")
+    if faults:
+        raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
+    try:
+        network = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # whatever Keras meets in a file that somebody has made
+        reason = str(error).strip().splitlines()[0]
+        raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
+    faults = _disagreements(network, contract)
+    if faults:
+        raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
+    version = hashlib.sha256(path.read_bytes()).hexdigest()[:_DIGEST_LENGTH]
+    return ServingModel(network, contract, version)
+
+
+def _read_contract(path: Path) -> tuple[Contract, str]:
+    """Return the contract in a file, and the digest of the network that it is for."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = json.loads(archive.read(CONTRACT))
+    except (zipfile.BadZipFile, KeyError, ValueError):
+        raise ServingModelError(
+            f"{path} has no contract: write it with helpers.model.save_serving_model."
+        ) from None
+    try:
+        parts = dict(content["contract"])
+        known = {part.name: part.type for part in fields(Contract)}
+        for name, value in parts.items():
+            parts[name] = tuple(value) if known[name].startswith("tuple") else value
+        return Contract(**parts), content["network"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ServingModelError(f"{path} has a contract that isn't whole: {error}.") from None
+
+
+def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
+    """Return where a network isn't what its contract says."""
+    inputs, outputs = network.input_shape[1:], network.output_shape[1:]
+    names, classes = contract.feature_names, contract.class_names
+    rules = {
+        f"the network has inputs {inputs}, the contract {len(names)} features":
+            inputs == (len(names),),
+        f"the network has outputs {outputs}, the contract {len(classes)} classes":
+            outputs == (len(classes),),
+        "the network doesn't scale its inputs with the contract's means and scales":
+            _scales_with(network, contract),
+    }  # fmt: skip
+    return [fault for fault, holds in rules.items() if not holds]
+
+
+def _scales_with(network: keras.Model, contract: Contract) -> bool:
+    """Tell whether a network's first layer has a contract's means and scales."""
+    layer = network.layers[0]
+    if not isinstance(layer, keras.layers.Normalization):
+        return False
+    mean, variance = (numpy.ravel(numbers) for numbers in (layer.mean, layer.variance))
+    pairs = ((mean, contract.means), (numpy.sqrt(variance), contract.scales))
+    # The layer keeps 32-bit floats.
+    return all(len(one) == len(other) and numpy.allclose(one, other, rtol=1e-5, atol=1e-30)
+               for one, other in pairs)  # fmt: skip
+
+
+def _network_digest(path: Path) -> str:
+    """Return the digest of the network in a ``.keras`` file."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(path) as archive:
+        for name in _NETWORK_FILES:
+            digest.update(archive.read(name))
+    return digest.hexdigest()
+
+
+def _library_versions() -> dict[str, str]:
+    """Return the versions of what a network's numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # tensorflow comes under one of two names
+            continue
+    return versions
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))

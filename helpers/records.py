@@ -103,7 +103,7 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
         With ``event``, a struct of the id, of ``features`` (an array of floats in the schema's
         order), of ``reason`` (null for a good record; otherwise the id and the features are null),
         and of ``unused``, names that the record has and the schema doesn't. To be short, each Arrow
-        batch tells a name once, and no more than 20.
+        batch tells a name once, and no more than 20. The column's metadata names the features.
 
     Examples
     --------
@@ -115,7 +115,8 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     parse = functions.arrow_udf(
         lambda values: _parser(schema_json).events(values), event_type(schema)
     )
-    return records.withColumn("event", parse(functions.col("value").cast("binary")))
+    event = parse(functions.col("value").cast("binary"))
+    return records.withColumn("event", event.alias("event", metadata=_metadata(schema)))
 
 
 def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
@@ -139,7 +140,8 @@ def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     numbers = [functions.col(name).cast("double") for name in features]
     fields = [functions.col(event_id), functions.array(*numbers).alias("features")]
     fields += [functions.lit(None).alias("reason"), functions.lit(None).alias("unused")]
-    return rows.select(functions.struct(*fields).cast(event_type(schema)).alias("event"))
+    event = functions.struct(*fields).cast(event_type(schema))
+    return rows.select(event.alias("event", metadata=_metadata(schema)))
 
 
 def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
@@ -200,7 +202,9 @@ def keep_bad_records(scored: DataFrame) -> DataFrame:
     return scored.withColumn("bad", bad).drop("key", "value", "timestampType", "reason")
 
 
-def observe_records(scored: DataFrame, counts: Observation) -> DataFrame:
+def observe_records(
+    scored: DataFrame, counts: Observation, signal_index: int = 0
+) -> DataFrame:
     """Have a batch counted while it is written, so that counting needs no second Spark action.
 
     Parameters
@@ -208,8 +212,10 @@ def observe_records(scored: DataFrame, counts: Observation) -> DataFrame:
     scored : pyspark.sql.DataFrame
         Has ``prediction_index``, ``bad`` and ``unused``.
     counts : pyspark.sql.Observation
-        Gets ``events`` (that were scored), ``signal`` (of these, how many are of class 0), ``bad``
+        Gets ``events`` (that were scored), ``signal`` (how many of these are called so), ``bad``
         and ``unused`` (names of fields, in lists).
+    signal_index : int
+        Which class is signal; class 0 in the original notebook.
 
     Returns
     -------
@@ -229,7 +235,7 @@ def observe_records(scored: DataFrame, counts: Observation) -> DataFrame:
     return scored.observe(
         counts,
         functions.count("prediction_index").alias("events"),
-        functions.count_if(functions.col("prediction_index") == 0).alias("signal"),
+        functions.count_if(functions.col("prediction_index") == signal_index).alias("signal"),
         functions.count("bad").alias("bad"),
         functions.collect_set("unused").alias("unused"),
     ).drop("unused")
@@ -327,6 +333,11 @@ def matrix_of(lists: pyarrow.ListArray, width: int) -> numpy.ndarray:
         wrong = lengths[lengths != width][0]
         raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
     return lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+def _metadata(schema: StructType) -> dict[str, list[str]]:
+    """Return what a column of events says of itself: the names of its features, in their order."""
+    return {"features": schema.names[1:]}
 
 
 class _Event(NamedTuple):

@@ -27,6 +27,7 @@ from pyspark.sql import functions as F
 
 from helpers.files import JsonFolder, folder_names, remove_folder
 from helpers.higgs import EVENT_ID
+from helpers.model import MODEL_VERSION
 from helpers.records import observed
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import modern_settings, use_added_jars
@@ -45,6 +46,7 @@ PATIENCE_SECONDS = 5.0
 # What the files have. `bad` is what a bad record was, and why it is bad.
 _STORED = (
     "{event_id} bigint, probability_0 double, probability_1 double, predicted_index int, "
+    "model_version string, "
     "topic string, partition int, offset bigint, event_time timestamp, batch bigint, "
     "bad struct<key: binary, value: binary, reason: string>"
 )
@@ -235,11 +237,13 @@ class ParquetSink:
         """Write a batch's files, and return how many records it has, and how many bad ones."""
         counts = Observation()
         prediction = vector_entries(F.col("prediction"))
+        version = F.col(MODEL_VERSION) if MODEL_VERSION in scored.columns else F.lit(None)
         stored = scored.select(
             self._event_id,
             prediction[0].alias("probability_0"),
             prediction[1].alias("probability_1"),
             F.col("prediction_index").cast("int").alias("predicted_index"),
+            version.cast("string").alias(MODEL_VERSION),
             "topic",
             "partition",
             "offset",
@@ -311,9 +315,10 @@ def read_scored(spark: SparkSession, path: str) -> DataFrame:
     Returns
     -------
     pyspark.sql.DataFrame
-        ``EventId``, ``probability_0`` and ``probability_1``, ``predicted_index``, ``topic``,
-        ``partition``, ``offset``, ``event_time`` (the record's time in Kafka), and ``batch``, the
-        number of the batch in this sink.
+        ``EventId``, ``probability_0`` and ``probability_1``, ``predicted_index``,
+        ``model_version`` (null where no serving model scored), ``topic``, ``partition``,
+        ``offset``, ``event_time`` (the record's time in Kafka), and ``batch``, the number of the
+        batch in this sink.
 
     Raises
     ------

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import gc
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import keras
@@ -36,6 +36,7 @@ from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
 from helpers.records import list_array, matrix_of
 
 _DENSE = 1  # how VectorUDT marks a dense vector
+_SCORES = ArrayType(DoubleType())
 
 
 class EventNormalizer(
@@ -90,6 +91,10 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         the columns of its fields, without the features; a bad record's output is null.
     output_col : str
         The new column's name: a vector with one entry a class.
+    feature_names : sequence of str, optional
+        What the model's inputs are called, in their order, as a serving model's contract has it.
+        Then a table has a column of each name, in any order, instead of `features_col`; and events
+        that were parsed with other features, or in another order, are refused.
 
     Examples
     --------
@@ -99,14 +104,22 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     DataFrame[features: vector, prediction: vector]
     """
 
+    featureNames = Param(  # noqa: N815 (Spark ML's way to name parameters)
+        Params._dummy(), "featureNames", "what the model's inputs are called",
+        TypeConverters.toListString,
+    )  # fmt: skip
+
     def __init__(
         self,
         keras_model: keras.Model | None = None,
         features_col: str = "features",
         output_col: str = "prediction",
+        feature_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self._set(featuresCol=features_col, outputCol=output_col)
+        self._set(
+            featuresCol=features_col, outputCol=output_col, featureNames=list(feature_names)
+        )
         self._model_bytes = None if keras_model is None else model_to_bytes(keras_model)
 
     def predict(self, dataset: DataFrame) -> DataFrame:
@@ -125,12 +138,17 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     def _transform(self, dataset: DataFrame) -> DataFrame:
         context, model = dataset.sparkSession.sparkContext, self._checked_model_bytes()
         name, output = self.getFeaturesCol(), self.getOutputCol()
+        names = self.getOrDefault(self.featureNames)
+        if names and name not in dataset.columns:
+            scores = _network_function(context, model, _SCORES)(_array_of(dataset, names))
+            return dataset.withColumn(output, array_to_vector(scores))
         features_type = _column_type(dataset, name)
         if not _holds_events(features_type):
             _check_vector_column(dataset, name)
-            network = _network_function(context, model, ArrayType(DoubleType()))
-            scores = network(vector_entries(dataset[name]))
+            scores = _network_function(context, model, _SCORES)(vector_entries(dataset[name]))
             return dataset.withColumn(output, array_to_vector(scores))
+        if names:
+            _check_features(dataset, name, names)
         scored_type = _with_output(features_type, output)
         scored = dataset.withColumn(
             name, _network_function(context, model, scored_type)(dataset[name])
@@ -393,6 +411,28 @@ def _use_one_thread() -> None:
     with contextlib.suppress(RuntimeError):  # TensorFlow has run already, in the driver's process
         tensorflow.config.threading.set_intra_op_parallelism_threads(1)
         tensorflow.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
+    """Return columns of numbers as one of arrays, in the order of the names."""
+    missing = [name for name in names if name not in dataset.columns]
+    if missing:
+        raise ValueError(
+            f"the model needs the columns {missing}, which aren't there; the columns are "
+            f"{dataset.columns}."
+        )
+    return functions.array(*[functions.col(f"`{name}`").cast("double") for name in names])
+
+
+def _check_features(dataset: DataFrame, name: str, expected: Sequence[str]) -> None:
+    """Raise `ValueError` if events were parsed with other features than the model has inputs."""
+    found = dataset.schema[name].metadata.get("features", [])
+    if list(found) != list(expected):
+        wrong = sorted(set(found) ^ set(expected)) or "their order"
+        raise ValueError(
+            f"the events in {name!r} don't have the model's features ({wrong} differs): parse them "
+            "with the serving model's own schema."
+        )
 
 
 def _check_vector_column(dataset: DataFrame, name: str) -> None:

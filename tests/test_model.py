@@ -1,10 +1,26 @@
-"""The network, and its way to the workers as bytes."""
+"""The network, its way to the workers as bytes, and its file with the serving contract."""
 
+import json
+import zipfile
+from dataclasses import replace
+
+import keras
 import numpy
 import pytest
 
-from helpers.higgs import FEATURES, generate_events
-from helpers.model import build_model, compiled_predict, model_from_bytes, model_to_bytes
+from helpers.higgs import EVENT_ID, FEATURES, generate_events
+from helpers.model import (
+    CONTRACT,
+    ServingModel,
+    ServingModelError,
+    build_model,
+    compiled_predict,
+    load_serving_model,
+    model_from_bytes,
+    model_to_bytes,
+    save_serving_model,
+    scaled_network,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +76,85 @@ def test_compiled_predict_equals_keras(model, features, size):
     """Otherwise the fast way would not be the same network; batches of one row included."""
     expected = model.predict(features[:size], verbose=0)
     numpy.testing.assert_allclose(compiled_predict(model)(features[:size]), expected, atol=1e-6)
+
+
+def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
+    """Otherwise what serves would not be what was trained; Keras alone must read it, too."""
+    path = tmp_path / "model.keras"
+    saved = save_serving_model(serving_model, path)
+    loaded = load_serving_model(path)
+    assert loaded.contract == saved.contract == serving_model.contract
+    assert loaded.version == saved.version != ""
+    assert loaded.schema.names == [EVENT_ID, *FEATURES]
+    assert "keras" in loaded.contract.libraries
+    rows = generate_events(100, seed=3)[list(FEATURES)].to_numpy(dtype="float32")
+    expected = serving_model.network.predict(rows, verbose=0)
+    for network in (loaded.network, keras.saving.load_model(path)):
+        numpy.testing.assert_array_equal(network.predict(rows, verbose=0), expected)
+    assert [found.name for found in tmp_path.iterdir()] == ["model.keras"]
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({"feature_names": FEATURES[1:]}, "it has 30 means for 29 features"),
+        ({"feature_names": (*FEATURES[1:], "PRI_met")}, "features are named twice: PRI_met"),
+        ({"feature_names": (EVENT_ID, *FEATURES[1:])}, "field of the id, 'EventId', is a feature"),
+        ({"class_names": ("signal",)}, "it has 1 classes, not two"),
+        ({"signal_index": 2}, "signal_index is 2"),
+        ({"threshold": 1.5}, "threshold is 1.5, not between 0 and 1"),
+        ({"means": (float("nan"),) * 30}, "means are not all finite"),
+        ({"scales": (0.0,) * 30}, "a scale isn't above 0"),
+        ({"means": (1.0,) * 30}, "doesn't scale its inputs with the contract's means and scales"),
+    ],
+)
+def test_parts_that_disagree_are_refused(serving_model, tmp_path, change, fault):
+    """Otherwise a network would serve with another's scaling or names, and nobody would notice."""
+    wrong = ServingModel(serving_model.network, replace(serving_model.contract, **change))
+    with pytest.raises(ServingModelError, match="can't serve: .*" + fault):
+        save_serving_model(wrong, tmp_path / "model.keras")
+    assert not list(tmp_path.iterdir())
+
+
+def rewritten(path, name, content):
+    """Change one part of a .keras file."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, old in parts.items():
+            archive.writestr(part, content if part == name else old)
+
+
+def test_files_that_were_changed_are_refused(make_serving_model, serving_model, tmp_path):
+    """Otherwise a mixed-up or damaged file would serve."""
+    path = tmp_path / "model.keras"
+    save_serving_model(make_serving_model(seed=7), path)
+    with zipfile.ZipFile(path) as archive:
+        weights, content = archive.read("model.weights.h5"), json.loads(archive.read(CONTRACT))
+    save_serving_model(serving_model, path)
+    rewritten(path, "model.weights.h5", weights)
+    with pytest.raises(ServingModelError, match="the contract was written for another network"):
+        load_serving_model(path)
+    del content["contract"]["threshold"]
+    rewritten(path, CONTRACT, json.dumps(content))
+    with pytest.raises(ServingModelError, match=r"a contract that isn't whole: .*threshold"):
+        load_serving_model(path)
+    serving_model.network.save(path)
+    with pytest.raises(ServingModelError, match=r"no contract: write it with .*save_serving_model"):
+        load_serving_model(path)
+    path.write_text("EventId")
+    with pytest.raises(ServingModelError, match="has no contract"):
+        load_serving_model(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_serving_model(tmp_path / "none.keras")
+
+
+def test_code_in_a_file_does_not_run(serving_model, tmp_path):
+    """Otherwise whoever sends a model could do anything on the cluster."""
+    contract = serving_model.contract
+    harmful = keras.Sequential(
+        [keras.Input((30,)), keras.layers.Lambda(lambda x: x), build_model()]
+    )
+    network = scaled_network(harmful, contract.means, contract.scales)
+    with pytest.raises(ServingModelError, match="has no network that can be loaded"):
+        save_serving_model(ServingModel(network, contract), tmp_path / "model.keras")

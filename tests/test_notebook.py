@@ -151,3 +151,14 @@ def test_a_record_that_differs_fails_the_comparison(change):
     compare_records(stored, {**stored, "signal": 52, "batches": 5})
     with pytest.raises(AssertionError):
         compare_records(stored, {**stored, **change})
+
+
+@pytest.mark.parametrize("change", [{"auc": 0.86}, {"accuracy": 0.9}, {"streamed_auc": 0.905}])
+def test_metrics_that_differ_fail_the_comparison(change):
+    """Otherwise a training that has become worse would pass, or a stream that scores otherwise."""
+    stored = {"events": 9, "accuracy": 0.8, "auc": 0.9}
+    stored |= {"streamed_accuracy": 0.8, "streamed_auc": 0.9}
+    near = {name: value + (name != "events") * 0.01 for name, value in stored.items()}
+    compare_records(stored, near)
+    with pytest.raises(AssertionError):
+        compare_records(stored, {**stored, **change})

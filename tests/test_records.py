@@ -373,3 +373,13 @@ def test_a_schema_of_ones_own(spark):
     assert events[1].reason == "temperature is missing"
     assert to_columns(records, schema).where(F.col("reading").isNotNull()).first() == (7, 20.0, 3)
     assert json_to_dataframe_row(values[0], schema).switches == 3
+
+
+@pytest.mark.parametrize("signal_index, signal", [(0, 1), (1, 2)])
+def test_signal_is_the_class_that_is_said(spark, signal_index, signal):
+    """Otherwise the table of a trained network's stream would count the background."""
+    columns = "prediction_index double, bad string, unused array<string>"
+    rows = [(0.0, None, None), (1.0, None, None), (1.0, None, None), (None, "why", None)]
+    counts = Observation()
+    observe_records(spark.createDataFrame(rows, columns), counts, signal_index).collect()
+    assert (counts.get["events"], counts.get["signal"]) == (3, signal)

@@ -77,7 +77,7 @@ def test_what_is_stored_of_an_event(spark, path):
     assert row.pop("event_time").timestamp() == pytest.approx(1_700_000_000.001)
     assert row == {
         "EventId": 100_001, "probability_0": 0.75, "probability_1": 0.25, "predicted_index": 0,
-        "topic": "events", "partition": 0, "offset": 1, "batch": 0,
+        "topic": "events", "partition": 0, "offset": 1, "batch": 0, "model_version": None,
     }  # fmt: skip
 
 

@@ -6,12 +6,15 @@ import signal
 import sys
 import time
 
+import numpy
 import psutil
 import pytest
 from kafka import KafkaConsumer
 from processes import ROOT, run_python, running
 
+from helpers.higgs import FEATURES, generate_events
 from helpers.jars import spark_home
+from helpers.model import save_serving_model
 from helpers.sinks import read_scored
 
 JOB = ROOT / "examples" / "streaming_job.py"
@@ -90,6 +93,26 @@ def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
         rest, _ = service.communicate(timeout=SECONDS)
         assert service.returncode == 0, rest
     assert read_scored(spark, str(tmp_path / engine)).count() == len(event_values)
+
+
+def test_a_trained_model_is_served_as_its_file_says(
+    spark, kafka, filled, arguments, tmp_path, event_values, serving_model
+):
+    """Otherwise what was trained would not be what is served."""
+    path = tmp_path / "model.keras"
+    version = save_serving_model(serving_model, path).version
+    score_all(arguments("structured", "--model", str(path)))
+    found = read_scored(spark, str(tmp_path / "structured")).orderBy("EventId").toPandas()
+    events = generate_events(len(event_values), seed=1)
+    expected = serving_model.network.predict(events[list(FEATURES)].to_numpy(), verbose=0)
+    numpy.testing.assert_allclose(found["probability_1"], expected[:, 1], atol=1e-6)
+    assert (found["predicted_index"] == (found["probability_1"] >= 0.5)).all()
+    assert set(found["model_version"]) == {version}
+    serving_model.network.save(path)
+    options = arguments("dstream", "--model", str(path), "--available-now")
+    run = run_python(str(JOB), *options, seconds=SECONDS)
+    assert run.returncode == 1
+    assert "has no contract: write it with" in run.stderr.splitlines()[-1]
 
 
 def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, tmp_path):

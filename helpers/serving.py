@@ -1,0 +1,111 @@
+"""A serving model at work: in a table or a stream, and replaced while the stream runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from pyspark.ml import Transformer
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from helpers.model import MODEL_VERSION, ServingModel, ServingModelError, load_serving_model
+from helpers.transformers import ModelPredictor, vector_entries
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class ServingTransformer(Transformer):
+    """Score events as a serving model's contract says.
+
+    Parameters
+    ----------
+    model : ServingModel
+        The network and its contract.
+    features_col : str
+        Events that `helpers.records.parse_events` made with the model's `schema`. Where there is no
+        such column, the features are taken from the columns that have their names.
+
+    Examples
+    --------
+    >>> ServingTransformer(serving_model).transform(events).columns
+    ['EventId', 'prediction', 'reason', 'unused', 'prediction_index', 'model_version']
+    """
+
+    def __init__(self, model: ServingModel, features_col: str = "event") -> None:
+        super().__init__()
+        self._contract, self._version = model.contract, model.version
+        self._predictor = ModelPredictor(
+            keras_model=model.network, features_col=features_col,
+            feature_names=model.contract.feature_names,
+        )  # fmt: skip
+
+    def _transform(self, dataset: DataFrame) -> DataFrame:
+        scored = self._predictor.transform(dataset)
+        return scored.withColumns(
+            {
+                "prediction_index": self._index(vector_entries(scored["prediction"])),
+                MODEL_VERSION: F.lit(self._version),
+            }
+        )
+
+    def _index(self, probabilities: Column) -> Column:
+        """Return the class: signal from the threshold on, otherwise the other one."""
+        signal = self._contract.signal_index
+        probability = F.nanvl(probabilities[signal], F.lit(0.0))  # Spark holds NaN for the largest
+        is_signal = probability >= self._contract.threshold
+        index = F.when(is_signal, float(signal)).otherwise(float(1 - signal))
+        return F.when(probability.isNotNull(), index)
+
+
+class ModelFile:
+    """The serving model in a file, which may be replaced while a stream runs.
+
+    Asked before each batch, so a batch is scored by one version. A file that is refused changes
+    nothing: the version before goes on serving, and the log says why.
+
+    Parameters
+    ----------
+    path : str or path-like
+        What `helpers.model.save_serving_model` writes.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no file to begin with.
+    ServingModelError
+        If it can't serve.
+
+    Examples
+    --------
+    >>> file = ModelFile(model_path)
+    >>> file.current().transform(events).columns[-1]
+    'model_version'
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._seen = self._state()
+        self.model = load_serving_model(path)
+        self._transformer = ServingTransformer(self.model)
+
+    def current(self) -> ServingTransformer:
+        """Return what scores with the version that is in the file now."""
+        state = self._state()
+        if state != self._seen:
+            self._seen = state
+            try:
+                self.model = load_serving_model(self._path)
+                self._transformer = ServingTransformer(self.model)
+            except (FileNotFoundError, ServingModelError) as error:
+                _LOGGER.warning("%s goes on serving: %s", self.model.version, error)
+        return self._transformer
+
+    def _state(self) -> tuple[int, int, int] | None:
+        """Return what changes when the file is replaced."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size

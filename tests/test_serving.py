@@ -1,0 +1,103 @@
+"""A serving model at work: by names, with its threshold, and replaced while it serves."""
+
+import logging
+
+import numpy
+import pytest
+from pyspark.sql import functions as F
+
+from helpers.higgs import EVENT_ID, FEATURES, generate_events
+from helpers.model import MODEL_VERSION, save_serving_model
+from helpers.records import parse_events, rows_to_events
+from helpers.serving import ModelFile, ServingTransformer
+
+
+@pytest.fixture
+def table(spark):
+    """Ten events as a table."""
+    return spark.createDataFrame(generate_events(10, seed=6)).coalesce(1)
+
+
+def expected(serving_model):
+    """Return the probability of signal by Keras alone."""
+    rows = generate_events(10, seed=6)[list(FEATURES)].to_numpy(dtype="float32")
+    return serving_model.network.predict(rows, verbose=0)[:, 1]
+
+
+def test_columns_are_taken_by_name(table, serving_model):
+    """Otherwise another order of columns would give other scores, and no error."""
+    turned = table.select(*reversed(table.columns))
+    scored = ServingTransformer(serving_model).transform(turned).orderBy(EVENT_ID).collect()
+    numpy.testing.assert_allclose(
+        [row.prediction[1] for row in scored], expected(serving_model), atol=1e-6
+    )
+    assert {row[MODEL_VERSION] for row in scored} == {serving_model.version}
+
+
+def test_a_missing_column_is_named(table, serving_model):
+    """Otherwise the error would be about a number of inputs."""
+    with pytest.raises(ValueError, match=r"needs the columns \['PRI_met'\], which aren't there"):
+        ServingTransformer(serving_model).transform(table.drop("PRI_met"))
+
+
+def test_events_in_another_order_are_refused(table, serving_model):
+    """Otherwise a stream with another schema would be scored wrong, and no error."""
+    wrong = serving_model.schema
+    wrong = type(wrong)([wrong.fields[0], *reversed(wrong.fields[1:])])
+    with pytest.raises(ValueError, match="parse them with the serving model's own schema"):
+        ServingTransformer(serving_model).transform(rows_to_events(table, wrong))
+
+
+def test_records_are_scored_as_tables_are(spark, table, serving_model, event_values):
+    """Otherwise the stream would give other scores than the evaluation; a bad record gives none."""
+    names = [EVENT_ID, *FEATURES]
+    records = table.select(F.to_json(F.struct(*names)).cast("binary").alias("value"))
+    records = records.union(spark.createDataFrame([(b"rubbish",)], "value binary")).coalesce(1)
+    events = parse_events(records, serving_model.schema)
+    scored = ServingTransformer(serving_model).transform(events)
+    *good, bad = scored.orderBy(F.col(EVENT_ID).asc_nulls_last()).collect()
+    numpy.testing.assert_allclose(
+        [row.prediction[1] for row in good], expected(serving_model), atol=1e-6
+    )
+    assert bad.prediction is None and bad.prediction_index is None
+
+
+@pytest.mark.parametrize("signal_index", [0, 1])
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+def test_the_threshold_decides(spark, make_serving_model, table, signal_index, threshold):
+    """Otherwise the contract's threshold, or which class is signal, would be of no effect."""
+    model = make_serving_model(signal_index=signal_index, threshold=threshold)
+    rows = ServingTransformer(model).transform(table).collect()
+    for row in rows:
+        is_signal = row.prediction[signal_index] >= threshold
+        assert row.prediction_index == (signal_index if is_signal else 1 - signal_index)
+
+
+def test_a_new_version_serves_from_the_next_batch_on(
+    make_serving_model, serving_model, table, tmp_path, caplog
+):
+    """Otherwise a better model would need a restart; and a damaged one must change nothing."""
+    path = tmp_path / "model.keras"
+    first = save_serving_model(serving_model, path)
+    file = ModelFile(path)
+    before = file.current()
+    assert file.current() is before
+    second = save_serving_model(make_serving_model(seed=2), path)
+    assert second.version != first.version
+    after = file.current().transform(table)
+    assert after.first()[MODEL_VERSION] == file.model.version == second.version
+    # A batch that is under way keeps its version.
+    assert before.transform(table).first()[MODEL_VERSION] == first.version
+    path.write_bytes(b"damaged")
+    with caplog.at_level(logging.WARNING):
+        assert file.current().transform(table).first()[MODEL_VERSION] == second.version
+        file.current()
+    assert caplog.text.count(f"{second.version} goes on serving") == 1
+    path.unlink()
+    assert file.current().transform(table).first()[MODEL_VERSION] == second.version
+
+
+def test_there_must_be_a_model_to_begin_with(tmp_path):
+    """Otherwise the first batch would fail, and not the start."""
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        ModelFile(tmp_path / "none.keras")
