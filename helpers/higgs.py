@@ -28,11 +28,13 @@ import numpy as np
 import pandas as pd
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import (
     DataType,
     DoubleType,
     IntegerType,
     LongType,
+    StringType,
     StructField,
     StructType,
 )
@@ -88,6 +90,10 @@ MISSING = -999.0
 
 INTEGERS = (EVENT_ID, "PRI_jet_num")
 """Names of the columns that hold whole numbers."""
+
+EXPECTED_SIGNAL, EXPECTED_BACKGROUND = 692.0, 411_000.0
+"""How many events of each class the challenge expects in its data: the sums of the weights in
+Kaggle's training file."""
 
 SOURCE = "CERN Open Data record 328 (https://opendata.cern.ch/record/328)"
 """Where the published files are."""
@@ -165,6 +171,106 @@ def read_events(path: str | PathLike[str]) -> pd.DataFrame:
             "and b for background."
         )
     return events[layout]
+
+
+def read_events_in_spark(spark: SparkSession, path: str) -> DataFrame:
+    """Read a file of the Higgs boson challenge with Spark, from any file system that it knows.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session to read with.
+    path : str
+        As for `read_events`.
+
+    Returns
+    -------
+    pyspark.sql.DataFrame
+        As `read_events` returns them; actions fail if a value isn't what its column holds.
+
+    Raises
+    ------
+    ValueError
+        If a column is missing or unknown.
+
+    Examples
+    --------
+    >>> path = str(getfixture("tmp_path") / "events.csv.gz")
+    >>> generate_events(5, seed=1).to_csv(path, index=False)
+    >>> read_events_in_spark(spark, path).select("EventId", "Label").first()
+    Row(EventId=100000, Label='b')
+    """
+    header = spark.read.csv(path, header=True).columns
+    layout = _layout_of(pd.Index(header), path)
+    texts = (LABEL, "KaggleSet")
+    types = [StringType() if name in texts else _spark_type(name) for name in header]
+    schema = StructType([StructField(*column) for column in zip(header, types, strict=True)])
+    return spark.read.csv(path, header=True, schema=schema, mode="FAILFAST").select(layout)
+
+
+def significance(signal: ArrayLike, background: ArrayLike) -> NDArray[np.float64]:
+    """Return the approximate median significance (AMS) of a selection of events.
+
+    Parameters
+    ----------
+    signal, background : array_like
+        The summed weights of the events of each class that are selected: how many of them the
+        detector would see.
+
+    Returns
+    -------
+    numpy.ndarray
+        In standard deviations.
+
+    References
+    ----------
+    The challenge's own measure, equation 7 of [1]_, with its regularisation of 10 events.
+
+    Examples
+    --------
+    >>> significance([100.0, 200.0], 4_000.0).round(2).tolist()
+    [1.57, 3.13]
+    """
+    signal, background = np.asarray(signal, float), np.asarray(background, float) + 10
+    return np.sqrt(2 * ((signal + background) * np.log1p(signal / background) - signal))
+
+
+def significance_curve(
+    scores: ArrayLike, is_signal: ArrayLike, weights: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the AMS of selecting the events that score at least a threshold, for each threshold.
+
+    Parameters
+    ----------
+    scores : array_like, shape (n,)
+        The probability of signal that a network gives each event.
+    is_signal : array_like of bool, shape (n,)
+        What each event is.
+    weights : array_like, shape (n,)
+        How much each event counts for its class. They are scaled so that each class sums up to what
+        the challenge expects of it, whatever part of its events is here.
+
+    Returns
+    -------
+    thresholds, significances : numpy.ndarray
+        The scores that occur, falling, and the AMS at each.
+
+    Examples
+    --------
+    >>> thresholds, values = significance_curve([0.9, 0.2, 0.4], [True, True, False], [1, 1, 1])
+    >>> thresholds.tolist(), values.round(1).tolist()
+    ([0.9, 0.4, 0.2], [43.0, 0.5, 1.1])
+    """
+    order = np.argsort(scores)[::-1]
+    scores, is_signal = np.asarray(scores)[order], np.asarray(is_signal, bool)[order]
+    weights = np.asarray(weights, float)[order]
+    selected = []
+    for chosen, expected in ((is_signal, EXPECTED_SIGNAL), (~is_signal, EXPECTED_BACKGROUND)):
+        sums = np.cumsum(np.where(chosen, weights, 0))
+        selected.append(expected * sums / sums[-1])
+    # Events of equal scores are selected together.
+    last = np.append(np.diff(scores) != 0, True)
+    return scores[last], significance(*selected)[last]
 
 
 def _layout_of(header: pd.Index, path: str | PathLike[str]) -> list[str]:

@@ -1,11 +1,10 @@
 """Tests of helpers/higgs.py: the events that the whole tutorial sends, scores and plots."""
 
-import doctest
-
 import keras
 import numpy as np
 import pandas as pd
 import pytest
+from pyspark.errors import SparkException
 
 from helpers import higgs
 
@@ -306,8 +305,43 @@ def test_a_network_tells_the_classes_apart_as_well_as_on_published_events(events
     assert 0.85 < auc < 0.95
 
 
-def test_the_examples_in_the_documentation_run():
-    """Without this, a user who types in an example would get another result."""
-    outcome = doctest.testmod(higgs)
-    assert outcome.attempted > 0
-    assert outcome.failed == 0
+@pytest.mark.parametrize("columns", [33, 35])
+def test_spark_reads_both_layouts(spark, tmp_path, columns):
+    """Otherwise one of the two published files could not be trained on."""
+    events = higgs.generate_events(20, seed=1)
+    events.insert(32 - 1, "Weight", 0.5)
+    events = events.assign(KaggleSet="t", KaggleWeight=1.5) if columns == 35 else events
+    path = tmp_path / "events.csv.gz"
+    events.to_csv(path, index=False)
+    found = higgs.read_events_in_spark(spark, str(path))
+    assert len(found.columns) == columns
+    pd.testing.assert_frame_equal(
+        found.toPandas(), higgs.read_events(path), check_dtype=False, check_column_type=False
+    )
+
+
+def test_spark_refuses_files_that_are_others(spark, tmp_path):
+    """Otherwise a wrong file would become events of nulls."""
+    path = tmp_path / "events.csv"
+    events = higgs.generate_events(2, seed=1)
+    events.drop(columns="PRI_met").to_csv(path, index=False)
+    with pytest.raises(ValueError, match="lacks the column 'PRI_met'"):
+        higgs.read_events_in_spark(spark, str(path))
+    events.astype({"PRI_met": str}).assign(PRI_met="much").to_csv(path, index=False)
+    with pytest.raises(SparkException, match="much"):
+        higgs.read_events_in_spark(spark, str(path)).collect()
+
+
+def test_significance_is_the_challenges(tmp_path):
+    """Otherwise the threshold would be chosen by something else than what physicists publish."""
+    generator = np.random.default_rng(1)
+    scores, is_signal = generator.random(500).round(2), generator.random(500) < 0.3
+    weights = generator.random(500)
+    thresholds, values = higgs.significance_curve(scores, is_signal, weights)
+    assert (np.diff(thresholds) < 0).all()
+    for threshold, value in zip(thresholds, values, strict=True):
+        chosen = scores >= threshold
+        s = 692 * weights[chosen & is_signal].sum() / weights[is_signal].sum()
+        b = 411_000 * weights[chosen & ~is_signal].sum() / weights[~is_signal].sum()
+        expected = np.sqrt(2 * ((s + b + 10) * np.log(1 + s / (b + 10)) - s))
+        assert value == pytest.approx(expected)

@@ -1,0 +1,260 @@
+"""Training on a Spark DataFrame: by one process, and by several Spark tasks in step."""
+
+import os
+import signal
+import threading
+import time
+
+import keras
+import numpy
+import pandas as pd
+import psutil
+import pyarrow
+import pytest
+from processes import wait_until
+from pyspark.ml.functions import array_to_vector
+from sklearn.metrics import roc_auc_score
+
+from helpers import training
+from helpers.higgs import FEATURES, LABEL, generate_events
+from helpers.model import build_model, compiled_predict
+from helpers.training import SingleTrainer, SynchronousTrainer, TrainingError, fingerprint
+from helpers.training_process import parts
+from helpers.training_task import Rows, split_rows
+
+
+def prepared(spark, count, seed):
+    """Return events as Spark has them for training, and as arrays."""
+    events = generate_events(count, seed=seed)
+    features = events[list(FEATURES)].to_numpy()
+    features = (features - features.mean(axis=0)) / features.std(axis=0)
+    is_signal = (events[LABEL] == "s").to_numpy()
+    labels = [[1.0 - s, float(s)] for s in is_signal]
+    rows = pd.DataFrame({"features": list(features), "label": labels})
+    df = spark.createDataFrame(rows, "features array<double>, label array<double>")
+    df = df.withColumns({name: array_to_vector(name) for name in df.columns})
+    return df, features.astype("float32"), is_signal
+
+
+@pytest.fixture(scope="module")
+def events(spark):
+    """4,000 events to train on."""
+    return prepared(spark, 4_000, seed=21)[0].cache()
+
+
+@pytest.fixture(scope="module")
+def unseen(spark):
+    """4,000 other events."""
+    return prepared(spark, 4_000, seed=22)
+
+
+def tiny(*layers):
+    """Return a network with two inputs and two classes."""
+    return keras.Sequential(
+        [keras.Input((2,)), *layers,
+         keras.layers.Dense(2, "softmax", kernel_initializer=keras.initializers.GlorotUniform(1))]
+    )  # fmt: skip
+
+
+def rows_of(spark, numbers, partitions=1):
+    """Return a row a number, whose class is whether it is even."""
+    rows = [([float(n), 1.0], n % 2) for n in numbers]
+    return spark.createDataFrame(rows, "features array<double>, label int").repartition(partitions)
+
+
+def by_number(**options):
+    """Return a recipe for labels that are numbers."""
+    return {"loss": "sparse_categorical_crossentropy", "batch_size": 2, **options}
+
+
+def auc_of(model, unseen):
+    """Return the area under the ROC curve on events that training did not see."""
+    _, features, is_signal = unseen
+    return roc_auc_score(is_signal, compiled_predict(model)(features)[:, 1])
+
+
+def test_one_process_one_worker_and_two_learn_the_same(events, unseen, capsys):
+    """Otherwise the number of machines would decide what a network is worth."""
+    recipe = {"batch_size": 128, "num_epoch": 3}
+    trainers = [SingleTrainer(build_model(), **recipe)]
+    trainers += [SynchronousTrainer(build_model(), num_workers=n, **recipe) for n in (1, 2)]
+    found = [auc_of(trainer.train(events, unseen[0]), unseen) for trainer in trainers]
+    assert min(found) > 0.85
+    assert max(found) - min(found) < 0.01
+    for trainer in trainers:
+        history = pd.DataFrame(trainer.get_history())
+        assert history["epoch"].tolist() == [1, 2, 3]
+        assert history["loss"].is_monotonic_decreasing
+        assert history["validation_accuracy"].iloc[-1] > 0.78
+        assert trainer.get_training_time() > history["seconds"].sum()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 9
+    assert all(line.startswith(f"epoch {n % 3 + 1}/3  loss 0.") for n, line in enumerate(printed))
+
+
+def test_the_same_seed_gives_the_same_training(events, unseen):
+    """Otherwise nobody could repeat what somebody has published."""
+    recipe = {"batch_size": 512, "num_epoch": 1}
+    found = [
+        auc_of(make(build_model(), seed=seed, **recipe).train(events), unseen)
+        for make in (SingleTrainer, SynchronousTrainer) for seed in (5, 5)
+    ]  # fmt: skip
+    assert found[0] == pytest.approx(found[1], abs=0.005)
+    assert found[2] == pytest.approx(found[3], abs=0.005)
+
+
+def test_the_network_that_is_given_stays_as_it_is(spark):
+    """Otherwise a second training would go on from the first one without saying so."""
+    model = tiny()
+    before = model.get_weights()
+    trained = SingleTrainer(model, **by_number()).train(rows_of(spark, range(8)))
+    assert all(map(numpy.array_equal, model.get_weights(), before))
+    assert not numpy.array_equal(trained.get_weights()[0], before[0])
+
+
+@pytest.mark.parametrize("numbers", [[3], [1, 2, 3]], ids=["a worker without rows", "odd parts"])
+def test_workers_with_different_numbers_of_rows_use_them_all(spark, numbers, capsys):
+    """Otherwise the last rows would be left out, or the workers wait for each other for ever."""
+    recipe = by_number(batch_size=3)
+    trainers = [make(tiny(), "sgd", **recipe) for make in (SingleTrainer, SynchronousTrainer)]
+    one, other = (trainer.train(rows_of(spark, numbers)).get_weights() for trainer in trainers)
+    # One update of all rows, by one or by two: the same, but for the order of sums.
+    for weights, others in zip(one, other, strict=True):
+        numpy.testing.assert_allclose(weights, others, atol=1e-6)
+
+
+def test_what_layers_count_themselves_is_the_same_everywhere(spark):
+    """Otherwise a batch normalisation would serve with the numbers of one worker's rows."""
+    model = tiny(keras.layers.BatchNormalization())
+    trainer = SynchronousTrainer(model, **by_number(num_epoch=2))
+    trained = trainer.train(rows_of(spark, range(20)))  # which compares the workers' weights
+    mean = trained.layers[0].moving_mean.numpy()
+    assert mean[0] != 0 and numpy.isfinite(mean).all()
+
+
+def test_a_worker_that_dies_fails_the_training_soon(spark, events):
+    """Otherwise the others would wait for it, and nobody would know."""
+    trainer = SynchronousTrainer(build_model(), num_epoch=1_000, batch_size=128)
+    outcome = []
+
+    def train():
+        try:
+            trainer.train(events)
+        except TrainingError as error:
+            outcome.append((time.monotonic(), str(error)))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    wait_until(trainer.get_history, seconds=120)
+    workers = training_processes()
+    assert len(workers) == 2
+    killed = time.monotonic()
+    workers[0].send_signal(signal.SIGKILL)
+    thread.join(60)
+    failed, message = outcome[0]
+    assert failed - killed < 30
+    assert "its process was ended by SIGKILL" in message and message.startswith("worker ")
+    wait_until(lambda: not training_processes(), seconds=30)
+
+
+def training_processes():
+    """Return the workers' processes that this test run has started."""
+    found = psutil.Process(os.getpid()).children(recursive=True)
+    found += [p for p in psutil.process_iter() if p.ppid() == 1 or p not in found]
+    return [p for p in set(found) if "helpers.training_process" in _command(p)]
+
+
+def _command(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_more_workers_than_slots_are_refused_at_once(spark, events):
+    """Otherwise Spark would try for ten minutes."""
+    with pytest.raises(ValueError, match="num_workers is 3, but Spark runs 2 tasks at a time"):
+        SynchronousTrainer(build_model(), num_workers=3).train(events)
+
+
+@pytest.mark.parametrize("make", [SingleTrainer, SynchronousTrainer])
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        ([], "there are no rows to train on"),
+        ([([1.0, float("nan")], 0)], "features has values that are not finite"),
+        ([([1.0], 0)], "the rows have 1 features, but the network has 2 inputs"),
+        ([([1.0, 2.0], None)], "1 rows have no label"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_learnt_from_are_refused(spark, make, rows, reason):
+    """Otherwise the weights would become NaN, or TensorFlow's error name a tensor."""
+    df = spark.createDataFrame(rows, "features array<double>, label int")
+    with pytest.raises(ValueError, match=reason):
+        make(tiny(), **by_number()).train(df)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"features_col": "inputs"}, "no column 'inputs'; the columns are"),
+        ({"label_col": "name"}, "column 'name' must hold vectors or numbers, not string"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"num_workers": 0}, "num_workers is 0"),
+        ({"loss": "squared"}, "squared"),
+    ],
+)
+def test_wrong_options_are_refused(spark, options, reason):
+    """Otherwise the error would come from a worker."""
+    df = rows_of(spark, [1]).selectExpr("*", "'x' AS name")
+    with pytest.raises(ValueError, match=reason):
+        SynchronousTrainer(tiny(), **by_number(**options)).train(df)
+
+
+def test_a_loss_that_explodes_ends_the_training(spark):
+    """Otherwise the network would be useless, and only its users would find out."""
+    df = rows_of(spark, range(100)).selectExpr("features", "array(1.0D, 0.0D) AS label")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    trainer = SingleTrainer(model, keras.optimizers.SGD(1e30), "mse", num_epoch=9, batch_size=2)
+    with pytest.raises(TrainingError, match="scale the features, or lower the optimizer's"):
+        trainer.train(df)
+
+
+@pytest.mark.parametrize("counts", [[7, 3], [1, 1], [5, 0], [0, 9], [4, 4, 4]])
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_each_row_is_in_one_step_of_an_epoch(counts, batch_size):
+    """Otherwise some rows would count twice or not at all, or the workers lose step."""
+    rows = [Rows(numpy.zeros((n, 2)), numpy.arange(n)) for n in counts]
+    steps = [list(parts(mine, counts, batch_size)) for mine in rows]
+    assert len({tuple(count for _, count in mine) for mine in steps}) == 1
+    for number, mine in enumerate(steps):
+        assert numpy.concatenate([part.labels for part, _ in mine]).tolist() == list(
+            range(counts[number])
+        )
+    for together in zip(*steps, strict=True):
+        assert sum(len(part.labels) for part, _ in together) == together[0][1] > 0
+
+
+def test_the_order_of_rows_does_not_matter():
+    """Otherwise the same rows would give another training whenever Spark shuffles them."""
+    columns = {"features": [[1.0], [2.0], [3.0]], "label": [0, 1, 0], "validates": [False] * 3}
+    table = pyarrow.table(columns)
+    turned = table.take([2, 0, 1])
+    for part, other in zip(split_rows(table, 1)[0], split_rows(turned, 1)[0], strict=True):
+        numpy.testing.assert_array_equal(part, other)
+
+
+def test_a_fingerprint_tells_data_apart(spark):
+    """Otherwise nobody could say later on which events a model was trained."""
+    df = spark.createDataFrame([(1, "s"), (2, "b")], "EventId int, Label string")
+    assert fingerprint(df) == fingerprint(df.orderBy("Label").select("Label", "EventId"))
+    assert fingerprint(df) != fingerprint(df.withColumnRenamed("Label", "label"))
+    assert fingerprint(df) != fingerprint(df.limit(1))
+    assert fingerprint(df) != fingerprint(df.replace("s", "b"))
+
+
+def test_silence_is_an_error_in_time(spark, events, monkeypatch):
+    """Otherwise a training whose slots others have would wait for ever."""
+    monkeypatch.setattr(training, "SILENT_SECONDS", 0.0)
+    with pytest.raises(TrainingError, match=r"said nothing for 0.0 s: see whether other jobs"):
+        SynchronousTrainer(tiny(), **by_number()).train(rows_of(spark, [1, 2]))
