@@ -1,12 +1,20 @@
-"""Measure how fast the walkthrough's stream is, against what the processor could do at best.
+"""Measure how fast the walkthrough's stream is, and how well and fast networks are trained.
 
     python examples/benchmark.py drain
+    python examples/benchmark.py train
+    python examples/benchmark.py train --csv atlas-higgs-challenge-2014-v2.csv.gz --runs 5
 
-A broker is started on this machine and filled with events. The stream of the walkthrough, with the
-notebook's own functions, then drains the topic several times: each time a new consumer group reads
-all events, scores them, and writes the scores. Beside it, in the same minutes and on the same
-cores, NumPy multiplies matrices: the network is 2.036 million floating-point operations an event,
-nearly all of them in matrix products, so that is the limit for any way to run it in this precision.
+`drain`: a broker is started on this machine and filled with events. The stream of the walkthrough,
+with the notebook's own functions, then drains the topic several times: each time a new consumer
+group reads all events, scores them, and writes the scores. Beside it, in the same minutes and on
+the same cores, NumPy multiplies matrices: the network is 2.036 million floating-point operations an
+event, nearly all of them in matrix products, so that is the limit for any way to run it in this
+precision.
+
+`train`: each trainer of `helpers.training` learns from 60 % of the events, with the recipe of the
+notebook on training, and is judged on the others. Each run splits the events in another way, the
+same way each time.
+
 The last line is a JSON object.
 """
 
@@ -28,15 +36,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
 import keras
+import nbformat
 import numpy
-from pyspark.sql import SparkSession
+from pyspark.ml import Pipeline
+from pyspark.ml.feature import OneHotEncoder, StandardScaler, StringIndexer, VectorAssembler
+from pyspark.ml.functions import vector_to_array
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from sklearn import metrics
 
 from helpers.broker import LocalKafka
+from helpers.higgs import EVENT_ID, FEATURES, LABEL, generate_events, read_events_in_spark
+from helpers.model import build_model
 from helpers.monitor import Monitor
-from helpers.notebook import definitions
+from helpers.notebook import definitions, find_notebook, parameters
 from helpers.session import get_spark, scratch_folder
 from helpers.sinks import ParquetSink
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
+from helpers.training import SingleTrainer, SynchronousTrainer, Trainer
+from helpers.transformers import ModelPredictor
 
 TOPIC = "benchmark"
 ROWS = 4_096  # of the matrices, and events in an Arrow batch
@@ -44,6 +62,8 @@ SGEMM_SECONDS = 2.0
 WARM_UPS = 2  # Java compiles its code while it runs; the third drain is about as fast as the tenth
 INTERVAL_SECONDS = 1.0
 DRAIN_SECONDS = 600
+WORKERS = 2
+TRAINING_SHARE = 6  # of ten
 
 
 def limit_events_per_s(model: keras.Model, seconds: float = SGEMM_SECONDS) -> float:
@@ -175,14 +195,91 @@ def measure(events: int, runs: int) -> dict[str, Any]:
     }
 
 
+def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
+    """Return how good and how fast each trainer is.
+
+    Parameters
+    ----------
+    events : int
+        How many events are generated, if there is no file.
+    csv : str, optional
+        A file of the challenge.
+    runs : int
+        How many ways of splitting the events are tried.
+
+    Returns
+    -------
+    dict
+        ``events``, ``cores``, and by the trainer's name its ``seconds`` (of each run, the start of
+        workers included), its mean ``accuracy`` and ``auc``, and the ``aucs`` of the runs.
+    """
+    recipe = training_recipe()
+    with _stopped_at_the_end(get_spark()) as spark:
+        if csv:
+            table = read_events_in_spark(spark, csv)
+        else:
+            table = spark.createDataFrame(generate_events(events, seed=1))
+        table = table.cache()
+        found = {}
+        for split in range(runs):
+            trainers = {
+                "SingleTrainer": SingleTrainer(build_model(), **recipe),
+                "SynchronousTrainer": SynchronousTrainer(
+                    build_model(), num_workers=WORKERS, **recipe
+                ),
+            }
+            for name, trainer in trainers.items():
+                found.setdefault(name, []).append(judge(trainer, table, split))
+        result = {"events": table.count(), "cores": os.cpu_count()}
+    for name, rows in found.items():
+        seconds, accuracies, aucs = zip(*rows, strict=True)
+        result[name] = {
+            "seconds": [round(value, 1) for value in seconds],
+            "accuracy": round(statistics.mean(accuracies), 4),
+            "auc": round(statistics.mean(aucs), 4),
+            "aucs": [round(value, 4) for value in aucs],
+        }
+    return result
+
+
+def training_recipe() -> dict[str, Any]:
+    """Return epochs and rows an update, as the notebook on training has them."""
+    notebook = nbformat.read(find_notebook("3_train_and_serve"), as_version=4)
+    given = parameters(notebook)
+    return {"num_epoch": given["epochs"], "batch_size": given["batch_size"]}
+
+
+def judge(trainer: Trainer, table: DataFrame, split: int) -> tuple[float, float, float]:
+    """Train on a part of the events, and return the seconds, and accuracy and AUC on the others."""
+    place = F.pmod(F.xxhash64(EVENT_ID, F.lit(split)), F.lit(10))
+    stages = Pipeline(
+        stages=[
+            VectorAssembler(inputCols=list(FEATURES), outputCol="raw"),
+            StandardScaler(inputCol="raw", outputCol="features", withMean=True),
+            StringIndexer(inputCol=LABEL, outputCol="index", stringOrderType="alphabetAsc"),
+            OneHotEncoder(inputCol="index", outputCol="label", dropLast=False),
+        ]
+    ).fit(table.where(place < TRAINING_SHARE))
+    model = trainer.train(stages.transform(table.where(place < TRAINING_SHARE)))
+    unseen = stages.transform(table.where(place >= TRAINING_SHARE))
+    scored = ModelPredictor(keras_model=model).predict(unseen)
+    rows = scored.select("index", vector_to_array("prediction")[1].alias("score")).toPandas()
+    accuracy = metrics.accuracy_score(rows["index"] == 1, rows["score"] > 0.5)
+    auc = metrics.roc_auc_score(rows["index"], rows["score"])
+    return trainer.get_training_time(), accuracy, auc
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure what the command line says, and return the exit code."""
     options = _options(arguments)
     try:
         # The monitor's lines are for whoever waits; the result alone is for the standard output.
         with contextlib.redirect_stdout(sys.stderr):
-            result = measure(options.events, options.runs)
-    except (RuntimeError, TimeoutError, subprocess.CalledProcessError) as error:
+            if options.what == "drain":
+                result = measure(options.events, options.runs)
+            else:
+                result = measure_training(options.events, options.csv, options.runs)
+    except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -210,9 +307,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["drain"], help="what to measure")
-    parser.add_argument("--events", type=int, default=200_000, help="default: %(default)s")
-    parser.add_argument("--runs", type=int, default=3, help="default: %(default)s")
+    what = parser.add_subparsers(dest="what", required=True, metavar="drain|train")
+    drains = what.add_parser("drain", help="how fast the walkthrough's stream is")
+    drains.add_argument("--events", type=int, default=200_000, help="default: %(default)s")
+    drains.add_argument("--runs", type=int, default=3, help="default: %(default)s")
+    trains = what.add_parser("train", help="how well and how fast networks are trained")
+    trains.add_argument("--events", type=int, default=60_000, help="default: %(default)s")
+    trains.add_argument("--csv", help="the challenge's file (.csv or .csv.gz) instead")
+    trains.add_argument("--runs", type=int, default=1, help="default: %(default)s")
     return parser.parse_args(arguments)
 
 
