@@ -28,7 +28,8 @@ import numpy as np
 import pandas as pd
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.types import (
     DataType,
     DoubleType,
@@ -205,7 +206,24 @@ def read_events_in_spark(spark: SparkSession, path: str) -> DataFrame:
     texts = (LABEL, "KaggleSet")
     types = [StringType() if name in texts else _spark_type(name) for name in header]
     schema = StructType([StructField(*column) for column in zip(header, types, strict=True)])
-    return spark.read.csv(path, header=True, schema=schema, mode="FAILFAST").select(layout)
+    # Each file's header is compared with the schema, for a path may be a folder of several.
+    events = spark.read.csv(
+        path, header=True, schema=schema, mode="FAILFAST", enforceSchema=False
+    )
+    return events.select(*[_checked(name, path).alias(name) for name in layout])
+
+
+def _checked(name: str, path: str) -> Column:
+    """Return a column of a published file, which fails where it has what `read_events` refuses."""
+    column = F.col(name)
+    if name == LABEL:
+        fault, holds = "values other than s and b", column.isin(*LABELS)
+    elif name in (EVENT_ID, *FEATURES):
+        fault, holds = "values that are no numbers", column.isNotNull() & ~F.isnan(column)
+    else:
+        return column
+    error = F.raise_error(F.lit(f"{path} has {fault} in the column {name!r}."))
+    return F.when(holds, column).otherwise(error)
 
 
 def significance(signal: ArrayLike, background: ArrayLike) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import SparkRuntimeException
 
 from helpers import higgs
 
@@ -330,6 +331,17 @@ def test_spark_refuses_files_that_are_others(spark, tmp_path):
     events.astype({"PRI_met": str}).assign(PRI_met="much").to_csv(path, index=False)
     with pytest.raises(Py4JJavaError, match="much"):
         higgs.read_events_in_spark(spark, str(path)).collect()
+    events.assign(PRI_met=float("nan")).to_csv(path, index=False)
+    with pytest.raises(SparkRuntimeException, match="values that are no numbers in the column"):
+        higgs.read_events_in_spark(spark, str(path)).collect()
+    events.assign(Label="t").to_csv(path, index=False)
+    with pytest.raises(SparkRuntimeException, match="values other than s and b in the column"):
+        higgs.read_events_in_spark(spark, str(path)).collect()
+    turned = tmp_path / "turned.csv"
+    events.to_csv(path, index=False)
+    events[events.columns[::-1]].to_csv(turned, index=False)
+    with pytest.raises(Py4JJavaError, match="CSV header does not conform to the schema"):
+        higgs.read_events_in_spark(spark, str(tmp_path)).collect()
 
 
 def test_significance_is_the_challenges(tmp_path):
