@@ -32,9 +32,9 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, NumericType
 
 from helpers.model import model_from_bytes, model_to_bytes
+from helpers.records import vector_entries
 from helpers.streaming.errors import summary
 from helpers.training_task import InvalidRowsError, Rows, split_rows, worker_function
-from helpers.transformers import vector_entries
 
 # How long workers may say nothing. They speak every few seconds; at first they import TensorFlow.
 SILENT_SECONDS = 120
@@ -44,6 +44,9 @@ REASONS_SECONDS = 5
 
 # How long Spark may take to end tasks: it gives each two seconds, and then ends its process.
 CANCEL_SECONDS = 60
+
+# The reductions of a Keras loss that an update which workers share comes to.
+_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 _RESULT = "rank int, digest string, model binary"
 
@@ -58,23 +61,31 @@ class Trainer(ABC):
     Parameters
     ----------
     keras_model : keras.Model
-        The network; it stays as it is.
+        The network, with inputs of shape (rows, features) and outputs of shape (rows, classes); it
+        stays as it is.
     worker_optimizer : str or keras.optimizers.Optimizer
         What makes updates of gradients, as Keras names it.
     loss : str or keras.losses.Loss
-        What is made small, as Keras names it.
+        What is made small, as Keras names it: its mean over the rows of an update.
     features_col : str
         A column of vectors, or of arrays of numbers, as many as the network has inputs.
     label_col : str
         What the network is to answer: a vector of one entry a class (for
-        ``categorical_crossentropy``), or a number.
+        ``categorical_crossentropy``), or the number of a class (for
+        ``sparse_categorical_crossentropy``). With one output: a number.
     batch_size : int
         Rows an update, of all workers together. (In Distributed Keras: of each worker.)
     num_epoch : int
         How often training goes through all rows.
     seed : int
-        Seed of the order of rows, which is another one each epoch. The same seed, rows and
-        network give the same training but for rounding: the AUC differed by less than 0.005.
+        Seed of the order of rows, which is another one each epoch. The same seed, network and
+        rows (for several workers: in the same partitions) give the same training but for rounding:
+        the AUC differed by less than 0.005.
+
+    Raises
+    ------
+    ValueError
+        If an option is none that training can work with.
     """
 
     def __init__(
@@ -90,10 +101,11 @@ class Trainer(ABC):
     ) -> None:
         _check_positive("batch_size", batch_size)
         _check_positive("num_epoch", num_epoch)
+        _check_network(keras_model)
         self._model = keras_model
         # Copies: what an optimizer and a loss have learnt or counted stays with this training.
         self._optimizer = keras.optimizers.serialize(keras.optimizers.get(worker_optimizer))
-        self._loss = keras.losses.serialize(keras.losses.get(loss))
+        self._loss = keras.losses.serialize(_checked_loss(loss))
         self._features_col, self._label_col = features_col, label_col
         self._batch_size, self._num_epoch, self._seed = batch_size, num_epoch, seed
         self._history: list[dict[str, float]] = []
@@ -185,7 +197,7 @@ class SingleTrainer(Trainer):
     """  # noqa: E501
 
     def _train(self, rows: DataFrame) -> keras.Model:
-        training, validation = split_rows(rows.toArrow(), self._model.input_shape[-1])
+        training, validation = split_rows(rows.toArrow(), *_widths(self._model))
         if not len(training.labels):
             raise InvalidRowsError("there are no rows to train on.")
         model = model_from_bytes(model_to_bytes(self._model))
@@ -250,8 +262,15 @@ class SynchronousTrainer(Trainer):
 
     def _train(self, rows: DataFrame) -> keras.Model:
         self._check_slots(rows.sparkSession)
-        with _Reports(rows.sparkSession.conf.get("spark.driver.host")) as reports:
+        with _Reports(rows.sparkSession) as reports:
             results = self._run(rows, reports)
+        if not results:  # of a table that is known to be empty Spark makes no partitions
+            raise InvalidRowsError("there are no rows to train on.")
+        if len(results) != self._num_workers:
+            raise TrainingError(
+                f"Spark has run {len(results)} workers, not {self._num_workers}: don't use what "
+                "they have trained."
+            )
         if len({result.digest for result in results}) != 1:
             raise TrainingError("the workers' weights differ after training: don't use them.")
         (model,) = (result.model for result in results if result.model is not None)
@@ -272,7 +291,8 @@ class SynchronousTrainer(Trainer):
         """Have Spark run the workers, and print what they report; return their results."""
         spark = rows.sparkSession
         model = spark.sparkContext.broadcast(model_to_bytes(self._model))
-        work = worker_function(self._plan(spark), model, reports.address, reports.token)
+        plan = self._plan(rows)
+        work = worker_function(plan, model, reports.address, reports.token)
         # One partition a worker, of as many rows as the others'.
         parts = rows.repartition(self._num_workers)
         job = _Job(parts.mapInArrow(work, _RESULT, barrier=True))
@@ -284,16 +304,19 @@ class SynchronousTrainer(Trainer):
             job.cancel()
             model.destroy()
 
-    def _plan(self, spark: SparkSession) -> dict[str, Any]:
+    def _plan(self, rows: DataFrame) -> dict[str, Any]:
         """Return what all workers are told."""
+        inputs, outputs = _widths(self._model)
         return {
             "batch_size": self._batch_size,
             "num_epoch": self._num_epoch,
             "seed": self._seed,
             "optimizer": self._optimizer,
             "loss": self._loss,
-            "inputs": self._model.input_shape[-1],
-            "threads": int(spark.conf.get("spark.task.cpus", "1")),
+            "inputs": inputs,
+            "outputs": outputs,
+            "label_is_list": isinstance(rows.schema["label"].dataType, ArrayType),
+            "threads": int(rows.sparkSession.conf.get("spark.task.cpus", "1")),
         }
 
     def _take(self, reports: _Reports, job: _Job) -> None:
@@ -397,17 +420,30 @@ class _Reports:
 
     Parameters
     ----------
-    host : str
-        The address to listen at.
+    spark : pyspark.sql.SparkSession
+        Whose driver listens: where Spark itself does, on a port of its own.
+
+    Raises
+    ------
+    TrainingError
+        If it can't listen there.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, spark: SparkSession) -> None:
         self.token = secrets.token_hex(16)
         self.have_come = False
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._server = socketserver.ThreadingTCPServer((host, 0), self._handler())
+        host = spark.conf.get("spark.driver.host")
+        bind = spark.conf.get("spark.driver.bindAddress", host)
+        try:
+            self._server = socketserver.ThreadingTCPServer((bind, 0), self._handler())
+        except OSError as error:
+            raise TrainingError(
+                f"the driver can't listen at {bind} for the workers' reports ({error.strerror}): "
+                "set spark.driver.bindAddress to an address of this machine."
+            ) from error
         self._server.daemon_threads = True
-        self.address = self._server.server_address[:2]
+        self.address = (host, self._server.server_address[1])
 
     def __enter__(self) -> _Reports:
         threading.Thread(target=self._server.serve_forever, name="training-reports").start()
@@ -511,6 +547,34 @@ def _entries(df: DataFrame, name: str) -> Column:
     if isinstance(found, NumericType):
         return df[name].cast("float")
     raise ValueError(f"column {name!r} must hold vectors or numbers, not {found.simpleString()}.")
+
+
+def _widths(model: keras.Model) -> tuple[int, int]:
+    """Return the numbers of a network's inputs and outputs."""
+    return model.input_shape[-1], model.output_shape[-1]
+
+
+def _check_network(model: keras.Model) -> None:
+    """Raise `ValueError` unless a network takes rows of numbers and returns such."""
+    shapes = {"inputs": model.input_shape, "outputs": model.output_shape}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or not all(isinstance(size, int) for size in shape[1:]):
+            raise ValueError(
+                f"the network's {name} have the shape {shape}: to train on a table they must have "
+                f"(rows, {name})."
+            )
+
+
+def _checked_loss(loss: str | keras.losses.Loss) -> Any:
+    """Return a loss as Keras has it; raise `ValueError` if it isn't a mean over rows."""
+    found = keras.losses.get(loss)
+    reduction = getattr(found, "reduction", _MEANS[0])
+    if reduction not in _MEANS:
+        raise ValueError(
+            f"the loss has the reduction {reduction!r}: an update takes the mean over its rows, "
+            f"which is {_MEANS[0]!r}."
+        )
+    return found
 
 
 def _check_positive(name: str, number: int) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -27,9 +28,8 @@ import numpy
 import tensorflow
 
 from helpers.model import model_from_bytes, model_to_bytes
-from helpers.training_task import Rows
+from helpers.training_task import REPORT_SECONDS, Rows
 
-REPORT_SECONDS = 5  # how often a process says that it lives
 VALIDATION_ROWS = 4_096  # that all workers together take at a time
 
 
@@ -54,12 +54,12 @@ class Replica:
         self._optimizer = keras.optimizers.deserialize(plan["optimizer"])
         self._optimizer.build(model.trainable_variables)
         loss = keras.losses.deserialize(plan["loss"])
-        self._loss = getattr(loss, "call", loss)  # of each row, where a `Loss` would sum them up
+        self._loss = getattr(loss, "call", loss)  # of each row, where a `Loss` would take the mean
         labels = [None, *plan["label_shape"]]
         rows = [tensorflow.TensorSpec(shape) for shape in ([None, plan["inputs"]], labels)]
         count = tensorflow.TensorSpec([])
-        self.update = tensorflow.function(self._update, input_signature=[*rows, count])
-        self.measure = tensorflow.function(self._measure, input_signature=rows)
+        self.update = tensorflow.function(self._update, [*rows, count], autograph=False)
+        self.measure = tensorflow.function(self._measure, rows, autograph=False)
 
     def _update(self, features, labels, count):
         """Update the weights; return the sums of losses and of right answers over all workers."""
@@ -72,7 +72,7 @@ class Replica:
         """Return the gradients of the mean loss over the `count` rows of all workers."""
         with tensorflow.GradientTape() as tape:
             answers = self.model(features, training=True)
-            loss = tensorflow.reduce_sum(self._loss(labels, answers))
+            loss = self._loss_of_all(labels, answers)
             # What the layers add, such as the size of weights, is of the update, not of a row.
             added = sum(self.model.losses) / self._workers
             target = loss / count + added
@@ -87,10 +87,19 @@ class Replica:
 
     def _losses(self, features, labels):
         answers = self.model(features, training=False)
-        loss = tensorflow.reduce_sum(self._loss(labels, answers))
-        return self._sum([loss, _right(labels, answers)])
+        return self._sum([self._loss_of_all(labels, answers), _right(labels, answers)])
 
-    @tensorflow.function
+    def _loss_of_all(self, labels, answers):
+        """Return the sum of the losses of one worker's rows."""
+        losses = self._loss(labels, answers)
+        if losses.shape.rank != 1:
+            raise ValueError(
+                f"the loss gives values of shape {losses.shape}, where workers that share an "
+                "update need one a row: shape (rows,)."
+            )
+        return tensorflow.reduce_sum(losses)
+
+    @tensorflow.function(autograph=False)
     def average_state(self) -> None:
         """Give all workers the means of what their layers have counted on their own rows."""
         state = [w for w in self.model.non_trainable_weights if w.dtype.startswith("float")]
@@ -217,7 +226,7 @@ def _digest(model: keras.Model) -> str:
 
 def main(folder: Path) -> None:
     """Train in step with the other workers' processes."""
-    threading.Thread(target=_end_with_the_task, daemon=True).start()
+    threading.Thread(target=_end_with_the_task, args=[folder], daemon=True).start()
     plan = json.loads((folder / "plan.json").read_text())
     addresses = [worker["address"] for worker in plan["workers"]]
     task = {"type": "worker", "index": plan["rank"]}
@@ -240,11 +249,18 @@ def _draw_differently(model: keras.Model, rank: int) -> None:
         seed.assign(seed + rank)
 
 
-def _end_with_the_task() -> None:
-    """End this process when the task that has started it is gone."""
+def _end_with_the_task(folder: Path) -> None:
+    """End this process when the task that has started it is gone, and leave nothing behind."""
     sys.stdin.read()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except Exception as error:
+        # The first line is what went wrong; what TensorFlow writes below it is where.
+        reason = [*str(error).strip().splitlines(), ""][0]
+        print(json.dumps({"failed": f"{type(error).__name__}: {reason}"}), flush=True)
+        raise

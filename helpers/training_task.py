@@ -18,17 +18,20 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
 import pyarrow
+import pyarrow.compute
 from pyspark import BarrierTaskContext
 from pyspark.broadcast import Broadcast
 
 CONNECT_SECONDS = 10
 END_SECONDS = 30  # how long a process may take to end when it has said its last
+REPORT_SECONDS = 5  # how often a worker says that it lives
 
 # What a task hands to Spark: a digest of its weights, and from one task the network.
 RESULT = pyarrow.schema(
@@ -44,7 +47,7 @@ class Rows(NamedTuple):
     features : numpy.ndarray
         float32, of shape (rows, inputs).
     labels : numpy.ndarray
-        float32, of shape (rows, classes), or (rows,) for labels that are numbers.
+        float32, of shape (rows, outputs), or (rows,) for labels that are a class's number.
     """
 
     features: numpy.ndarray
@@ -55,7 +58,7 @@ class InvalidRowsError(ValueError):
     """The rows don't fit the network, or have what isn't a number."""
 
 
-def split_rows(table: pyarrow.Table, inputs: int) -> tuple[Rows, Rows]:
+def split_rows(table: pyarrow.Table, inputs: int, outputs: int) -> tuple[Rows, Rows]:
     """Return the rows to train on, and those to validate with.
 
     They are put in an order of their own, for Spark promises none: the same rows give the same
@@ -68,6 +71,9 @@ def split_rows(table: pyarrow.Table, inputs: int) -> tuple[Rows, Rows]:
         ``validates``.
     inputs : int
         How many features a row has to have.
+    outputs : int
+        How many entries a label has to have; or, if it is a number, how many classes there are. For
+        one output a label may be any number.
 
     Raises
     ------
@@ -78,40 +84,57 @@ def split_rows(table: pyarrow.Table, inputs: int) -> tuple[Rows, Rows]:
     --------
     >>> columns = {"features": [[2.0], [1.0]], "label": [1, 0], "validates": [False, False]}
     >>> table = pyarrow.table(columns)
-    >>> split_rows(table, inputs=1)[0].features.tolist()
+    >>> split_rows(table, inputs=1, outputs=2)[0].features.tolist()
     [[1.0], [2.0]]
     """
-    features = _matrix(table["features"], "features")
-    if table.num_rows and features.shape[1:] != (inputs,):
-        raise InvalidRowsError(
-            f"the rows have {features.shape[1]} features, but the network has {inputs} inputs."
-        )
-    labels = _matrix(table["label"], "label")
-    features = features.reshape(table.num_rows, inputs)
+    features = _lists(table["features"], "features", inputs, f"the network has {inputs} inputs")
+    labels = _labels(table["label"], outputs)
     # Only equal rows can be in any order, and for them it doesn't matter.
-    keys = numpy.column_stack([labels, features]) if table.num_rows else features
+    keys = numpy.column_stack([labels, features])
     order = numpy.lexsort(keys.T)
     validates = table["validates"].to_numpy()[order]
     rows = Rows(features[order], labels[order])
     return tuple(Rows(*(part[chosen] for part in rows)) for chosen in (~validates, validates))
 
 
-def _matrix(column: pyarrow.ChunkedArray, name: str) -> numpy.ndarray:
-    """Return a column of numbers, or of lists of equal lengths, as float32."""
-    array = column.combine_chunks()
-    if array.null_count:
-        raise InvalidRowsError(f"{array.null_count} rows have no {name}: leave them out.")
-    shape = (len(array),)
-    if pyarrow.types.is_list(array.type):
-        lengths = set(array.value_lengths().to_pylist())
-        if len(lengths) > 1:
-            raise InvalidRowsError(f"the rows' {name} have different lengths: {sorted(lengths)}.")
-        shape = (len(array), *(lengths or {0}))
-        array = array.flatten()
-    values = array.to_numpy(zero_copy_only=False).astype("float32").reshape(shape)
+def _labels(column: pyarrow.ChunkedArray, outputs: int) -> numpy.ndarray:
+    """Return labels in the shape that Keras' losses take with a network of so many outputs."""
+    if pyarrow.types.is_list(column.type):
+        return _lists(column, "label", outputs, f"the network has {outputs} outputs")
+    labels = _numbers(column, "label")
+    if outputs == 1:
+        return labels.reshape(-1, 1)  # a loss would take (rows,) and (rows, 1) for a table
+    known = (labels == labels.round()) & (labels >= 0) & (labels < outputs)
+    if not known.all():
+        raise InvalidRowsError(
+            f"label {labels[~known][0]:g} is none of the classes 0 to {outputs - 1}, for which the "
+            "network has outputs."
+        )
+    return labels
+
+
+def _lists(column: pyarrow.ChunkedArray, name: str, length: int, reason: str) -> numpy.ndarray:
+    """Return a column of lists as a matrix of float32; raise if they don't have this length."""
+    _refuse_nulls(column, name)
+    lengths = pyarrow.compute.unique(pyarrow.compute.list_value_length(column)).to_pylist()
+    if set(lengths) - {length}:
+        found = " or ".join(map(str, sorted(lengths)))
+        raise InvalidRowsError(f"the column {name!r} has {found} entries a row, but {reason}.")
+    return _numbers(pyarrow.compute.list_flatten(column), name).reshape(-1, length)
+
+
+def _numbers(column: pyarrow.ChunkedArray, name: str) -> numpy.ndarray:
+    """Return a column of numbers as float32; raise if one isn't finite."""
+    _refuse_nulls(column, name)
+    values = column.to_numpy().astype("float32")
     if not numpy.isfinite(values).all():
         raise InvalidRowsError(f"{name} has values that are not finite: leave these rows out.")
     return values
+
+
+def _refuse_nulls(column: pyarrow.ChunkedArray, name: str) -> None:
+    if column.null_count:
+        raise InvalidRowsError(f"{column.null_count} rows have no {name}: leave them out.")
 
 
 def worker_function(plan: dict[str, Any], model: Broadcast, driver: tuple[str, int], token: str):
@@ -120,8 +143,8 @@ def worker_function(plan: dict[str, Any], model: Broadcast, driver: tuple[str, i
     Parameters
     ----------
     plan : dict
-        What all workers are told: ``optimizer`` and ``loss`` as Keras serializes them, ``inputs``,
-        ``batch_size``, ``num_epoch``, ``seed``.
+        What all workers are told: ``optimizer`` and ``loss`` as Keras serializes them, ``inputs``
+        and ``outputs`` of the network, ``label_is_list``, ``batch_size``, ``num_epoch``, ``seed``.
     model : pyspark.broadcast.Broadcast
         The network as bytes.
     driver : tuple of str and int
@@ -140,7 +163,8 @@ def worker_function(plan: dict[str, Any], model: Broadcast, driver: tuple[str, i
         rank = context.partitionId()
         with _Reporter(driver, token, rank) as report, tempfile.TemporaryDirectory() as folder:
             try:
-                _prepare(Path(folder), context, plan, model.value, batches)
+                with report.regularly():
+                    _prepare(Path(folder), context, plan, model.value, batches)
             except InvalidRowsError as error:
                 report({"invalid": str(error)})
                 raise
@@ -161,35 +185,38 @@ def _prepare(
     """Write down what the process needs."""
     rank = context.partitionId()
     batches = list(batches)
-    schema = batches[0].schema if batches else pyarrow.schema(
-        [("features", pyarrow.list_(pyarrow.float32())), ("label", pyarrow.float32()),
-         ("validates", pyarrow.bool_())]
-    )  # fmt: skip
+    schema = batches[0].schema if batches else _schema(plan["label_is_list"])
     table = pyarrow.Table.from_batches(batches, schema)
-    training, validation = split_rows(table, plan["inputs"])
+    training, validation = split_rows(table, plan["inputs"], plan["outputs"])
     host = context.getTaskInfos()[rank].address.rpartition(":")[0]
     # The port is free when it is chosen, and a moment later, when the process takes it, too.
     with socket.create_server((host, 0)) as server:
         mine = {
             "address": f"{host}:{server.getsockname()[1]}",
             "rows": len(training.labels), "validation_rows": len(validation.labels),
-            "label_shape": training.labels.shape[1:] if table.num_rows else None,
         }  # fmt: skip
         workers = [json.loads(text) for text in context.allGather(json.dumps(mine))]
     if not sum(worker["rows"] for worker in workers):
         raise InvalidRowsError("there are no rows to train on.")
-    shape = next(worker["label_shape"] for worker in workers if worker["rows"])
     for name, rows in (("training", training), ("validation", validation)):
-        labels = rows.labels if table.num_rows else rows.labels.reshape(0, *shape)
-        numpy.savez(folder / f"{name}.npz", features=rows.features, labels=labels)
+        numpy.savez(folder / f"{name}.npz", features=rows.features, labels=rows.labels)
     (folder / "model.keras").write_bytes(model)
-    known = {"rank": rank, "workers": workers, "label_shape": shape}
+    known = {"rank": rank, "workers": workers, "label_shape": training.labels.shape[1:]}
     (folder / "plan.json").write_text(json.dumps({**plan, **known}))
+
+
+def _schema(label_is_list: bool) -> pyarrow.Schema:
+    """Return the schema of a worker's rows, for one that Spark has given none."""
+    number = pyarrow.float32()
+    label = pyarrow.list_(number) if label_is_list else number
+    return pyarrow.schema(
+        [("features", pyarrow.list_(number)), ("label", label), ("validates", pyarrow.bool_())]
+    )
 
 
 def _run_process(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     """Have a process of its own train, and hand on what it says."""
-    log = folder / "log.txt"
+    log, failed = folder / "log.txt", None
     # Spark has shipped the helpers to where only this process looks for them.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "helpers.training_process", str(folder)]
@@ -199,18 +226,27 @@ def _run_process(folder: Path, report: Callable[[dict[str, Any]], None]) -> None
     ) as process:  # fmt: skip
         try:
             for line in process.stdout:
-                report(json.loads(line))
+                said = json.loads(line)
+                failed = said.pop("failed", failed)
+                report(said)
             code = process.wait(END_SECONDS)
         finally:
             process.kill()  # without effect if it has ended
     if code < 0:
-        raise WorkerDiedError(
-            f"its process was ended by {signal.Signals(-code).name}; if nobody did that, it was "
-            "for want of memory: use more workers, or give each more of it."
-        )
+        raise WorkerDiedError(_how_it_ended(signal.Signals(-code)))
     if code:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-        raise RuntimeError(f"its process failed: {' '.join(last)}")
+        raise RuntimeError(f"its process failed: {failed or ' '.join(last)}")
+
+
+def _how_it_ended(by: signal.Signals) -> str:
+    text = f"its process was ended by {by.name}"
+    if by is signal.SIGKILL:
+        text += (
+            "; if nobody did that, it was for want of memory: use more workers, or give each more "
+            "of it"
+        )
+    return f"{text}."
 
 
 class WorkerDiedError(RuntimeError):
@@ -221,12 +257,31 @@ class _Reporter:
     """The connection from a task to the driver, which notices when it breaks."""
 
     def __init__(self, driver: tuple[str, int], token: str, rank: int) -> None:
-        self._rank = rank
+        self._rank, self._lock = rank, threading.Lock()
         self._socket = socket.create_connection(driver, timeout=CONNECT_SECONDS)
         self({"token": token, "rank": rank})
 
     def __call__(self, report: dict[str, Any]) -> None:
-        self._socket.sendall(f"{json.dumps(report)}\n".encode())
+        with self._lock:
+            self._socket.sendall(f"{json.dumps(report)}\n".encode())
+
+    @contextlib.contextmanager
+    def regularly(self) -> Iterator[None]:
+        """Report that the task lives, for as long as a ``with`` block lasts."""
+        ended = threading.Event()
+
+        def say() -> None:
+            with contextlib.suppress(OSError):  # the driver has gone, which others notice
+                while not ended.wait(REPORT_SECONDS):
+                    self({})
+
+        thread = threading.Thread(target=say, name="training-lives", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def __enter__(self) -> _Reporter:
         return self

@@ -1,9 +1,10 @@
 """Training on a Spark DataFrame: by one process, and by several Spark tasks in step."""
 
-import os
+import contextlib
 import signal
 import threading
 import time
+from pathlib import Path
 
 import keras
 import numpy
@@ -11,6 +12,7 @@ import pandas as pd
 import psutil
 import pyarrow
 import pytest
+import tensorflow
 from processes import wait_until
 from pyspark.ml.functions import array_to_vector
 from sklearn.metrics import roc_auc_score
@@ -19,7 +21,7 @@ from helpers import training
 from helpers.higgs import FEATURES, LABEL, generate_events
 from helpers.model import build_model, compiled_predict
 from helpers.training import SingleTrainer, SynchronousTrainer, TrainingError, fingerprint
-from helpers.training_process import parts
+from helpers.training_process import Replica, parts
 from helpers.training_task import Rows, split_rows
 
 
@@ -54,6 +56,11 @@ def tiny(*layers):
         [keras.Input((2,)), *layers,
          keras.layers.Dense(2, "softmax", kernel_initializer=keras.initializers.GlorotUniform(1))]
     )  # fmt: skip
+
+
+def images():
+    """Return a network for what isn't a table."""
+    return keras.Sequential([keras.Input((8, 8)), keras.layers.Dense(2)])
 
 
 def rows_of(spark, numbers, partitions=1):
@@ -94,13 +101,16 @@ def test_one_process_one_worker_and_two_learn_the_same(events, unseen, capsys):
 
 def test_the_same_seed_gives_the_same_training(events, unseen):
     """Otherwise nobody could repeat what somebody has published."""
-    recipe = {"batch_size": 512, "num_epoch": 1}
-    found = [
-        auc_of(make(build_model(), seed=seed, **recipe).train(events), unseen)
-        for make in (SingleTrainer, SynchronousTrainer) for seed in (5, 5)
-    ]  # fmt: skip
-    assert found[0] == pytest.approx(found[1], abs=0.005)
-    assert found[2] == pytest.approx(found[3], abs=0.005)
+    small = keras.Sequential([keras.Input((30,)), keras.layers.Dense(2, "softmax")])
+    recipe = {"batch_size": 100, "num_epoch": 1}
+    other = SingleTrainer(small, seed=6, **recipe).train(events).get_weights()[0]
+    for make in (SingleTrainer, SynchronousTrainer):
+        found = [make(small, seed=5, **recipe).train(events) for _ in range(2)]
+        one, same = (trained.get_weights()[0] for trained in found)
+        # Sums may be in another order; another order of rows shows much more.
+        assert numpy.abs(one - same).max() < 1e-5
+        assert numpy.abs(one - other).max() > 1e-4
+        assert auc_of(found[0], unseen) == pytest.approx(auc_of(found[1], unseen), abs=0.005)
 
 
 def test_the_network_that_is_given_stays_as_it_is(spark):
@@ -123,6 +133,44 @@ def test_workers_with_different_numbers_of_rows_use_them_all(spark, numbers, cap
         numpy.testing.assert_allclose(weights, others, atol=1e-6)
 
 
+# A loss, as many outputs as it is used with, and a label.
+LOSSES = [
+    (keras.losses.CategoricalCrossentropy(), 2, [1.0, 0.0]),
+    (keras.losses.SparseCategoricalCrossentropy(), 2, 1),
+    (keras.losses.MeanSquaredError(), 1, 0.5),
+    (keras.losses.BinaryCrossentropy(), 1, [1.0]),
+    (keras.losses.categorical_hinge, 2, [0.0, 1.0]),
+    (keras.losses.sparse_categorical_crossentropy, 2, 1),
+    (keras.losses.hinge, 1, 1),
+    (keras.losses.mean_squared_error, 1, 0.5),
+]
+
+
+@pytest.mark.parametrize("loss, outputs, label", LOSSES)
+def test_a_worker_takes_losses_as_keras_does(loss, outputs, label):
+    """Otherwise the same loss would mean something else to one trainer than to the other."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(outputs, "sigmoid")])
+    label_type = pyarrow.list_(pyarrow.float32()) if isinstance(label, list) else pyarrow.float32()
+    table = pyarrow.table(
+        {"features": [[1.0, 2.0], [0.5, 0.1], [3.0, -1.0]],
+         "label": pyarrow.array([label] * 3, label_type), "validates": [False] * 3}
+    )  # fmt: skip
+    rows = split_rows(table, 2, outputs)[0]
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    copy.compile("sgd", loss)
+    expected = copy.train_on_batch(*rows)
+    plan = {"optimizer": keras.optimizers.serialize(keras.optimizers.get("sgd")),
+            "loss": keras.losses.serialize(loss), "label_shape": rows.labels.shape[1:],
+            "inputs": 2, "workers": [{}]}  # fmt: skip
+    total, _ = Replica(model, plan, tensorflow.distribute.get_strategy()).update(
+        *rows, numpy.float32(3)
+    )
+    assert float(total) / 3 == pytest.approx(float(expected), rel=1e-5)
+    for weights, others in zip(model.get_weights(), copy.get_weights(), strict=True):
+        numpy.testing.assert_allclose(weights, others, atol=1e-6)
+
+
 def test_what_layers_count_themselves_is_the_same_everywhere(spark):
     """Otherwise a batch normalisation would serve with the numbers of one worker's rows."""
     model = tiny(keras.layers.BatchNormalization())
@@ -132,7 +180,15 @@ def test_what_layers_count_themselves_is_the_same_everywhere(spark):
     assert mean[0] != 0 and numpy.isfinite(mean).all()
 
 
-def test_a_worker_that_dies_fails_the_training_soon(spark, events):
+@pytest.mark.parametrize(
+    "victim_of, reason",
+    [
+        (lambda worker: worker, "its process was ended by SIGKILL"),
+        (lambda worker: worker.parent(), "its Spark task has died"),
+    ],
+    ids=["its process", "its Spark worker"],
+)
+def test_a_worker_that_dies_fails_the_training_soon(spark, events, victim_of, reason):
     """Otherwise the others would wait for it, and nobody would know."""
     trainer = SynchronousTrainer(build_model(), num_epoch=1_000, batch_size=128)
     outcome = []
@@ -148,27 +204,27 @@ def test_a_worker_that_dies_fails_the_training_soon(spark, events):
     wait_until(trainer.get_history, seconds=120)
     workers = training_processes()
     assert len(workers) == 2
+    victim = victim_of(workers[0])
     killed = time.monotonic()
-    workers[0].send_signal(signal.SIGKILL)
+    victim.send_signal(signal.SIGKILL)
     thread.join(60)
     failed, message = outcome[0]
     assert failed - killed < 30
-    assert "its process was ended by SIGKILL" in message and message.startswith("worker ")
-    wait_until(lambda: not training_processes(), seconds=30)
+    assert reason in message and message.startswith("worker ")
+    wait_until(lambda: not any(worker.is_running() for worker in workers), seconds=30)
+    assert not any(Path(worker.folder).exists() for worker in workers)
 
 
 def training_processes():
-    """Return the workers' processes that this test run has started."""
-    found = psutil.Process(os.getpid()).children(recursive=True)
-    found += [p for p in psutil.process_iter() if p.ppid() == 1 or p not in found]
-    return [p for p in set(found) if "helpers.training_process" in _command(p)]
-
-
-def _command(process):
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+    """Return the workers' processes that this test run has started, and each one's folder."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            if "helpers.training_process" in command:
+                process.folder = command[-1]
+                found.append(process)
+    return found
 
 
 def test_more_workers_than_slots_are_refused_at_once(spark, events):
@@ -183,8 +239,10 @@ def test_more_workers_than_slots_are_refused_at_once(spark, events):
     [
         ([], "there are no rows to train on"),
         ([([1.0, float("nan")], 0)], "features has values that are not finite"),
-        ([([1.0], 0)], "the rows have 1 features, but the network has 2 inputs"),
+        ([([1.0], 0)], "'features' has 1 entries a row, but the network has 2 inputs"),
+        ([([1.0], 0), ([1.0, 2.0], 0)], "'features' has 1 .*entries a row, but the network has 2"),
         ([([1.0, 2.0], None)], "1 rows have no label"),
+        ([([1.0, 2.0], 2)], "label 2 is none of the classes 0 to 1"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_learnt_from_are_refused(spark, make, rows, reason):
@@ -192,6 +250,14 @@ def test_rows_that_cannot_be_learnt_from_are_refused(spark, make, rows, reason):
     df = spark.createDataFrame(rows, "features array<double>, label int")
     with pytest.raises(ValueError, match=reason):
         make(tiny(), **by_number()).train(df)
+
+
+@pytest.mark.parametrize("make", [SingleTrainer, SynchronousTrainer])
+def test_labels_of_another_length_are_refused(spark, make):
+    """Otherwise a loss would compare each row with the labels of all."""
+    df = spark.createDataFrame([([1.0, 2.0], [1.0])], "features array<double>, label array<double>")
+    with pytest.raises(ValueError, match="'label' has 1 entries a row, but the network has 2 outp"):
+        make(tiny()).train(df)
 
 
 @pytest.mark.parametrize(
@@ -202,13 +268,23 @@ def test_rows_that_cannot_be_learnt_from_are_refused(spark, make, rows, reason):
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"num_workers": 0}, "num_workers is 0"),
         ({"loss": "squared"}, "squared"),
+        ({"loss": keras.losses.MeanSquaredError(reduction="sum")}, "has the reduction 'sum'"),
+        ({"keras_model": images()}, r"inputs have the shape \(None, 8, 8\): to train on a table"),
     ],
 )
 def test_wrong_options_are_refused(spark, options, reason):
     """Otherwise the error would come from a worker."""
     df = rows_of(spark, [1]).selectExpr("*", "'x' AS name")
     with pytest.raises(ValueError, match=reason):
-        SynchronousTrainer(tiny(), **by_number(**options)).train(df)
+        SynchronousTrainer(**by_number(**{"keras_model": tiny(), **options})).train(df)
+
+
+def test_what_goes_wrong_in_a_worker_is_told(spark):
+    """Otherwise one would have to look for it in the logs of Spark's workers."""
+    with pytest.raises(TrainingError, match=r"ValueError: the loss gives values of shape \(\),"):
+        SynchronousTrainer(tiny(), loss=keras.losses.Dice(), batch_size=2).train(
+            rows_of(spark, [1, 2]).selectExpr("features", "array(0.0, 1.0) AS label")
+        )
 
 
 def test_a_loss_that_explodes_ends_the_training(spark):
@@ -240,7 +316,7 @@ def test_the_order_of_rows_does_not_matter():
     columns = {"features": [[1.0], [2.0], [3.0]], "label": [0, 1, 0], "validates": [False] * 3}
     table = pyarrow.table(columns)
     turned = table.take([2, 0, 1])
-    for part, other in zip(split_rows(table, 1)[0], split_rows(turned, 1)[0], strict=True):
+    for part, other in zip(split_rows(table, 1, 2)[0], split_rows(turned, 1, 2)[0], strict=True):
         numpy.testing.assert_array_equal(part, other)
 
 
