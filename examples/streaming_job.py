@@ -25,6 +25,7 @@ from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
 from helpers.broker import check_address
+from helpers.higgs import EVENT_ID
 from helpers.jars import JarsError
 from helpers.model import build_model
 from helpers.monitor import Monitor
@@ -67,6 +68,8 @@ class Job:
         What was asked for on the command line.
     sink : ParquetSink
         Where the scored events go; it is open.
+    score : callable
+        What makes a batch's records into scored events, and says which class is signal.
     stopping : threading.Event
         Set when the job is to end.
     """
@@ -76,12 +79,13 @@ class Job:
         spark: SparkSession,
         options: argparse.Namespace,
         sink: ParquetSink,
+        score: Score,
         stopping: threading.Event,
     ) -> None:
         self._spark, self._options, self._sink, self._stopping = spark, options, sink, stopping
         self._settings = kafka_settings(options)
         self._monitor = Monitor()
-        self._score = score_with_file(options.model) if options.model else score_as_walkthrough()
+        self._score = score
 
     def process_instances(self, df: DataFrame, batch_id: int) -> None:
         """Score a batch, unless it is in the sink already."""
@@ -159,9 +163,8 @@ class Job:
             again.wait(0.1)
 
 
-def score_with_file(path: str) -> Score:
+def score_with_file(file: ModelFile) -> Score:
     """Return what scores records with a serving model; each batch with the version in the file."""
-    file = ModelFile(path)
 
     def score(records: DataFrame) -> tuple[DataFrame, int]:
         transformer, model = file.current(), file.model
@@ -224,13 +227,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, stopping: threading.Event) -> None:
     """Start Spark, and score until the job is told to stop or has nothing left to do."""
+    score, event_id = score_as_walkthrough(), EVENT_ID
+    if options.model:
+        file = ModelFile(options.model)
+        score, event_id = score_with_file(file), file.model.contract.event_id
     rate = {"spark.streaming.kafka.maxRatePerPartition": RECORDS_PER_PARTITION_AND_SECOND}
     spark = get_spark("Streaming job", config=rate)
     stop_at_signals(stopping)  # once more, for PySpark has its own reaction to Ctrl-C
     try:
         settings = kafka_settings(options)
-        with ParquetSink(spark, options.output, options.on_bad_record, settings) as sink:
-            job = Job(spark, options, sink, stopping)
+        with ParquetSink(spark, options.output, options.on_bad_record, settings, event_id) as sink:
+            job = Job(spark, options, sink, score, stopping)
             job.run_dstream() if options.engine == "dstream" else job.run_structured()
     finally:
         spark.stop()

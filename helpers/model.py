@@ -9,13 +9,14 @@ and that is refused when its parts disagree.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -32,8 +33,6 @@ CLASS_COUNT = 2
 # How many of the events a network of random weights calls class 0 is an accident of its weights,
 # anything from none to all. With this seed it is about half of them, so there is something to see.
 SEED = 39
-
-MODEL_VERSION = "model_version"  # the column that says which serving model scored an event
 
 CONTRACT = "contract.json"  # its name in the .keras file, which is a ZIP archive
 _NETWORK_FILES = ("config.json", "model.weights.h5")  # what Keras keeps a network in
@@ -202,12 +201,14 @@ class Contract:
         """Return what is wrong in itself, in clauses; none if nothing is."""
         names, classes, count = self.feature_names, self.class_names, len(self.feature_names)
         numbers = {"means": self.means, "scales": self.scales}
+        texts = (*names, *classes, self.event_id)
         rules = {
             f"features are named twice: {_repeated(names)}": len(set(names)) == count,
             f"the field of the id, {self.event_id!r}, is a feature": self.event_id not in names,
             f"it has {len(classes)} classes, not two": len(set(classes)) == len(classes) == 2,
             f"signal_index is {self.signal_index}": self.signal_index in (0, 1),
             f"threshold is {self.threshold}, not between 0 and 1": 0 < self.threshold < 1,
+            "a name is no text": all(isinstance(name, str) for name in texts),
             "a scale isn't above 0": all(scale > 0 for scale in self.scales),
         }
         for name, values in numbers.items():
@@ -293,12 +294,13 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         draft = Path(folder) / path.name
         model.network.save(draft)
-        content = {"contract": asdict(model.contract), "network": _network_digest(draft)}
+        digest = _network_digest(_files_in(draft.read_bytes(), draft))
+        content = {"contract": asdict(model.contract), "network": digest}
         with zipfile.ZipFile(draft, "a") as archive:
             archive.writestr(CONTRACT, json.dumps(content, indent=1))
-        load_serving_model(draft)
+        saved = load_serving_model(draft)
         draft.replace(path)
-    return load_serving_model(path)
+    return saved
 
 
 def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
@@ -332,39 +334,50 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    contract, digest = _read_contract(path)
+    # Read once: the file may be replaced at any moment.
+    content = path.read_bytes()
+    contract, network_digest = _contract_in(content, path)
     faults = contract.faults()
-    if digest != _network_digest(path):
+    if network_digest != _network_digest(_files_in(content, path)):
         faults.append("the contract was written for another network")
     if faults:
         raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
     try:
-        network = keras.saving.load_model(path, compile=False, safe_mode=True)
+        network = model_from_bytes(content)
     except Exception as error:  # whatever Keras meets in a file that somebody has made
-        reason = str(error).strip().splitlines()[0]
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
     faults = _disagreements(network, contract)
     if faults:
         raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
-    version = hashlib.sha256(path.read_bytes()).hexdigest()[:_DIGEST_LENGTH]
-    return ServingModel(network, contract, version)
+    return ServingModel(network, contract, hashlib.sha256(content).hexdigest()[:_DIGEST_LENGTH])
 
 
-def _read_contract(path: Path) -> tuple[Contract, str]:
-    """Return the contract in a file, and the digest of the network that it is for."""
+def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
+    """Return the files that a ``.keras`` file consists of, each checked against its checksum."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            content = json.loads(archive.read(CONTRACT))
-    except (zipfile.BadZipFile, KeyError, ValueError):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+    except Exception as error:  # a damaged archive has many errors
+        raise ServingModelError(f"{path} is no .keras file, or is damaged: {error}.") from error
+
+
+def _contract_in(content: bytes, path: Path) -> tuple[Contract, str]:
+    """Return the contract in a file, and the digest of the network that it is for."""
+    files = _files_in(content, path)
+    if CONTRACT not in files:
         raise ServingModelError(
             f"{path} has no contract: write it with helpers.model.save_serving_model."
-        ) from None
+        )
     try:
-        parts = dict(content["contract"])
+        whole = json.loads(files[CONTRACT])
+        parts = dict(whole["contract"])
         known = {part.name: part.type for part in fields(Contract)}
         for name, value in parts.items():
             parts[name] = tuple(value) if known[name].startswith("tuple") else value
-        return Contract(**parts), content["network"]
+        contract = Contract(**parts)
+        contract.faults()  # which can't compare what has another type
+        return contract, whole["network"]
     except (KeyError, TypeError, ValueError) as error:
         raise ServingModelError(f"{path} has a contract that isn't whole: {error}.") from None
 
@@ -396,12 +409,11 @@ def _scales_with(network: keras.Model, contract: Contract) -> bool:
                for one, other in pairs)  # fmt: skip
 
 
-def _network_digest(path: Path) -> str:
-    """Return the digest of the network in a ``.keras`` file."""
+def _network_digest(files: Mapping[str, bytes]) -> str:
+    """Return the digest of the network in the files of a ``.keras`` file."""
     digest = hashlib.sha256()
-    with zipfile.ZipFile(path) as archive:
-        for name in _NETWORK_FILES:
-            digest.update(archive.read(name))
+    for name in _NETWORK_FILES:
+        digest.update(files.get(name, b""))
     return digest.hexdigest()
 
 

@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import numpy
 import orjson
 import pyarrow
-from pyspark.sql import DataFrame, Observation, Row, functions
+from pyspark.ml.functions import vector_to_array
+from pyspark.sql import Column, DataFrame, Observation, Row, functions
 from pyspark.sql.types import ArrayType, DoubleType, LongType, StringType, StructField, StructType
 
 from helpers.higgs import SCHEMA
@@ -38,6 +39,9 @@ from helpers.higgs import SCHEMA
 # How long Spark may take to hand over an action's counts. They are there by then, or never.
 COUNTS_SECONDS = 10
 
+MODEL_VERSION = "model_version"  # the column that says which serving model scored an event
+
+_DENSE = 1  # how VectorUDT marks a dense vector
 _NUMBERS = frozenset((int, float))  # not bool, which Python holds for an int
 _LARGEST = float(numpy.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
@@ -333,6 +337,29 @@ def matrix_of(lists: pyarrow.ListArray, width: int) -> numpy.ndarray:
         wrong = lengths[lengths != width][0]
         raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
     return lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+def vector_entries(vector: Column) -> Column:
+    """Return a vector column as an array column, null where the vector is null.
+
+    The entries of a dense vector are at hand; Spark's `vector_to_array` would put each into an
+    object, and refuses null.
+
+    Parameters
+    ----------
+    vector : pyspark.sql.Column
+        A column of vectors.
+
+    Examples
+    --------
+    >>> df = spark.createDataFrame([(Vectors.dense([0.5, 2.0]),)], ["features"])
+    >>> df.select(vector_entries(df.features).alias("entries")).first().entries
+    [0.5, 2.0]
+    """
+    dense = functions.unwrap_udt(vector)
+    is_dense = dense["type"] == _DENSE
+    sparse = vector.isNotNull()
+    return functions.when(is_dense, dense["values"]).when(sparse, vector_to_array(vector))
 
 
 def _metadata(schema: StructType) -> dict[str, list[str]]:

@@ -10,8 +10,9 @@ from pyspark.ml import Transformer
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from helpers.model import MODEL_VERSION, ServingModel, ServingModelError, load_serving_model
-from helpers.transformers import ModelPredictor, vector_entries
+from helpers.model import ServingModel, ServingModelError, load_serving_model
+from helpers.records import MODEL_VERSION, vector_entries
+from helpers.transformers import ModelPredictor
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -53,17 +54,19 @@ class ServingTransformer(Transformer):
     def _index(self, probabilities: Column) -> Column:
         """Return the class: signal from the threshold on, otherwise the other one."""
         signal = self._contract.signal_index
-        probability = F.nanvl(probabilities[signal], F.lit(0.0))  # Spark holds NaN for the largest
+        probability = probabilities[signal]
         is_signal = probability >= self._contract.threshold
         index = F.when(is_signal, float(signal)).otherwise(float(1 - signal))
-        return F.when(probability.isNotNull(), index)
+        # No number is no answer; Spark would hold it for the largest of all.
+        return F.when(probability.isNotNull() & ~F.isnan(probability), index)
 
 
 class ModelFile:
     """The serving model in a file, which may be replaced while a stream runs.
 
-    Asked before each batch, so a batch is scored by one version. A file that is refused changes
-    nothing: the version before goes on serving, and the log says why.
+    Asked before each batch, so a batch is scored by one version. A file that is refused, or that
+    takes another field for the event's id than the one before, changes nothing: the version before
+    goes on serving, and the log says why.
 
     Parameters
     ----------
@@ -96,16 +99,25 @@ class ModelFile:
         if state != self._seen:
             self._seen = state
             try:
-                self.model = load_serving_model(self._path)
-                self._transformer = ServingTransformer(self.model)
-            except (FileNotFoundError, ServingModelError) as error:
+                self._replace(load_serving_model(self._path))
+            except (OSError, ServingModelError) as error:
                 _LOGGER.warning("%s goes on serving: %s", self.model.version, error)
         return self._transformer
+
+    def _replace(self, model: ServingModel) -> None:
+        """Serve with another model; raise `ServingModelError` if it is for other events."""
+        ours, theirs = self.model.contract.event_id, model.contract.event_id
+        if theirs != ours:
+            raise ServingModelError(
+                f"{self._path} takes events by {theirs!r}, and what is written so far by {ours!r}: "
+                "begin another output with it."
+            )
+        self.model, self._transformer = model, ServingTransformer(model)
 
     def _state(self) -> tuple[int, int, int] | None:
         """Return what changes when the file is replaced."""
         try:
             found = self._path.stat()
-        except FileNotFoundError:
+        except OSError:
             return None
         return found.st_ino, found.st_mtime_ns, found.st_size

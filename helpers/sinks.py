@@ -27,11 +27,9 @@ from pyspark.sql import functions as F
 
 from helpers.files import JsonFolder, folder_names, remove_folder
 from helpers.higgs import EVENT_ID
-from helpers.model import MODEL_VERSION
-from helpers.records import observed
+from helpers.records import MODEL_VERSION, observed, vector_entries
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import modern_settings, use_added_jars
-from helpers.transformers import vector_entries
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import pyarrow
 from pyspark import SparkContext
 from pyspark.broadcast import Broadcast
 from pyspark.ml import Transformer
-from pyspark.ml.functions import array_to_vector, vector_to_array
+from pyspark.ml.functions import array_to_vector
 from pyspark.ml.linalg import VectorUDT
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.param.shared import HasFeaturesCol, HasInputCol, HasOutputCol
@@ -33,9 +34,8 @@ from pyspark.sql import Column, DataFrame, functions
 from pyspark.sql.types import ArrayType, DataType, DoubleType, StructField, StructType
 
 from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
-from helpers.records import list_array, matrix_of
+from helpers.records import list_array, matrix_of, vector_entries
 
-_DENSE = 1  # how VectorUDT marks a dense vector
 _SCORES = ArrayType(DoubleType())
 
 
@@ -141,11 +141,12 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         names = self.getOrDefault(self.featureNames)
         if names and name not in dataset.columns:
             scores = _network_function(context, model, _SCORES)(_array_of(dataset, names))
-            return dataset.withColumn(output, array_to_vector(scores))
+            return _with_vector(dataset.withColumn(output, scores), output)
         features_type = _column_type(dataset, name)
         if not _holds_events(features_type):
             _check_vector_column(dataset, name)
-            scores = _network_function(context, model, _SCORES)(vector_entries(dataset[name]))
+            features = functions.coalesce(vector_entries(dataset[name]), _no_features(name))
+            scores = _network_function(context, model, _SCORES)(features)
             return dataset.withColumn(output, array_to_vector(scores))
         if names:
             _check_features(dataset, name, names)
@@ -155,9 +156,7 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         )
         fields = [functions.col(name)[field].alias(field) for field in scored_type.names]
         others = [other for other in dataset.columns if other != name]
-        flat = scored.select(*others, *fields)
-        vector = functions.when(flat[output].isNotNull(), array_to_vector(flat[output]))
-        return flat.withColumn(output, vector)
+        return _with_vector(scored.select(*others, *fields), output)
 
     def _checked_model_bytes(self) -> bytes:
         if self._model_bytes is None:
@@ -292,8 +291,6 @@ def _network_function(
     def predict(column: pyarrow.Array) -> pyarrow.Array:
         if names is not None:
             return _predict_events(column, names, digest, model)
-        if column.null_count:
-            raise ValueError(f"{column.null_count} rows have no features (null): filter them out.")
         return _predict_lists(column, digest, model)
 
     return functions.arrow_udf(predict, returns).asNondeterministic()
@@ -306,8 +303,10 @@ class _Loaded(NamedTuple):
     width: int
 
 
-# On a worker: the networks that it has loaded, by the digest of their bytes.
-_LOADED: dict[str, _Loaded] = {}
+# On a worker: the networks that it has used last, by the digest of their bytes. A stream whose
+# model is replaced again and again needs the current one, and for a moment the one before.
+_LOADED: OrderedDict[str, _Loaded] = OrderedDict()
+_KEPT = 3
 
 
 def _predict_events(
@@ -334,9 +333,14 @@ def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
         _use_one_thread()
         network = model_from_bytes(model.value)
         _LOADED[digest] = _Loaded(compiled_predict(network), network.input_shape[-1])
+        if len(_LOADED) > _KEPT:
+            _LOADED.popitem(last=False)
+            gc.unfreeze()  # a network refers to itself, so only a collection frees it
+            gc.collect()
         # Spark's worker collects garbage after each task, and looking through all of TensorFlow's
         # objects takes 0.15 s of processor time; frozen, they aren't looked at.
         gc.freeze()
+    _LOADED.move_to_end(digest)
     return _LOADED[digest]
 
 
@@ -363,6 +367,18 @@ def _replace_features(
     return pyarrow.StructArray.from_arrays(arrays, names)
 
 
+def _with_vector(dataset: DataFrame, name: str) -> DataFrame:
+    """Return a table whose column of lists has become one of vectors; null stays null."""
+    vector = functions.when(dataset[name].isNotNull(), array_to_vector(dataset[name]))
+    return dataset.withColumn(name, vector)
+
+
+def _no_features(name: str) -> Column:
+    """Return what fails, for rows whose features are null."""
+    reason = f"a row has no features (column {name!r} is null): filter such rows out."
+    return functions.raise_error(functions.lit(reason))
+
+
 def _column_type(dataset: DataFrame, name: str) -> DataType:
     """Return a column's type; raise `ValueError` if there is no such column."""
     if name not in dataset.columns:
@@ -379,29 +395,6 @@ def _with_output(event_type: StructType, output: str) -> StructType:
     """Return the type of events whose features have become a prediction."""
     prediction = StructField(output, ArrayType(DoubleType()))
     return StructType([prediction if f.name == "features" else f for f in event_type])
-
-
-def vector_entries(vector: Column) -> Column:
-    """Return a vector column as an array column, null where the vector is null.
-
-    The entries of a dense vector are at hand; Spark's `vector_to_array` would put each into an
-    object, and refuses null.
-
-    Parameters
-    ----------
-    vector : pyspark.sql.Column
-        A column of vectors.
-
-    Examples
-    --------
-    >>> df = spark.createDataFrame([(Vectors.dense([0.5, 2.0]),)], ["features"])
-    >>> df.select(vector_entries(df.features).alias("entries")).first().entries
-    [0.5, 2.0]
-    """
-    dense = functions.unwrap_udt(vector)
-    is_dense = dense["type"] == _DENSE
-    sparse = vector.isNotNull()
-    return functions.when(is_dense, dense["values"]).when(sparse, vector_to_array(vector))
 
 
 def _use_one_thread() -> None:
@@ -421,7 +414,10 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
             f"the model needs the columns {missing}, which aren't there; the columns are "
             f"{dataset.columns}."
         )
-    return functions.array(*[functions.col(f"`{name}`").cast("double") for name in names])
+    columns = [functions.col(f"`{name}`").cast("double") for name in names]
+    known = [column.isNotNull() & ~functions.isnan(column) for column in columns]
+    # As with records: an event without one of its features has no prediction.
+    return functions.when(functools.reduce(Column.__and__, known), functions.array(*columns))
 
 
 def _check_features(dataset: DataFrame, name: str, expected: Sequence[str]) -> None:

@@ -117,12 +117,14 @@ def test_parts_that_disagree_are_refused(serving_model, tmp_path, change, fault)
 
 
 def rewritten(path, name, content):
-    """Change one part of a .keras file."""
+    """Change one part of a .keras file, or leave it out."""
     with zipfile.ZipFile(path) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
         for part, old in parts.items():
-            archive.writestr(part, content if part == name else old)
+            new = content if part == name else old
+            if new is not None:
+                archive.writestr(part, new)
 
 
 def test_files_that_were_changed_are_refused(make_serving_model, serving_model, tmp_path):
@@ -139,14 +141,39 @@ def test_files_that_were_changed_are_refused(make_serving_model, serving_model, 
     rewritten(path, CONTRACT, json.dumps(content))
     with pytest.raises(ServingModelError, match=r"a contract that isn't whole: .*threshold"):
         load_serving_model(path)
+    content["contract"]["threshold"] = "0.5"
+    rewritten(path, CONTRACT, json.dumps(content))
+    with pytest.raises(ServingModelError, match=r"a contract that isn't whole: .*'str'"):
+        load_serving_model(path)
     serving_model.network.save(path)
     with pytest.raises(ServingModelError, match=r"no contract: write it with .*save_serving_model"):
         load_serving_model(path)
     path.write_text("EventId")
-    with pytest.raises(ServingModelError, match="has no contract"):
+    with pytest.raises(ServingModelError, match=r"is no \.keras file, or is damaged"):
         load_serving_model(path)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_serving_model(tmp_path / "none.keras")
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_file_that_was_damaged_is_refused(serving_model, tmp_path, place):
+    """Otherwise a bit that flips on a disk would end the stream, or change its scores."""
+    path = tmp_path / "model.keras"
+    save_serving_model(serving_model, path)
+    content = bytearray(path.read_bytes())
+    content[(2 * place + 1) * len(content) // 10] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ServingModelError, match=r"is no \.keras file, or is damaged"):
+        load_serving_model(path)
+
+
+def test_a_file_without_its_weights_is_refused(serving_model, tmp_path):
+    """Otherwise Keras' own error would end the stream that looks for a new version."""
+    path = tmp_path / "model.keras"
+    save_serving_model(serving_model, path)
+    rewritten(path, "model.weights.h5", None)
+    with pytest.raises(ServingModelError, match="the contract was written for another network"):
+        load_serving_model(path)
 
 
 def test_code_in_a_file_does_not_run(serving_model, tmp_path):

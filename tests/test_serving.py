@@ -7,8 +7,8 @@ import pytest
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
-from helpers.model import MODEL_VERSION, save_serving_model
-from helpers.records import parse_events, rows_to_events
+from helpers.model import save_serving_model
+from helpers.records import MODEL_VERSION, parse_events, rows_to_events
 from helpers.serving import ModelFile, ServingTransformer
 
 
@@ -32,6 +32,17 @@ def test_columns_are_taken_by_name(table, serving_model):
         [row.prediction[1] for row in scored], expected(serving_model), atol=1e-6
     )
     assert {row[MODEL_VERSION] for row in scored} == {serving_model.version}
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_an_event_without_a_feature_has_no_prediction(table, serving_model, value):
+    """Otherwise it would be called background, by a network that knows nothing of it."""
+    first = table.first()[EVENT_ID]
+    feature = F.when(F.col(EVENT_ID) != first, F.col("PRI_met")).otherwise(F.lit(value))
+    scored = ServingTransformer(serving_model).transform(table.withColumn("PRI_met", feature))
+    without = [row[EVENT_ID] for row in scored.collect() if row.prediction_index is None]
+    assert without == [first]
+    assert scored.where("prediction IS NULL").count() == 1
 
 
 def test_a_missing_column_is_named(table, serving_model):
@@ -93,6 +104,10 @@ def test_a_new_version_serves_from_the_next_batch_on(
         assert file.current().transform(table).first()[MODEL_VERSION] == second.version
         file.current()
     assert caplog.text.count(f"{second.version} goes on serving") == 1
+    save_serving_model(make_serving_model(event_id="Id"), path)
+    with caplog.at_level(logging.WARNING):
+        assert file.current().transform(table).first()[MODEL_VERSION] == second.version
+    assert "takes events by 'Id', and what is written so far by 'EventId'" in caplog.text
     path.unlink()
     assert file.current().transform(table).first()[MODEL_VERSION] == second.version
 

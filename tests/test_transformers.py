@@ -1,9 +1,11 @@
 """The network and the label index as Spark ML stages."""
 
+import keras
 import numpy
 import orjson
+import pyarrow
 import pytest
-from pyspark.errors import PythonException
+from pyspark.errors import PythonException, SparkRuntimeException
 from pyspark.ml import Pipeline, PipelineModel
 from pyspark.ml.evaluation import BinaryClassificationEvaluator, MulticlassClassificationEvaluator
 from pyspark.ml.feature import Normalizer, VectorAssembler
@@ -11,6 +13,7 @@ from pyspark.ml.linalg import Vectors, VectorUDT
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructField, StructType
 
+from helpers import transformers
 from helpers.higgs import FEATURES, generate_events
 from helpers.model import build_model
 from helpers.records import parse_events
@@ -179,8 +182,21 @@ def test_rows_without_features_are_refused(spark, model):
     """Otherwise they would shift the predictions of the rows after them."""
     schema = StructType([StructField("features", VectorUDT())])
     rows = spark.createDataFrame([(Vectors.dense([0.5] * 30),), (None,)], schema).coalesce(1)
-    with pytest.raises(PythonException, match=r"1 rows have no features \(null\): filter them out"):
+    with pytest.raises(SparkRuntimeException, match=r"has no features \(column 'features' is null"):
         ModelPredictor(keras_model=model).transform(rows).collect()
+
+
+def test_a_stream_whose_model_is_replaced_keeps_the_last_ones_only(spark, vectors):
+    """Otherwise the workers' memory would grow with each new version, until one is killed."""
+    for _ in range(5):
+        network = keras.Sequential([keras.Input((30,)), keras.layers.Dense(2, "softmax")])
+        ModelPredictor(keras_model=network).transform(vectors).collect()
+
+    def kept(_batches):
+        yield pyarrow.record_batch({"kept": [len(transformers._LOADED)]})
+
+    found = spark.range(8).mapInArrow(kept, "kept long").collect()
+    assert 1 <= max(row.kept for row in found) <= 3
 
 
 def reference_index(vector, output_dim, default, threshold):
