@@ -1,7 +1,7 @@
 # run    executes a notebook, by default the walkthrough; its parameters can be set in capitals:
 #        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
-# test   runs all tests, in two processes; the notebooks are among them
-# test-long  runs the tests that take minutes each: the same crash, many times; half an hour
+# test   runs all tests, in three processes; the notebooks are among them
+# test-long  runs the tests that take longest: the same crash, many times; forty minutes
 # bench  measures how fast the walkthrough's stream is, against the processor's limit
 # lab    opens the notebooks in JupyterLab
 # notebooks   executes all notebooks and stores their outputs in them
@@ -21,7 +21,7 @@ run: setup
 	@.venv/bin/python -m helpers.notebook $(call quoted,$(NOTEBOOK)) $(parameters)
 
 test: setup
-	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-long: setup
 	@.venv/bin/python -m pytest -m long -s

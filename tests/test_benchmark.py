@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from processes import run_python
 
 
@@ -19,6 +20,7 @@ def test_it_prints_one_line_of_json():
     assert run.stderr.count("5,000") >= 3  # each drain, the warming-up too, scored all events
 
 
+@pytest.mark.long
 def test_training_is_judged_on_events_that_it_did_not_see():
     """Otherwise nobody could check what the README says of the trainers."""
     run = run_python("examples/benchmark.py", "train", "--events", "3000", seconds=300)

@@ -3,9 +3,11 @@
 import json
 import os
 
+import pytest
 from processes import ROOT, run_python
 
 
+@pytest.mark.long
 def test_a_sink_on_hdfs_keeps_its_promises(tmp_path):
     """Otherwise 'exactly once' would be true on a laptop, and not on a cluster."""
     program = str(ROOT / "tests" / "sink_on_hdfs.py")

@@ -154,6 +154,7 @@ def test_a_killed_stream_goes_on_where_it_was(stream_of, finish):
     assert any(stream.was_away(line["time"]) for line in stream.lines("delivered"))
 
 
+@pytest.mark.long
 def test_a_random_kill_loses_nothing(stream_of, finish):
     """Otherwise it would only be the moments that somebody thought of, with a group, that hold."""
     stream = stream_of(2_000)

@@ -69,7 +69,12 @@ def test_both_engines_store_the_same(spark, kafka, filled, arguments, tmp_path, 
     ) as consumer:  # fmt: skip
         letters = [record.value for record in consumer]
     assert sorted(letters, key=str) == [None, None, b"rubbish", b"rubbish"]  # of each engine
-    # A checkpoint that is further than the output would leave events out.
+
+
+@pytest.mark.long
+def test_a_checkpoint_that_is_further_than_the_output_is_refused(filled, arguments):
+    """Otherwise the events between the two would be left out, and nobody would see it."""
+    score_all(arguments("structured"))
     run = run_python(str(JOB), *arguments("structured", output="another"), seconds=SECONDS)
     assert run.returncode == 1
     assert "goes on behind what" in run.stderr.splitlines()[-1], run.stderr
@@ -77,7 +82,10 @@ def test_both_engines_store_the_same(spark, kafka, filled, arguments, tmp_path, 
 
 @pytest.mark.parametrize(
     "engine, other, ending",
-    [("structured", "dstream", signal.SIGTERM), ("dstream", "structured", signal.SIGINT)],
+    [
+        ("structured", "dstream", signal.SIGTERM),
+        pytest.param("dstream", "structured", signal.SIGINT, marks=pytest.mark.long),
+    ],
 )
 def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
     spark, filled, arguments, tmp_path, event_values, engine, other, ending
