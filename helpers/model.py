@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +36,13 @@ CLASS_COUNT = 2
 SEED = 39
 
 CONTRACT = "contract.json"  # its name in the .keras file, which is a ZIP archive
-_NETWORK_FILES = ("config.json", "model.weights.h5")  # what Keras keeps a network in
+_KERAS_FILES = ("metadata.json", "config.json", "model.weights.h5")  # what Keras' own files have
 _LIBRARIES = ("keras", "tensorflow-cpu", "tensorflow", "numpy", "pyspark")
 _DIGEST_LENGTH = 12  # hexadecimal digits of a version
+
+# How much larger than in its archive a part may be. Keras doesn't compress; what somebody else has
+# compressed a thousandfold is there to fill the memory.
+_MOST_EXPANSION = 100
 
 
 def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.Model:
@@ -201,15 +206,16 @@ class Contract:
         """Return what is wrong in itself, in clauses; none if nothing is."""
         names, classes, count = self.feature_names, self.class_names, len(self.feature_names)
         numbers = {"means": self.means, "scales": self.scales}
-        texts = (*names, *classes, self.event_id)
+        texts = (*names, *classes, self.event_id, *self.metrics)
         rules = {
             f"features are named twice: {_repeated(names)}": len(set(names)) == count,
             f"the field of the id, {self.event_id!r}, is a feature": self.event_id not in names,
             f"it has {len(classes)} classes, not two": len(set(classes)) == len(classes) == 2,
-            f"signal_index is {self.signal_index}": self.signal_index in (0, 1),
+            f"signal_index is {self.signal_index!r}": repr(self.signal_index) in ("0", "1"),
             f"threshold is {self.threshold}, not between 0 and 1": 0 < self.threshold < 1,
             "a name is no text": all(isinstance(name, str) for name in texts),
             "a scale isn't above 0": all(scale > 0 for scale in self.scales),
+            "a metric is not finite": all(map(math.isfinite, self.metrics.values())),
         }
         for name, values in numbers.items():
             rules[f"it has {len(values)} {name} for {count} features"] = len(values) == count
@@ -228,7 +234,8 @@ class ServingModel:
     contract : Contract
         What its inputs and outputs are.
     version : str
-        What tells it from others: the beginning of its digest; empty if it was never saved.
+        The beginning of a digest of network and contract: the same ones have the same version,
+        whenever they are saved. Empty if they never were.
     """
 
     network: keras.Model
@@ -247,7 +254,7 @@ class ServingModel:
 def scaled_network(
     network: keras.Model, means: Sequence[float], scales: Sequence[float]
 ) -> keras.Model:
-    """Return a network that scales its inputs itself, in front of one that was trained on scaled.
+    """Return a network that scales its inputs itself, before a copy of one trained on scaled ones.
 
     Parameters
     ----------
@@ -265,6 +272,7 @@ def scaled_network(
     """
     variance = numpy.square(scales)
     scaling = keras.layers.Normalization(mean=means, variance=variance, name="scaling")
+    network = model_from_bytes(model_to_bytes(network))  # without an optimizer, if it has one
     return keras.Sequential([keras.Input((len(means),), name="features"), scaling, network])
 
 
@@ -278,7 +286,7 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     model : ServingModel
         The network and its contract.
     path : str or path-like
-        Where to; the name ends in ``.keras``.
+        Where to; the name ends in ``.keras``. Its folder is made if it isn't there.
 
     Returns
     -------
@@ -288,17 +296,18 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     Raises
     ------
     ServingModelError
-        If network and contract disagree.
+        If network and contract disagree, or the path is none of this machine.
     """
-    path = Path(path)
+    path = _local(path)
+    files = _files_in(model_to_bytes(model.network), path)
+    digest = _digest(files, model.contract)
+    contract = _json({"contract": asdict(model.contract), "digest": digest})
+    content = _archive({**files, CONTRACT: contract})
+    saved = _serving_model_in(content, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         draft = Path(folder) / path.name
-        model.network.save(draft)
-        digest = _network_digest(_files_in(draft.read_bytes(), draft))
-        content = {"contract": asdict(model.contract), "network": digest}
-        with zipfile.ZipFile(draft, "a") as archive:
-            archive.writestr(CONTRACT, json.dumps(content, indent=1))
-        saved = load_serving_model(draft)
+        draft.write_bytes(content)
         draft.replace(path)
     return saved
 
@@ -316,7 +325,7 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
     FileNotFoundError
         If there is no such file.
     ServingModelError
-        If it is no serving model, or its parts disagree.
+        If it is no serving model, its parts disagree, or the path is none of this machine.
 
     Examples
     --------
@@ -331,40 +340,67 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
     >>> load_serving_model(path).contract == contract
     True
     """
-    path = Path(path)
+    path = _local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     # Read once: the file may be replaced at any moment.
-    content = path.read_bytes()
-    contract, network_digest = _contract_in(content, path)
+    return _serving_model_in(path.read_bytes(), path)
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    """Return a path of this machine; raise `ServingModelError` for another file system's."""
+    if re.match(r"[a-z][a-z0-9]+:/", str(path)):
+        raise ServingModelError(f"{path} is no path of this machine: copy the file to one.")
+    return Path(path)
+
+
+def _serving_model_in(content: bytes, path: Path) -> ServingModel:
+    """Return the serving model that a file with this content holds."""
+    files = _files_in(content, path)
+    contract, digest = _contract_in(files, path)
     faults = contract.faults()
-    if network_digest != _network_digest(_files_in(content, path)):
-        faults.append("the contract was written for another network")
-    if faults:
-        raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
     try:
-        network = model_from_bytes(content)
-    except Exception as error:  # whatever Keras meets in a file that somebody has made
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
-    faults = _disagreements(network, contract)
+        if digest != _digest(files, contract):
+            faults.append("network or contract were changed after they were saved together")
+    except (ValueError, RecursionError) as error:
+        raise ServingModelError(f"{path} has no network that can be loaded: {error}.") from None
+    if not faults:
+        # Without the contract: Keras takes a part that it doesn't know for a folder of assets.
+        network = _network_in(_archive({name: files[name] for name in _KERAS_FILES}), path)
+        faults = _disagreements(network, contract)
     if faults:
         raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
-    return ServingModel(network, contract, hashlib.sha256(content).hexdigest()[:_DIGEST_LENGTH])
+    return ServingModel(network, contract, digest[:_DIGEST_LENGTH])
 
 
 def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
     """Return the files that a ``.keras`` file consists of, each checked against its checksum."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return {name: archive.read(name) for name in archive.namelist()}
+            known = [name for name in archive.namelist() if name in (*_KERAS_FILES, CONTRACT)]
+            for part in map(archive.getinfo, known):
+                if part.file_size > _MOST_EXPANSION * part.compress_size:
+                    raise ValueError(f"{part.filename} would be {part.file_size} bytes")
+            files = {name: archive.read(name) for name in known}
     except Exception as error:  # a damaged archive has many errors
         raise ServingModelError(f"{path} is no .keras file, or is damaged: {error}.") from error
+    missing = [name for name in _KERAS_FILES if name not in files]
+    if missing:
+        raise ServingModelError(f"{path} is no .keras file, or is damaged: it has no {missing[0]}.")
+    return files
 
 
-def _contract_in(content: bytes, path: Path) -> tuple[Contract, str]:
-    """Return the contract in a file, and the digest of the network that it is for."""
-    files = _files_in(content, path)
+def _archive(files: Mapping[str, bytes]) -> bytes:
+    """Return the content of an archive of these files."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, part in files.items():
+            archive.writestr(name, part)
+    return content.getvalue()
+
+
+def _contract_in(files: Mapping[str, bytes], path: Path) -> tuple[Contract, str]:
+    """Return the contract in a ``.keras`` file, and the digest of it and its network."""
     if CONTRACT not in files:
         raise ServingModelError(
             f"{path} has no contract: write it with helpers.model.save_serving_model."
@@ -374,12 +410,32 @@ def _contract_in(content: bytes, path: Path) -> tuple[Contract, str]:
         parts = dict(whole["contract"])
         known = {part.name: part.type for part in fields(Contract)}
         for name, value in parts.items():
-            parts[name] = tuple(value) if known[name].startswith("tuple") else value
+            if known[name].startswith("tuple"):
+                parts[name] = tuple(_checked_list(name, value))
         contract = Contract(**parts)
         contract.faults()  # which can't compare what has another type
-        return contract, whole["network"]
-    except (KeyError, TypeError, ValueError) as error:
+        return contract, str(whole["digest"])
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ServingModelError(f"{path} has a contract that isn't whole: {error}.") from None
+
+
+def _checked_list(name: str, value: object) -> list:
+    """Return a list as it is; raise `TypeError` for a text, whose letters would pass for one."""
+    if not isinstance(value, list):
+        raise TypeError(f"{name} is no list")
+    return value
+
+
+def _network_in(content: bytes, path: Path) -> keras.Model:
+    """Return the network in the content of Keras' own file."""
+    try:
+        network = model_from_bytes(content)
+        if not (network.input_shape and network.output_shape):
+            raise ValueError("it has no inputs or no outputs")
+    except Exception as error:  # whatever Keras meets in a file that somebody has made
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
+    return network
 
 
 def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
@@ -391,8 +447,8 @@ def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
             inputs == (len(names),),
         f"the network has outputs {outputs}, the contract {len(classes)} classes":
             outputs == (len(classes),),
-        "the network doesn't scale its inputs with the contract's means and scales":
-            _scales_with(network, contract),
+        "the network doesn't scale its inputs with the contract's means and scales (make it with "
+        "helpers.model.scaled_network)": _scales_with(network, contract),
     }  # fmt: skip
     return [fault for fault, holds in rules.items() if not holds]
 
@@ -400,7 +456,7 @@ def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
 def _scales_with(network: keras.Model, contract: Contract) -> bool:
     """Tell whether a network's first layer has a contract's means and scales."""
     layer = network.layers[0]
-    if not isinstance(layer, keras.layers.Normalization):
+    if not isinstance(layer, keras.layers.Normalization) or layer.invert:
         return False
     mean, variance = (numpy.ravel(numbers) for numbers in (layer.mean, layer.variance))
     pairs = ((mean, contract.means), (numpy.sqrt(variance), contract.scales))
@@ -409,12 +465,22 @@ def _scales_with(network: keras.Model, contract: Contract) -> bool:
                for one, other in pairs)  # fmt: skip
 
 
-def _network_digest(files: Mapping[str, bytes]) -> str:
-    """Return the digest of the network in the files of a ``.keras`` file."""
-    digest = hashlib.sha256()
-    for name in _NETWORK_FILES:
-        digest.update(files.get(name, b""))
+def _digest(files: Mapping[str, bytes], contract: Contract) -> str:
+    """Return the digest of the network in the files of a ``.keras`` file, and of its contract."""
+    layers = json.loads(files["config.json"], object_hook=_without_address)
+    digest = hashlib.sha256(_json([asdict(contract), layers]))
+    digest.update(files["model.weights.h5"])
     return digest.hexdigest()
+
+
+def _without_address(part: dict[str, object]) -> dict[str, object]:
+    """Return a part of a network's description without where Keras had it in its memory."""
+    return {name: value for name, value in part.items() if name != "shared_object_id"}
+
+
+def _json(content: object) -> bytes:
+    """Return what a contract has as JSON; NumPy's numbers become Python's."""
+    return json.dumps(content, indent=1, sort_keys=True, default=lambda n: n.item()).encode()
 
 
 def _library_versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import keras
@@ -13,13 +14,13 @@ from helpers.model import (
     CONTRACT,
     ServingModel,
     ServingModelError,
+    _digest,
     build_model,
     compiled_predict,
     load_serving_model,
     model_from_bytes,
     model_to_bytes,
     save_serving_model,
-    scaled_network,
 )
 
 
@@ -101,7 +102,11 @@ def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
         ({"feature_names": (*FEATURES[1:], "PRI_met")}, "features are named twice: PRI_met"),
         ({"feature_names": (EVENT_ID, *FEATURES[1:])}, "field of the id, 'EventId', is a feature"),
         ({"class_names": ("signal",)}, "it has 1 classes, not two"),
+        ({"feature_names": "ab"}, "a contract that isn't whole: feature_names is no list"),
         ({"signal_index": 2}, "signal_index is 2"),
+        ({"signal_index": True}, "signal_index is True"),
+        ({"metrics": "good"}, "a contract that isn't whole: .*'str'"),
+        ({"metrics": {"auc": float("nan")}}, "a metric is not finite"),
         ({"threshold": 1.5}, "threshold is 1.5, not between 0 and 1"),
         ({"means": (float("nan"),) * 30}, "means are not all finite"),
         ({"scales": (0.0,) * 30}, "a scale isn't above 0"),
@@ -111,16 +116,16 @@ def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
 def test_parts_that_disagree_are_refused(serving_model, tmp_path, change, fault):
     """Otherwise a network would serve with another's scaling or names, and nobody would notice."""
     wrong = ServingModel(serving_model.network, replace(serving_model.contract, **change))
-    with pytest.raises(ServingModelError, match="can't serve: .*" + fault):
+    with pytest.raises(ServingModelError, match=fault):
         save_serving_model(wrong, tmp_path / "model.keras")
     assert not list(tmp_path.iterdir())
 
 
-def rewritten(path, name, content):
+def rewritten(path, name, content, compression=zipfile.ZIP_STORED):
     """Change one part of a .keras file, or leave it out."""
     with zipfile.ZipFile(path) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for part, old in parts.items():
             new = content if part == name else old
             if new is not None:
@@ -135,7 +140,12 @@ def test_files_that_were_changed_are_refused(make_serving_model, serving_model, 
         weights, content = archive.read("model.weights.h5"), json.loads(archive.read(CONTRACT))
     save_serving_model(serving_model, path)
     rewritten(path, "model.weights.h5", weights)
-    with pytest.raises(ServingModelError, match="the contract was written for another network"):
+    with pytest.raises(ServingModelError, match="changed after they were saved together"):
+        load_serving_model(path)
+    save_serving_model(serving_model, path)
+    swapped = {**content["contract"], "signal_index": 0}
+    rewritten(path, CONTRACT, json.dumps({**content, "contract": swapped}))
+    with pytest.raises(ServingModelError, match="changed after they were saved together"):
         load_serving_model(path)
     del content["contract"]["threshold"]
     rewritten(path, CONTRACT, json.dumps(content))
@@ -144,6 +154,13 @@ def test_files_that_were_changed_are_refused(make_serving_model, serving_model, 
     content["contract"]["threshold"] = "0.5"
     rewritten(path, CONTRACT, json.dumps(content))
     with pytest.raises(ServingModelError, match=r"a contract that isn't whole: .*'str'"):
+        load_serving_model(path)
+    save_serving_model(serving_model, path)
+    rewritten(path, "config.json", "[" * 100_000)
+    with pytest.raises(ServingModelError, match=r"has no network that can be loaded: .*recursion"):
+        load_serving_model(path)
+    rewritten(path, CONTRACT, "[" * 100_000)
+    with pytest.raises(ServingModelError, match=r"a contract that isn't whole: .*recursion"):
         load_serving_model(path)
     serving_model.network.save(path)
     with pytest.raises(ServingModelError, match=r"no contract: write it with .*save_serving_model"):
@@ -172,16 +189,72 @@ def test_a_file_without_its_weights_is_refused(serving_model, tmp_path):
     path = tmp_path / "model.keras"
     save_serving_model(serving_model, path)
     rewritten(path, "model.weights.h5", None)
-    with pytest.raises(ServingModelError, match="the contract was written for another network"):
+    with pytest.raises(ServingModelError, match=r"it has no model\.weights\.h5"):
         load_serving_model(path)
+
+
+def test_a_file_that_would_fill_the_memory_is_refused(serving_model, tmp_path):
+    """Otherwise a small file could end the driver, and with it the stream."""
+    path = tmp_path / "model.keras"
+    save_serving_model(serving_model, path)
+    rewritten(path, CONTRACT, " " * 100_000_000, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ServingModelError, match=r"contract\.json would be 100000000 bytes"):
+        load_serving_model(path)
+
+
+@pytest.mark.parametrize(
+    "network", [keras.layers.Dense(2), keras.Sequential()], ids=["a layer", "no inputs"]
+)
+def test_what_is_no_network_is_refused(serving_model, tmp_path, network):
+    """Otherwise Python's own error would end the stream that looks for a new version."""
+    path = tmp_path / "model.keras"
+    save_serving_model(serving_model, path)
+    config = json.dumps(keras.saving.serialize_keras_object(network))
+    with zipfile.ZipFile(path) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    contract = json.loads(parts[CONTRACT])
+    contract["digest"] = _digest({**parts, "config.json": config.encode()}, serving_model.contract)
+    rewritten(path, "config.json", config)
+    rewritten(path, CONTRACT, json.dumps(contract))
+    with pytest.raises(ServingModelError, match="has no network that can be loaded"):
+        load_serving_model(path)
+
+
+def test_a_network_that_scales_otherwise_is_refused(serving_model, tmp_path):
+    """Otherwise a scaling that multiplies where training has divided would serve."""
+    contract = serving_model.contract
+    variance = numpy.square(contract.scales)
+    scaling = keras.layers.Normalization(mean=contract.means, variance=variance, invert=True)
+    network = keras.Sequential([keras.Input((30,)), scaling, build_model()])
+    with pytest.raises(ServingModelError, match=r"\(make it with helpers\.model\.scaled_network\)"):
+        save_serving_model(ServingModel(network, contract), tmp_path / "model.keras")
+
+
+def test_another_file_system_is_refused(serving_model):
+    """Otherwise a folder named hdfs: would be made here, and the model be looked for elsewhere."""
+    path = "hdfs:///models/higgs.keras"
+    for use in (load_serving_model, lambda path: save_serving_model(serving_model, path)):
+        with pytest.raises(ServingModelError, match=r"is no path of this machine: copy the file"):
+            use(path)
+
+
+def test_the_same_model_has_the_same_version(serving_model, tmp_path):
+    """Otherwise a version that was saved again would not be found among the results."""
+    first = save_serving_model(serving_model, tmp_path / "first.keras")
+    with ThreadPoolExecutor() as stream:  # a batch's function runs in a thread
+        again = stream.submit(save_serving_model, first, tmp_path / "a folder" / "again.keras")
+    assert again.result().version == first.version == serving_model.version
+    other = replace(serving_model.contract, threshold=0.7)
+    changed = save_serving_model(ServingModel(first.network, other), tmp_path / "first.keras")
+    assert changed.version != first.version
 
 
 def test_code_in_a_file_does_not_run(serving_model, tmp_path):
     """Otherwise whoever sends a model could do anything on the cluster."""
-    contract = serving_model.contract
-    harmful = keras.Sequential(
-        [keras.Input((30,)), keras.layers.Lambda(lambda x: x), build_model()]
+    scaling = serving_model.network.layers[0]
+    network = keras.Sequential(
+        [keras.Input((30,)), scaling, keras.layers.Lambda(lambda x: x), build_model()]
     )
-    network = scaled_network(harmful, contract.means, contract.scales)
+    model = ServingModel(network, serving_model.contract)
     with pytest.raises(ServingModelError, match="has no network that can be loaded"):
-        save_serving_model(ServingModel(network, contract), tmp_path / "model.keras")
+        save_serving_model(model, tmp_path / "model.keras")
