@@ -64,9 +64,9 @@ class ServingTransformer(Transformer):
 class ModelFile:
     """The serving model in a file, which may be replaced while a stream runs.
 
-    Asked before each batch, so a batch is scored by one version. A file that is refused, or that
-    takes another field for the event's id than the one before, changes nothing: the version before
-    goes on serving, and the log says why.
+    Asked before each batch, so a batch is scored by one version. A file that is refused, that takes
+    another field for the event's id than the one before, or has other classes, changes nothing: the
+    version before goes on serving, and the log says why. One that can't be read is tried again.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class ModelFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        self._seen = self._state()
+        self._seen, self._warning = self._state(), ""
         self.model = load_serving_model(path)
         self._transformer = ServingTransformer(self.model)
 
@@ -97,21 +97,32 @@ class ModelFile:
         """Return what scores with the version that is in the file now."""
         state = self._state()
         if state != self._seen:
-            self._seen = state
             try:
                 self._replace(load_serving_model(self._path))
-            except (OSError, ServingModelError) as error:
-                _LOGGER.warning("%s goes on serving: %s", self.model.version, error)
+                self._seen, self._warning = state, ""
+            except ServingModelError as error:
+                self._seen = state
+                self._warn(error)
+            except OSError as error:
+                self._warn(error)
         return self._transformer
 
+    def _warn(self, error: Exception) -> None:
+        """Say once why the version before goes on serving."""
+        warning = f"{self.model.version} goes on serving: {error}"
+        if warning != self._warning:
+            _LOGGER.warning("%s", warning)
+        self._warning = warning
+
     def _replace(self, model: ServingModel) -> None:
-        """Serve with another model; raise `ServingModelError` if it is for other events."""
-        ours, theirs = self.model.contract.event_id, model.contract.event_id
-        if theirs != ours:
-            raise ServingModelError(
-                f"{self._path} takes events by {theirs!r}, and what is written so far by {ours!r}: "
-                "begin another output with it."
-            )
+        """Serve with another model; raise `ServingModelError` if its results mean other things."""
+        ours, theirs = self.model.contract, model.contract
+        for name in ("event_id", "class_names", "signal_index"):
+            if getattr(theirs, name) != getattr(ours, name):
+                raise ServingModelError(
+                    f"{self._path} has {name} {getattr(theirs, name)!r}, and what is written so "
+                    f"far {getattr(ours, name)!r}: begin another output with it."
+                )
         self.model, self._transformer = model, ServingTransformer(model)
 
     def _state(self) -> tuple[int, int, int] | None:

@@ -200,6 +200,11 @@ class ParquetSink:
         names = self._commits.names()
         if names:
             last = self._commits.read(names[-1])
+            if last["event_id"] != self._event_id:
+                raise SinkError(
+                    f"{self.path} has events by {last['event_id']!r}, not by {self._event_id!r}: "
+                    "choose another path for these."
+                )
             self._number = last["batch"]
             self._positions = {
                 TopicAndPartition(topic, partition): offset

@@ -93,8 +93,8 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         The new column's name: a vector with one entry a class.
     feature_names : sequence of str, optional
         What the model's inputs are called, in their order, as a serving model's contract has it.
-        Then a table has a column of each name, in any order, instead of `features_col`; and events
-        that were parsed with other features, or in another order, are refused.
+        Then a table has a column of each name, in any order, and `features_col` may only be one of
+        events; they are refused if they were parsed with other features, or in another order.
 
     Examples
     --------
@@ -139,11 +139,12 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         context, model = dataset.sparkSession.sparkContext, self._checked_model_bytes()
         name, output = self.getFeaturesCol(), self.getOutputCol()
         names = self.getOrDefault(self.featureNames)
-        if names and name not in dataset.columns:
+        has_events = name in dataset.columns and _holds_events(dataset.schema[name].dataType)
+        if names and not has_events:
             scores = _network_function(context, model, _SCORES)(_array_of(dataset, names))
             return _with_vector(dataset.withColumn(output, scores), output)
         features_type = _column_type(dataset, name)
-        if not _holds_events(features_type):
+        if not has_events:
             _check_vector_column(dataset, name)
             features = functions.coalesce(vector_entries(dataset[name]), _no_features(name))
             scores = _network_function(context, model, _SCORES)(features)

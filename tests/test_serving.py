@@ -107,9 +107,32 @@ def test_a_new_version_serves_from_the_next_batch_on(
     save_serving_model(make_serving_model(event_id="Id"), path)
     with caplog.at_level(logging.WARNING):
         assert file.current().transform(table).first()[MODEL_VERSION] == second.version
-    assert "takes events by 'Id', and what is written so far by 'EventId'" in caplog.text
+    assert "has event_id 'Id', and what is written so far 'EventId'" in caplog.text
+    classes = {"class_names": ("signal", "background"), "signal_index": 0}
+    save_serving_model(make_serving_model(**classes), path)
+    with caplog.at_level(logging.WARNING):
+        assert file.current().transform(table).first()[MODEL_VERSION] == second.version
+    assert "has class_names ('signal', 'background'), and what is written" in caplog.text
     path.unlink()
     assert file.current().transform(table).first()[MODEL_VERSION] == second.version
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(
+    make_serving_model, serving_model, tmp_path, caplog
+):
+    """Otherwise a file whose owner corrects its rights later would never serve."""
+    path = tmp_path / "model.keras"
+    save_serving_model(serving_model, path)
+    file = ModelFile(path)
+    second = save_serving_model(make_serving_model(seed=2), tmp_path / "second.keras")
+    path.unlink()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            file.current()
+    assert caplog.text.count("goes on serving: there is no file") == 1
+    (tmp_path / "second.keras").rename(path)
+    file.current()
+    assert file.model.version == second.version
 
 
 def test_there_must_be_a_model_to_begin_with(tmp_path):

@@ -265,6 +265,17 @@ def test_a_folder_that_is_no_sink_is_refused(spark, tmp_path):
         read_scored(spark, str(tmp_path))
 
 
+def test_events_with_another_id_are_refused(spark, path):
+    """Otherwise the ids of one of both kinds would be read as null."""
+    with ParquetSink(spark, path) as sink:
+        write(sink, spark, 0, 1)
+    with (
+        pytest.raises(SinkError, match="has events by 'EventId', not by 'Id': choose another path"),
+        ParquetSink(spark, path, event_id="Id"),
+    ):
+        pass
+
+
 def test_a_sink_that_knows_no_stream_is_refused(spark, path):
     """Otherwise it could not know which offsets it has."""
     with ParquetSink(spark, path) as sink, pytest.raises(SinkError, match="call `begin`"):

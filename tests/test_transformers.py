@@ -106,6 +106,16 @@ def test_events_are_scored_like_vectors(model, vectors, records):
     assert numpy.abs(differences).max() < 1e-6
 
 
+def test_named_features_are_taken_by_name_whatever_else_is_there(spark):
+    """Otherwise a vector of the same columns in another order would be scored, and no error."""
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])
+    by_name = ModelPredictor(keras_model=network, feature_names=("a", "b"))
+    df = spark.createDataFrame([(1.0, 2.0, Vectors.dense(2.0, 1.0))], ["a", "b", "features"])
+    expected = network.predict(numpy.array([[1.0, 2.0]]), verbose=0)[0]
+    found = by_name.transform(df).first().prediction.toArray()
+    numpy.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_events_of_another_width_are_refused(spark, model):
     """Otherwise a network would be given another topic's events."""
     events = "event struct<EventId: long, features: array<double>, reason: string>"
