@@ -34,10 +34,19 @@ from pyspark.sql.types import ArrayType, NumericType
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.records import vector_entries
 from helpers.streaming.errors import summary
-from helpers.training_task import InvalidRowsError, Rows, split_rows, worker_function
+from helpers.training_task import (
+    CONNECT_SECONDS,
+    InvalidRowsError,
+    Rows,
+    split_rows,
+    worker_function,
+)
 
-# How long workers may say nothing. They speak every few seconds; at first they import TensorFlow.
+# How long a worker may say nothing. It speaks every few seconds; at first it imports TensorFlow.
 SILENT_SECONDS = 120
+
+# How long to wait for slots: a cluster may be about to replace an executor.
+SLOTS_SECONDS = 30
 
 # When a worker dies, the others fail, too, a moment earlier or later.
 REASONS_SECONDS = 5
@@ -47,6 +56,9 @@ CANCEL_SECONDS = 60
 
 # The reductions of a Keras loss that an update which workers share comes to.
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+# One of these is in a worker's last report.
+_LAST_WORDS = frozenset({"done", "failed", "invalid"})
 
 _RESULT = "rank int, digest string, model binary"
 
@@ -214,7 +226,10 @@ class SingleTrainer(Trainer):
             shuffle=False,  # _Batches does
             verbose=0,
         )
-        return model
+        # A copy is without what only training needs, such as the optimizer's numbers.
+        trained = model_from_bytes(model_to_bytes(self._model))
+        trained.set_weights(model.get_weights())
+        return trained
 
 
 class SynchronousTrainer(Trainer):
@@ -231,10 +246,16 @@ class SynchronousTrainer(Trainer):
     Raises
     ------
     ValueError
-        From `train`, if Spark has fewer slots than `num_workers`.
+        From `train`, if Spark has fewer slots than `num_workers`, or starts executors when it likes
+        (``spark.dynamicAllocation.enabled``).
     TrainingError
-        From `train`, if a worker fails, dies, or says nothing for 120 s; or if the workers' weights
-        aren't identical at the end.
+        From `train`, if a worker fails, dies, or, once it has begun, says nothing for 120 s; or if
+        the workers' weights aren't identical at the end.
+
+    Notes
+    -----
+    The workers report to the driver at ``spark.driver.host``, at a port that is free. Where only
+    some are open, ``spark.helpers.training.port`` names one. Among each other they use free ports.
 
     References
     ----------
@@ -278,14 +299,20 @@ class SynchronousTrainer(Trainer):
 
     def _check_slots(self, spark: SparkSession) -> None:
         """Refuse what Spark could never start; it would try for ten minutes before it says so."""
-        context = spark.sparkContext._jsc.sc()
-        profile = context.resourceProfileManager().defaultResourceProfile()
-        slots = context.maxNumConcurrentTasks(profile)
-        if slots < self._num_workers:
+        if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
             raise ValueError(
-                f"num_workers is {self._num_workers}, but Spark runs {slots} tasks at a time: give "
-                "it more cores or executors, or take fewer workers."
+                "workers in step need executors that are there: make the Spark session with "
+                "spark.dynamicAllocation.enabled=false and as many executors as you need."
             )
+        local = spark.sparkContext.master.startswith("local[")
+        deadline = time.monotonic() + (0 if local else SLOTS_SECONDS)
+        while (slots := _slots(spark)) < self._num_workers:
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"num_workers is {self._num_workers}, but Spark runs {slots} tasks at a time: "
+                    "give it more cores or executors, or take fewer workers."
+                )
+            time.sleep(0.2)
 
     def _run(self, rows: DataFrame, reports: _Reports) -> list[Row]:
         """Have Spark run the workers, and print what they report; return their results."""
@@ -293,7 +320,7 @@ class SynchronousTrainer(Trainer):
         model = spark.sparkContext.broadcast(model_to_bytes(self._model))
         plan = self._plan(rows)
         work = worker_function(plan, model, reports.address, reports.token)
-        # One partition a worker, of as many rows as the others'.
+        # One partition a worker, of about as many rows as the others'.
         parts = rows.repartition(self._num_workers)
         job = _Job(parts.mapInArrow(work, _RESULT, barrier=True))
         try:
@@ -321,12 +348,13 @@ class SynchronousTrainer(Trainer):
 
     def _take(self, reports: _Reports, job: _Job) -> None:
         """Take the next report; raise if it is bad news, or is missing for too long."""
-        deadline = time.monotonic() + SILENT_SECONDS
+        began = time.monotonic()
         while (report := reports.next()) is None:
-            # Before the workers begin, Spark computes their rows.
-            if not job.is_running() or (not reports.have_come and job.has_active_tasks()):
+            if not job.is_running() or reports.have_come(self._num_workers):
                 return
-            if time.monotonic() > deadline:
+            if reports.first_came is None and job.has_active_tasks():  # which compute their rows
+                return
+            if time.monotonic() > (reports.first_came or began) + SILENT_SECONDS:
                 raise TrainingError(
                     f"the workers have said nothing for {SILENT_SECONDS} s: see whether other jobs "
                     "have Spark's slots, and whether the workers reach each other and the driver."
@@ -361,10 +389,18 @@ def fingerprint(df: DataFrame) -> str:
     True
     """
     names = sorted(df.columns)
-    hashes = F.xxhash64(*[F.col(f"`{name}`") for name in names]).cast("decimal(20, 0)")
+    columns = [F.col(f"`{name}`") for name in names]
+    # The hash passes over nulls, wherever they are.
+    hashes = F.xxhash64(*columns, *[column.isNull() for column in columns]).cast("decimal(20, 0)")
     rows, total = df.select(F.count(F.lit(1)), F.sum(hashes)).first()
     digest = hashlib.sha256(f"{names} {rows} {total}".encode()).hexdigest()
     return f"{rows} rows, {digest[:16]}"
+
+
+def _slots(spark: SparkSession) -> int:
+    """Return how many tasks Spark can run at a time, with the executors that it has now."""
+    context = spark.sparkContext._jsc.sc()
+    return context.maxNumConcurrentTasks(context.resourceProfileManager().defaultResourceProfile())
 
 
 class _Job:
@@ -431,16 +467,19 @@ class _Reports:
 
     def __init__(self, spark: SparkSession) -> None:
         self.token = secrets.token_hex(16)
-        self.have_come = False
+        self._ranks: set[int] = set()  # of the workers that have begun
+        self.first_came: float | None = None  # when the first one has, by the monotonic clock
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
         host = spark.conf.get("spark.driver.host")
         bind = spark.conf.get("spark.driver.bindAddress", host)
+        port = int(spark.conf.get("spark.helpers.training.port", "0"))
         try:
-            self._server = socketserver.ThreadingTCPServer((bind, 0), self._handler())
+            self._server = socketserver.ThreadingTCPServer((bind, port), self._handler())
         except OSError as error:
             raise TrainingError(
-                f"the driver can't listen at {bind} for the workers' reports ({error.strerror}): "
-                "set spark.driver.bindAddress to an address of this machine."
+                f"the driver can't listen at {bind}:{port} for the workers' reports "
+                f"({error.strerror}): set spark.driver.bindAddress to an address of this machine, "
+                "and spark.helpers.training.port to a port that is free."
             ) from error
         self._server.daemon_threads = True
         self.address = (host, self._server.server_address[1])
@@ -456,10 +495,16 @@ class _Reports:
     def next(self, seconds: float = 0.2) -> dict[str, Any] | None:
         """Return the next report, or None if there is none for a while."""
         with contextlib.suppress(queue.Empty):
-            report = self._queue.get(timeout=seconds)
-            self.have_come = True
-            return report
+            return self._queue.get(timeout=seconds)
         return None
+
+    def have_come(self, workers: int) -> bool:
+        """Tell whether so many workers have begun; each has a time limit of its own then."""
+        return len(self._ranks) == workers
+
+    def _met(self, rank: int) -> None:
+        self.first_came = self.first_came or time.monotonic()
+        self._ranks.add(rank)
 
     def are_read(self) -> bool:
         return self._queue.empty()
@@ -476,23 +521,38 @@ class _Reports:
         return report["failed"]
 
     def _handler(self) -> type[socketserver.StreamRequestHandler]:
-        put, token = self._queue.put, self.token
+        put, met, token = self._queue.put, self._met, self.token
 
         class Handler(socketserver.StreamRequestHandler):
             """Reads the reports of one worker, a line each, and tells if they break off."""
 
+            timeout = CONNECT_SECONDS
+
             def handle(self) -> None:
-                hello = json.loads(self.rfile.readline() or "{}")
+                hello = self._next_report("somebody")
                 if not secrets.compare_digest(str(hello.get("token")), token):
                     return
-                put({})
-                last = {}
-                for line in self.rfile:
-                    last = json.loads(line)
-                    put(last)
-                if not last.keys() & {"done", "failed", "invalid"}:
-                    put({"failed": f"worker {hello['rank']}: its Spark task has died.",
-                         "died": True})  # fmt: skip
+                met(hello["rank"])
+                self.connection.settimeout(SILENT_SECONDS)
+                report: dict[str, Any] = {}
+                while not report.keys() & _LAST_WORDS:
+                    put(report)
+                    report = self._next_report(f"worker {hello['rank']}")
+                put(report)
+
+            def _next_report(self, who: str) -> dict[str, Any]:
+                """Return what a worker says next, or that it won't say anything any more."""
+                reason = "its Spark task has died."
+                try:
+                    return dict(json.loads(self.rfile.readline()))
+                except TimeoutError:
+                    reason = (
+                        f"it has said nothing for {SILENT_SECONDS} s: see whether the workers "
+                        "reach each other."
+                    )
+                except (OSError, ValueError, TypeError):  # broken off, perhaps in a line's middle
+                    pass
+                return {"failed": f"{who}: {reason}", "died": True}
 
         return Handler
 
@@ -539,13 +599,13 @@ def _entries(df: DataFrame, name: str) -> Column:
     """Return a column of vectors, of arrays or of numbers as one of arrays or numbers."""
     if name not in df.columns:
         raise ValueError(f"there is no column {name!r}; the columns are {df.columns}.")
-    found = df.schema[name].dataType
+    found, column = df.schema[name].dataType, F.col(f"`{name}`")
     if isinstance(found, VectorUDT):
-        return vector_entries(df[name]).cast("array<float>")
+        return vector_entries(column).cast("array<float>")
     if isinstance(found, ArrayType) and isinstance(found.elementType, NumericType):
-        return df[name].cast("array<float>")
+        return column.cast("array<float>")
     if isinstance(found, NumericType):
-        return df[name].cast("float")
+        return column.cast("float")
     raise ValueError(f"column {name!r} must hold vectors or numbers, not {found.simpleString()}.")
 
 

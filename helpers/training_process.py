@@ -74,8 +74,8 @@ class Replica:
             answers = self.model(features, training=True)
             loss = self._loss_of_all(labels, answers)
             # What the layers add, such as the size of weights, is of the update, not of a row.
-            added = sum(self.model.losses) / self._workers
-            target = loss / count + added
+            loss += count * sum(self.model.losses) / self._workers
+            target = self._optimizer.scale_loss(loss / count)
         gradients = tape.gradient(
             target, self.model.trainable_variables, unconnected_gradients="zero"
         )
@@ -87,7 +87,9 @@ class Replica:
 
     def _losses(self, features, labels):
         answers = self.model(features, training=False)
-        return self._sum([self._loss_of_all(labels, answers), _right(labels, answers)])
+        loss = self._loss_of_all(labels, answers)
+        loss += tensorflow.cast(tensorflow.shape(features)[0], loss.dtype) * sum(self.model.losses)
+        return self._sum([loss, _right(labels, answers)])
 
     def _loss_of_all(self, labels, answers):
         """Return the sum of the losses of one worker's rows."""
@@ -98,6 +100,10 @@ class Replica:
                 "update need one a row: shape (rows,)."
             )
         return tensorflow.reduce_sum(losses)
+
+    def finish(self) -> None:
+        """Make of the weights what the optimizer leaves at the end, such as their average."""
+        self._optimizer.finalize_variable_values(self.model.trainable_variables)
 
     @tensorflow.function(autograph=False)
     def average_state(self) -> None:
@@ -174,6 +180,7 @@ class Training:
             report |= self._validate()
             if self._plan["rank"] == 0:
                 self._report({**report, "seconds": time.monotonic() - began})
+        self._replica.finish()
 
     def _train(self) -> dict[str, float]:
         order = self._random.permutation(len(self._rows.labels))
@@ -263,4 +270,6 @@ if __name__ == "__main__":
         # The first line is what went wrong; what TensorFlow writes below it is where.
         reason = [*str(error).strip().splitlines(), ""][0]
         print(json.dumps({"failed": f"{type(error).__name__}: {reason}"}), flush=True)
+        # When one worker has died, Spark kills the others' tasks, which can't do this then.
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
         raise

@@ -26,10 +26,13 @@ from typing import Any, NamedTuple
 import numpy
 import pyarrow
 import pyarrow.compute
-from pyspark import BarrierTaskContext
+from pyspark import BarrierTaskContext, SparkFiles
 from pyspark.broadcast import Broadcast
 
 CONNECT_SECONDS = 10
+# What TensorFlow would send the workers' words to each other through, loopback's included.
+_PROXIES = ("http_proxy", "https_proxy", "grpc_proxy")
+
 END_SECONDS = 30  # how long a process may take to end when it has said its last
 REPORT_SECONDS = 5  # how often a worker says that it lives
 
@@ -134,7 +137,7 @@ def _numbers(column: pyarrow.ChunkedArray, name: str) -> numpy.ndarray:
 
 def _refuse_nulls(column: pyarrow.ChunkedArray, name: str) -> None:
     if column.null_count:
-        raise InvalidRowsError(f"{column.null_count} rows have no {name}: leave them out.")
+        raise InvalidRowsError(f"{name} has {column.null_count} nulls: leave these rows out.")
 
 
 def worker_function(plan: dict[str, Any], model: Broadcast, driver: tuple[str, int], token: str):
@@ -161,10 +164,10 @@ def worker_function(plan: dict[str, Any], model: Broadcast, driver: tuple[str, i
     def work(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
         context = BarrierTaskContext.get()
         rank = context.partitionId()
-        with _Reporter(driver, token, rank) as report, tempfile.TemporaryDirectory() as folder:
+        with _Reporter(driver, token, rank) as report, _folder() as folder:
             try:
                 with report.regularly():
-                    _prepare(Path(folder), context, plan, model.value, batches)
+                    _prepare(Path(folder), context, plan, model.value, batches, report.host)
             except InvalidRowsError as error:
                 report({"invalid": str(error)})
                 raise
@@ -175,20 +178,30 @@ def worker_function(plan: dict[str, Any], model: Broadcast, driver: tuple[str, i
     return work
 
 
+def _folder() -> tempfile.TemporaryDirectory:
+    """Return a new folder for what the process needs.
+
+    It is in Spark's own folder, which Spark removes when it ends: a task that is killed at a wrong
+    moment can't do it.
+    """
+    place = Path(SparkFiles.getRootDirectory()).absolute()
+    return tempfile.TemporaryDirectory(prefix="training-", dir=place)
+
+
 def _prepare(
     folder: Path,
     context: BarrierTaskContext,
     plan: dict[str, Any],
     model: bytes,
     batches: Iterator[pyarrow.RecordBatch],
+    host: str,
 ) -> None:
-    """Write down what the process needs."""
+    """Write down what the process needs; the other workers reach it at `host`."""
     rank = context.partitionId()
     batches = list(batches)
     schema = batches[0].schema if batches else _schema(plan["label_is_list"])
     table = pyarrow.Table.from_batches(batches, schema)
     training, validation = split_rows(table, plan["inputs"], plan["outputs"])
-    host = context.getTaskInfos()[rank].address.rpartition(":")[0]
     # The port is free when it is chosen, and a moment later, when the process takes it, too.
     with socket.create_server((host, 0)) as server:
         mine = {
@@ -217,12 +230,14 @@ def _schema(label_is_list: bool) -> pyarrow.Schema:
 def _run_process(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     """Have a process of its own train, and hand on what it says."""
     log, failed = folder / "log.txt", None
+    environment = {name: os.environ[name] for name in os.environ if name.lower() not in _PROXIES}
     # Spark has shipped the helpers to where only this process looks for them.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-m", "helpers.training_process", str(folder)]
     with log.open("w") as errors, subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         env=environment,
+        start_new_session=True,  # PySpark ends its whole group at once; this one cleans up first
     ) as process:  # fmt: skip
         try:
             for line in process.stdout:
@@ -235,8 +250,12 @@ def _run_process(folder: Path, report: Callable[[dict[str, Any]], None]) -> None
     if code < 0:
         raise WorkerDiedError(_how_it_ended(signal.Signals(-code)))
     if code:
-        last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-        raise RuntimeError(f"its process failed: {failed or ' '.join(last)}")
+        raise RuntimeError(f"its process failed: {failed or _last_line(log)}")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    return lines[-1] if lines else "it didn't say why"
 
 
 def _how_it_ended(by: signal.Signals) -> str:
@@ -259,6 +278,7 @@ class _Reporter:
     def __init__(self, driver: tuple[str, int], token: str, rank: int) -> None:
         self._rank, self._lock = rank, threading.Lock()
         self._socket = socket.create_connection(driver, timeout=CONNECT_SECONDS)
+        self.host = self._socket.getsockname()[0]  # this machine, as others reach it
         self({"token": token, "rank": rank})
 
     def __call__(self, report: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Training on a Spark DataFrame: by one process, and by several Spark tasks in step."""
 
 import contextlib
+import json
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import psutil
 import pyarrow
 import pytest
 import tensorflow
-from processes import wait_until
+from processes import run_python, wait_until
 from pyspark.ml.functions import array_to_vector
 from sklearn.metrics import roc_auc_score
 
@@ -120,6 +122,7 @@ def test_the_network_that_is_given_stays_as_it_is(spark):
     trained = SingleTrainer(model, **by_number()).train(rows_of(spark, range(8)))
     assert all(map(numpy.array_equal, model.get_weights(), before))
     assert not numpy.array_equal(trained.get_weights()[0], before[0])
+    assert not trained.compiled  # an optimizer would go into each file
 
 
 @pytest.mark.parametrize("numbers", [[3], [1, 2, 3]], ids=["a worker without rows", "odd parts"])
@@ -127,10 +130,8 @@ def test_workers_with_different_numbers_of_rows_use_them_all(spark, numbers, cap
     """Otherwise the last rows would be left out, or the workers wait for each other for ever."""
     recipe = by_number(batch_size=3)
     trainers = [make(tiny(), "sgd", **recipe) for make in (SingleTrainer, SynchronousTrainer)]
-    one, other = (trainer.train(rows_of(spark, numbers)).get_weights() for trainer in trainers)
     # One update of all rows, by one or by two: the same, but for the order of sums.
-    for weights, others in zip(one, other, strict=True):
-        numpy.testing.assert_allclose(weights, others, atol=1e-6)
+    assert_same_weights(*(trainer.train(rows_of(spark, numbers)) for trainer in trainers))
 
 
 # A loss, as many outputs as it is used with, and a label.
@@ -156,18 +157,62 @@ def test_a_worker_takes_losses_as_keras_does(loss, outputs, label):
          "label": pyarrow.array([label] * 3, label_type), "validates": [False] * 3}
     )  # fmt: skip
     rows = split_rows(table, 2, outputs)[0]
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
+    copy = copy_of(model)
     copy.compile("sgd", loss)
     expected = copy.train_on_batch(*rows)
-    plan = {"optimizer": keras.optimizers.serialize(keras.optimizers.get("sgd")),
+    total, _ = replica_of(model, "sgd", loss, rows).update(*rows, numpy.float32(3))
+    assert float(total) / 3 == pytest.approx(float(expected), rel=1e-5)
+    assert_same_weights(model, copy)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.SGD(0.5, loss_scale_factor=1_024),
+        keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5),
+        keras.optimizers.AdamW(0.1, weight_decay=0.1, global_clipnorm=0.5),
+        keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.5)),
+    ],
+    ids=["scaled", "averaged", "decayed", "slower and slower"],
+)
+def test_a_worker_takes_optimizers_as_keras_does(optimizer):
+    """Otherwise the same optimizer would do something else for one trainer than for the other."""
+    model = tiny(keras.layers.Dense(3, "tanh", kernel_regularizer=keras.regularizers.L2(0.1)))
+    rows = Rows(numpy.eye(2, dtype="float32"), numpy.array([0, 1], "float32"))
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    copy = copy_of(model)
+    copy.compile(optimizer.from_config(optimizer.get_config()), loss)
+    history = copy.fit(*rows, batch_size=2, epochs=10, verbose=0, validation_data=tuple(rows))
+    replica = replica_of(model, optimizer, loss, rows)
+    for epoch in range(10):
+        trained, measured = (
+            float(total) / 2
+            for total, _ in (replica.update(*rows, numpy.float32(2)), replica.measure(*rows))
+        )
+        assert trained == pytest.approx(history.history["loss"][epoch], abs=1e-5)
+        assert measured == pytest.approx(history.history["val_loss"][epoch], abs=1e-5)
+    replica.finish()
+    assert_same_weights(model, copy)
+
+
+def copy_of(model):
+    """Return a network of the same layers and weights."""
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def replica_of(model, optimizer, loss, rows):
+    """Return what trains a network as the only worker."""
+    plan = {"optimizer": keras.optimizers.serialize(keras.optimizers.get(optimizer)),
             "loss": keras.losses.serialize(loss), "label_shape": rows.labels.shape[1:],
             "inputs": 2, "workers": [{}]}  # fmt: skip
-    total, _ = Replica(model, plan, tensorflow.distribute.get_strategy()).update(
-        *rows, numpy.float32(3)
-    )
-    assert float(total) / 3 == pytest.approx(float(expected), rel=1e-5)
-    for weights, others in zip(model.get_weights(), copy.get_weights(), strict=True):
+    return Replica(model, plan, tensorflow.distribute.get_strategy())
+
+
+def assert_same_weights(one, other):
+    """Fail if the weights of two networks differ by more than rounding."""
+    for weights, others in zip(one.get_weights(), other.get_weights(), strict=True):
         numpy.testing.assert_allclose(weights, others, atol=1e-6)
 
 
@@ -212,7 +257,7 @@ def test_a_worker_that_dies_fails_the_training_soon(spark, events, victim_of, re
     assert failed - killed < 30
     assert reason in message and message.startswith("worker ")
     wait_until(lambda: not any(worker.is_running() for worker in workers), seconds=30)
-    assert not any(Path(worker.folder).exists() for worker in workers)
+    wait_until(lambda: not any(Path(worker.folder).exists() for worker in workers), seconds=30)
 
 
 def training_processes():
@@ -241,7 +286,7 @@ def test_more_workers_than_slots_are_refused_at_once(spark, events):
         ([([1.0, float("nan")], 0)], "features has values that are not finite"),
         ([([1.0], 0)], "'features' has 1 entries a row, but the network has 2 inputs"),
         ([([1.0], 0), ([1.0, 2.0], 0)], "'features' has 1 .*entries a row, but the network has 2"),
-        ([([1.0, 2.0], None)], "1 rows have no label"),
+        ([([1.0, 2.0], None)], "label has 1 nulls"),
         ([([1.0, 2.0], 2)], "label 2 is none of the classes 0 to 1"),
     ],
 )  # fmt: skip
@@ -250,6 +295,14 @@ def test_rows_that_cannot_be_learnt_from_are_refused(spark, make, rows, reason):
     df = spark.createDataFrame(rows, "features array<double>, label int")
     with pytest.raises(ValueError, match=reason):
         make(tiny(), **by_number()).train(df)
+
+
+def test_a_column_may_have_a_dot_in_its_name(spark):
+    """Otherwise Spark would look for a field of a struct, and say so."""
+    df = rows_of(spark, range(4)).withColumnRenamed("label", "event.label")
+    trainer = SingleTrainer(tiny(), **by_number(label_col="event.label"))
+    trainer.train(df)
+    assert len(trainer.get_history()) == 1
 
 
 @pytest.mark.parametrize("make", [SingleTrainer, SynchronousTrainer])
@@ -327,10 +380,75 @@ def test_a_fingerprint_tells_data_apart(spark):
     assert fingerprint(df) != fingerprint(df.withColumnRenamed("Label", "label"))
     assert fingerprint(df) != fingerprint(df.limit(1))
     assert fingerprint(df) != fingerprint(df.replace("s", "b"))
+    one, other = (spark.createDataFrame([row], "a int, b int") for row in ((1, None), (None, 1)))
+    assert fingerprint(one) != fingerprint(other)
 
 
 def test_silence_is_an_error_in_time(spark, events, monkeypatch):
     """Otherwise a training whose slots others have would wait for ever."""
-    monkeypatch.setattr(training, "SILENT_SECONDS", 0.0)
-    with pytest.raises(TrainingError, match=r"said nothing for 0.0 s: see whether other jobs"):
+    monkeypatch.setattr(training, "SILENT_SECONDS", 0.01)
+    with pytest.raises(TrainingError, match=r"said nothing for 0\.01 s: see whether"):
         SynchronousTrainer(tiny(), **by_number()).train(rows_of(spark, [1, 2]))
+
+
+@pytest.mark.parametrize(
+    "last, reason",
+    [(None, "it has said nothing for 0.5 s"), (b'{"epo', "its Spark task has died")],
+    ids=["silence", "half a line"],
+)
+def test_a_worker_that_is_lost_is_named(spark, monkeypatch, last, reason):
+    """Otherwise nobody would know on which machine to look."""
+    monkeypatch.setattr(training, "SILENT_SECONDS", 0.5)
+    with training._Reports(spark) as reports, socket.create_connection(reports.address) as worker:
+        worker.sendall(json.dumps({"token": reports.token, "rank": 3}).encode() + b"\n")
+        if last:
+            worker.sendall(last)
+            worker.close()
+        report = wait_until(reports.next, seconds=10)
+    assert report["died"] and report["failed"].startswith(f"worker 3: {reason}")
+
+
+def test_what_is_no_worker_is_passed_over(spark, capfd):
+    """Otherwise whoever tries a port could end a training, or write into a notebook."""
+    with training._Reports(spark) as reports:
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"token": "guessed", "rank": 0}\n'):
+            with socket.create_connection(reports.address) as somebody:
+                somebody.sendall(said)
+                assert somebody.recv(1) == b""  # and so it was read, and the connection closed
+        assert reports.next() is None and reports.first_came is None
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_port_for_reports_can_be_chosen(spark):
+    """Otherwise no worker would reach a driver of which only some ports are open."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    spark.conf.set("spark.helpers.training.port", port)
+    try:
+        with training._Reports(spark) as reports:
+            assert reports.address[1] == port
+            with pytest.raises(TrainingError, match=r"training\.port to a port that is free"):
+                training._Reports(spark)
+    finally:
+        spark.conf.unset("spark.helpers.training.port")
+
+
+def test_a_proxy_is_not_between_the_workers(spark, monkeypatch):
+    """Otherwise no training would begin where a proxy leads to the internet."""
+    monkeypatch.setitem(spark.sparkContext.environment, "http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(training, "SILENT_SECONDS", 60)
+    trainer = SynchronousTrainer(tiny(), **by_number())
+    trainer.train(rows_of(spark, [1, 2]))
+    assert len(trainer.get_history()) == 1
+
+
+@pytest.mark.long
+def test_an_executor_that_dies_leaves_nothing_and_is_waited_for():
+    """Otherwise events would lie on a cluster's machines, and the next try would be refused."""
+    run = run_python("tests/training_on_executors.py", seconds=300)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["seconds"] < 30
+    assert found["error"].startswith("worker ")
+    assert found["left"] == []
+    assert found["epochs_afterwards"] == 1
