@@ -187,7 +187,8 @@ def read_events_in_spark(spark: SparkSession, path: str) -> DataFrame:
     Returns
     -------
     pyspark.sql.DataFrame
-        As `read_events` returns them; actions fail if a value isn't what its column holds.
+        As `read_events` returns them; an action fails if a value that it uses isn't what its
+        column holds.
 
     Raises
     ------
