@@ -300,9 +300,9 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     """
     path = _local(path)
     files = _files_in(model_to_bytes(model.network), path)
-    digest = _digest(files, model.contract)
-    contract = _json({"contract": asdict(model.contract), "digest": digest})
-    content = _archive({**files, CONTRACT: contract})
+    contract = asdict(model.contract)
+    written = _json({"contract": contract, "digest": _digest(files, contract)})
+    content = _archive({**files, CONTRACT: written})
     saved = _serving_model_in(content, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
@@ -357,13 +357,14 @@ def _local(path: str | os.PathLike[str]) -> Path:
 def _serving_model_in(content: bytes, path: Path) -> ServingModel:
     """Return the serving model that a file with this content holds."""
     files = _files_in(content, path)
-    contract, digest = _contract_in(files, path)
+    contract, written = _contract_in(files, path)
     faults = contract.faults()
     try:
-        if digest != _digest(files, contract):
-            faults.append("network or contract were changed after they were saved together")
+        digest = _digest(files, written["contract"])
     except (ValueError, RecursionError) as error:
         raise ServingModelError(f"{path} has no network that can be loaded: {error}.") from None
+    if digest != written["digest"]:
+        faults.append("network or contract were changed after they were saved together")
     if not faults:
         # Without the contract: Keras takes a part that it doesn't know for a folder of assets.
         network = _network_in(_archive({name: files[name] for name in _KERAS_FILES}), path)
@@ -399,22 +400,24 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
     return content.getvalue()
 
 
-def _contract_in(files: Mapping[str, bytes], path: Path) -> tuple[Contract, str]:
-    """Return the contract in a ``.keras`` file, and the digest of it and its network."""
+def _contract_in(
+    files: Mapping[str, bytes], path: Path
+) -> tuple[Contract, dict[str, object]]:
+    """Return the contract in a ``.keras`` file, and as it is written there, with its digest."""
     if CONTRACT not in files:
         raise ServingModelError(
             f"{path} has no contract: write it with helpers.model.save_serving_model."
         )
     try:
-        whole = json.loads(files[CONTRACT])
-        parts = dict(whole["contract"])
+        written = json.loads(files[CONTRACT])
+        parts, _ = dict(written["contract"]), written["digest"]
         known = {part.name: part.type for part in fields(Contract)}
         for name, value in parts.items():
             if known[name].startswith("tuple"):
                 parts[name] = tuple(_checked_list(name, value))
         contract = Contract(**parts)
         contract.faults()  # which can't compare what has another type
-        return contract, str(whole["digest"])
+        return contract, written
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ServingModelError(f"{path} has a contract that isn't whole: {error}.") from None
 
@@ -465,10 +468,10 @@ def _scales_with(network: keras.Model, contract: Contract) -> bool:
                for one, other in pairs)  # fmt: skip
 
 
-def _digest(files: Mapping[str, bytes], contract: Contract) -> str:
+def _digest(files: Mapping[str, bytes], contract: Mapping[str, object]) -> str:
     """Return the digest of the network in the files of a ``.keras`` file, and of its contract."""
     layers = json.loads(files["config.json"], object_hook=_without_address)
-    digest = hashlib.sha256(_json([asdict(contract), layers]))
+    digest = hashlib.sha256(_json([contract, layers]))
     digest.update(files["model.weights.h5"])
     return digest.hexdigest()
 

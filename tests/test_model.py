@@ -213,7 +213,7 @@ def test_what_is_no_network_is_refused(serving_model, tmp_path, network):
     with zipfile.ZipFile(path) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
     contract = json.loads(parts[CONTRACT])
-    contract["digest"] = _digest({**parts, "config.json": config.encode()}, serving_model.contract)
+    contract["digest"] = _digest({**parts, "config.json": config.encode()}, contract["contract"])
     rewritten(path, "config.json", config)
     rewritten(path, CONTRACT, json.dumps(contract))
     with pytest.raises(ServingModelError, match="has no network that can be loaded"):
