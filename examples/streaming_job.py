@@ -25,6 +25,7 @@ from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
 from helpers.broker import check_address
+from helpers.files import full_path
 from helpers.higgs import EVENT_ID
 from helpers.jars import JarsError
 from helpers.model import build_model
@@ -123,7 +124,8 @@ class Job:
 
     def run_structured(self) -> None:
         """Score with Structured Streaming: Spark keeps in the checkpoint where it is."""
-        ranges_of = CheckpointRanges(self._spark, self._options.checkpoint)
+        checkpoint = full_path(self._spark, self._options.checkpoint)
+        ranges_of = CheckpointRanges(self._spark, checkpoint)
         positions = self._sink.positions()
         missing = {
             part: end for part, end in ranges_of.finished().items() if positions.get(part, 0) < end
@@ -142,7 +144,7 @@ class Job:
         trigger = {"availableNow": True} if now else {"processingTime": self._interval()}
         query = records.writeStream.foreachBatch(self.process_instances).trigger(**trigger)
         with self._monitor.follow(self._spark):
-            query = query.option("checkpointLocation", self._options.checkpoint).start()
+            query = query.option("checkpointLocation", checkpoint).start()
             try:
                 while not self._stopping.is_set() and not query.awaitTermination(1):
                     pass

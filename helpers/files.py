@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from typing import Any
 
 from py4j.java_gateway import JavaObject
@@ -154,6 +155,25 @@ class JsonFolder:
 
     def _path(self, name: str) -> JavaObject:
         return self._jvm.org.apache.hadoop.fs.Path(self._folder, name)
+
+
+def full_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
+    """Return a path with its file system, as Structured Streaming needs it of a checkpoint.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client knows which file system is meant where none is named.
+    path : str or path-like
+        Such as ``/tmp/scored`` or ``hdfs:///tmp/scored``.
+
+    Examples
+    --------
+    >>> full_path(spark, "/tmp/scored")
+    'file:/tmp/scored'
+    """
+    hadoop_path, files = _file_system(spark, os.fspath(path))
+    return files.makeQualified(hadoop_path).toString()
 
 
 def folder_names(spark: SparkSession, folder: str) -> list[str]:

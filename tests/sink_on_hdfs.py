@@ -8,7 +8,7 @@ import sys
 
 from test_sinks import stored, write
 
-from helpers.files import JsonFolder
+from helpers.files import JsonFolder, full_path
 from helpers.jars import fetch_jars
 from helpers.session import get_spark
 from helpers.sinks import ParquetSink, SinkError
@@ -34,11 +34,22 @@ def main(folder: str) -> None:
     cluster = getattr(hadoop.hdfs, "MiniDFSCluster$Builder")(configuration).build()
     try:
         cluster.waitActive()
-        path = f"{cluster.getFileSystem().getUri().toString()}/scored"
-        print(json.dumps(try_sink(spark, path)))
+        uri = cluster.getFileSystem().getUri().toString()
+        spark._jsc.hadoopConfiguration().set("fs.defaultFS", uri)  # as a cluster's own settings do
+        found = try_sink(spark, f"{uri}/scored")
+        found["checkpoint"] = checkpointed(spark, full_path(spark, "hdfs:///checkpoint"))
+        print(json.dumps(found))
     finally:
         cluster.shutdown()
         spark.stop()
+
+
+def checkpointed(spark, checkpoint):
+    """Run a stream with a checkpoint there, and return the checkpoint's path."""
+    rate = spark.readStream.format("rate").load()
+    query = rate.writeStream.format("noop").trigger(availableNow=True)
+    query.option("checkpointLocation", checkpoint).start().awaitTermination(60)
+    return checkpoint
 
 
 def try_sink(spark, path):

@@ -19,3 +19,4 @@ def test_a_sink_on_hdfs_keeps_its_promises(tmp_path):
     assert found["offsets"] == list(range(15))
     assert "another job writes to hdfs://" in found["second sink"]
     assert "is there already" in found["second manifest"]
+    assert found["checkpoint"] == found["path"].replace("scored", "checkpoint")
