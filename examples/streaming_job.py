@@ -54,8 +54,8 @@ RECORDS_PER_PARTITION_AND_SECOND = 10_000
 FINISH_SECONDS = 60
 
 
-# From Kafka's records to scored ones, and which class is signal.
-Score = Callable[[DataFrame], tuple[DataFrame, int]]
+# From Kafka's records to scored ones.
+Score = Callable[[DataFrame], DataFrame]
 
 
 class Job:
@@ -70,7 +70,9 @@ class Job:
     sink : ParquetSink
         Where the scored events go; it is open.
     score : callable
-        What makes a batch's records into scored events, and says which class is signal.
+        What makes a batch's records into scored events.
+    signal_index : int
+        Which class is signal.
     stopping : threading.Event
         Set when the job is to end.
     """
@@ -81,21 +83,21 @@ class Job:
         options: argparse.Namespace,
         sink: ParquetSink,
         score: Score,
+        signal_index: int,
         stopping: threading.Event,
     ) -> None:
         self._spark, self._options, self._sink, self._stopping = spark, options, sink, stopping
         self._settings = kafka_settings(options)
         self._monitor = Monitor()
-        self._score = score
+        self._score, self._signal_index = score, signal_index
 
     def process_instances(self, df: DataFrame, batch_id: int) -> None:
         """Score a batch, unless it is in the sink already."""
         if self._sink.has(batch_id):
             return
         with self._monitor.batch(batch_id) as counts:
-            scored, signal_index = self._score(df)
-            scored = observe_records(keep_bad_records(scored), counts, signal_index)
-            self._sink.write(scored, batch_id)
+            scored = keep_bad_records(self._score(df))
+            self._sink.write(observe_records(scored, counts, self._signal_index), batch_id)
 
     def run_dstream(self) -> None:
         """Score with a DStream: the sink says where it begins, so it needs no checkpoint."""
@@ -168,27 +170,26 @@ class Job:
 def score_with_file(file: ModelFile) -> Score:
     """Return what scores records with a serving model; each batch with the version in the file."""
 
-    def score(records: DataFrame) -> tuple[DataFrame, int]:
+    def score(records: DataFrame) -> DataFrame:
         transformer, model = file.current(), file.model
-        events = parse_events(records, model.schema)
-        return transformer.transform(events), model.contract.signal_index
+        return transformer.transform(parse_events(records, model.schema))
 
     return score
 
 
 def score_as_walkthrough() -> Score:
-    """Return what scores records with the walkthrough's random network, whose signal is class 0."""
+    """Return what scores records with the walkthrough's random network."""
     stages = [
         EventNormalizer(features_col="event"),
         ModelPredictor(keras_model=build_model(), features_col="event", output_col="prediction"),
         LabelIndexTransformer(output_dim=2, input_col="prediction", output_col="prediction_index"),
     ]
 
-    def score(records: DataFrame) -> tuple[DataFrame, int]:
+    def score(records: DataFrame) -> DataFrame:
         scored = parse_events(records)
         for stage in stages:
             scored = stage.transform(scored)
-        return scored, 0
+        return scored
 
     return score
 
@@ -229,17 +230,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, stopping: threading.Event) -> None:
     """Start Spark, and score until the job is told to stop or has nothing left to do."""
-    score, event_id = score_as_walkthrough(), EVENT_ID
+    score, event_id, signal_index = score_as_walkthrough(), EVENT_ID, 0
     if options.model:
         file = ModelFile(options.model)
-        score, event_id = score_with_file(file), file.model.contract.event_id
+        contract = file.model.contract  # a new version has the same id and the same signal
+        score, event_id = score_with_file(file), contract.event_id
+        signal_index = contract.signal_index
     rate = {"spark.streaming.kafka.maxRatePerPartition": RECORDS_PER_PARTITION_AND_SECOND}
     spark = get_spark("Streaming job", config=rate)
     stop_at_signals(stopping)  # once more, for PySpark has its own reaction to Ctrl-C
     try:
         settings = kafka_settings(options)
-        with ParquetSink(spark, options.output, options.on_bad_record, settings, event_id) as sink:
-            job = Job(spark, options, sink, score, stopping)
+        with ParquetSink(
+            spark, options.output, options.on_bad_record, settings, event_id, signal_index
+        ) as sink:
+            job = Job(spark, options, sink, score, signal_index, stopping)
             job.run_dstream() if options.engine == "dstream" else job.run_structured()
     finally:
         spark.stop()

@@ -109,6 +109,7 @@ class ParquetSink:
         on_bad_record: str = "stop",
         settings: Mapping[str, str] | None = None,
         event_id: str = EVENT_ID,
+        signal_index: int = 0,
     ) -> None:
         if on_bad_record not in ON_BAD_RECORD:
             raise ValueError(
@@ -117,7 +118,8 @@ class ParquetSink:
         if on_bad_record == "dead-letter" and not settings:
             raise ValueError("dead letters go to Kafka: give its settings, too.")
         self._spark, self.path = spark, path.rstrip("/")
-        self._on_bad_record, self._settings, self._event_id = on_bad_record, settings, event_id
+        self._on_bad_record, self._settings = on_bad_record, settings
+        self._meaning = {"event_id": event_id, "signal_index": signal_index}
         self._writer: _Writer | None = None
         self._commits: JsonFolder | None = None
         self._number = -1  # of the last batch
@@ -200,11 +202,12 @@ class ParquetSink:
         names = self._commits.names()
         if names:
             last = self._commits.read(names[-1])
-            if last["event_id"] != self._event_id:
-                raise SinkError(
-                    f"{self.path} has events by {last['event_id']!r}, not by {self._event_id!r}: "
-                    "choose another path for these."
-                )
+            for name, value in self._meaning.items():
+                if last.get(name, value) != value:  # an older kit wrote no signal_index
+                    raise SinkError(
+                        f"{self.path} has results with {name} {last[name]!r}, not {value!r}: "
+                        "choose another path for these, or the model that they are from."
+                    )
             self._number = last["batch"]
             self._positions = {
                 TopicAndPartition(topic, partition): offset
@@ -242,7 +245,7 @@ class ParquetSink:
         prediction = vector_entries(F.col("prediction"))
         version = F.col(MODEL_VERSION) if MODEL_VERSION in scored.columns else F.lit(None)
         stored = scored.select(
-            self._event_id,
+            self._meaning["event_id"],
             prediction[0].alias("probability_0"),
             prediction[1].alias("probability_1"),
             F.col("prediction_index").cast("int").alias("predicted_index"),
@@ -262,7 +265,7 @@ class ParquetSink:
 
     def _treat_bad_records(self, folder: str, count: int) -> None:
         """Do with a batch's bad records what the sink was told."""
-        files = self._spark.read.schema(_STORED.format(event_id=self._event_id)).parquet(
+        files = self._spark.read.schema(_STORED.format(event_id=self._meaning["event_id"])).parquet(
             f"{self.path}/data/{folder}"
         )
         bad = files.where("bad IS NOT NULL")
@@ -286,7 +289,7 @@ class ParquetSink:
         names = folder_names(self._spark, f"{self.path}/data/{folder}")
         manifest = {
             "batch": number,
-            "event_id": self._event_id,
+            **self._meaning,
             "folder": folder,
             "files": [name for name in names if name.endswith(".parquet")],
             "ranges": [astuple(part) for part in ranges],

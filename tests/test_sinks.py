@@ -265,14 +265,18 @@ def test_a_folder_that_is_no_sink_is_refused(spark, tmp_path):
         read_scored(spark, str(tmp_path))
 
 
-def test_events_with_another_id_are_refused(spark, path):
-    """Otherwise the ids of one of both kinds would be read as null."""
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        ({"event_id": "Id"}, "has results with event_id 'EventId', not 'Id': choose another path"),
+        ({"signal_index": 1}, "has results with signal_index 0, not 1: choose another path"),
+    ],
+)
+def test_results_that_mean_something_else_are_refused(spark, path, other, reason):
+    """Otherwise ids would be read as null, or signal be counted with background."""
     with ParquetSink(spark, path) as sink:
         write(sink, spark, 0, 1)
-    with (
-        pytest.raises(SinkError, match="has events by 'EventId', not by 'Id': choose another path"),
-        ParquetSink(spark, path, event_id="Id"),
-    ):
+    with pytest.raises(SinkError, match=reason), ParquetSink(spark, path, **other):
         pass
 
 
