@@ -284,7 +284,7 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     Parameters
     ----------
     model : ServingModel
-        The network and its contract.
+        The network, with two outputs, and its contract.
     path : str or path-like
         Where to; the name ends in ``.keras``. Its folder is made if it isn't there.
 
@@ -296,9 +296,12 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     Raises
     ------
     ServingModelError
-        If network and contract disagree, or the path is none of this machine.
+        If network and contract disagree, or the path is none of this machine, or of a file that
+        isn't called ``.keras``.
     """
     path = _local(path)
+    if path.suffix != ".keras":
+        raise ServingModelError(f"{path} must end in .keras, by which Keras knows such a file.")
     files = _files_in(model_to_bytes(model.network), path)
     contract = asdict(model.contract)
     written = _json({"contract": contract, "digest": _digest(files, contract)})
@@ -482,8 +485,8 @@ def _without_address(part: dict[str, object]) -> dict[str, object]:
 
 
 def _json(content: object) -> bytes:
-    """Return what a contract has as JSON; NumPy's numbers become Python's."""
-    return json.dumps(content, indent=1, sort_keys=True, default=lambda n: n.item()).encode()
+    """Return what a contract has as JSON; NumPy's numbers and arrays become Python's."""
+    return json.dumps(content, indent=1, sort_keys=True, default=lambda n: n.tolist()).encode()
 
 
 def _library_versions() -> dict[str, str]:

@@ -26,7 +26,8 @@ class ServingTransformer(Transformer):
         The network and its contract.
     features_col : str
         Events that `helpers.records.parse_events` made with the model's `schema`. Where there is no
-        such column, the features are taken from the columns that have their names.
+        such column, the features are taken from the columns that have their names. An event of
+        which one is null or NaN has no prediction: it is null.
 
     Examples
     --------

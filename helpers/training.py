@@ -29,7 +29,7 @@ from pyspark import InheritableThread
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType, NumericType
+from pyspark.sql.types import ArrayType, DataType, NumericType
 
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.records import vector_entries
@@ -105,6 +105,7 @@ class Trainer(ABC):
         keras_model: keras.Model,
         worker_optimizer: str | keras.optimizers.Optimizer = "adam",
         loss: str | keras.losses.Loss = "categorical_crossentropy",
+        *,
         features_col: str = "features",
         label_col: str = "label",
         batch_size: int = 32,
@@ -116,8 +117,9 @@ class Trainer(ABC):
         _check_network(keras_model)
         self._model = keras_model
         # Copies: what an optimizer and a loss have learnt or counted stays with this training.
-        self._optimizer = keras.optimizers.serialize(keras.optimizers.get(worker_optimizer))
-        self._loss = keras.losses.serialize(_checked_loss(loss))
+        self._optimizer = keras.optimizers.serialize(_checked_optimizer(worker_optimizer))
+        checked_loss = _checked_loss(loss)
+        self._loss, self._loss_name = keras.losses.serialize(checked_loss), _name(checked_loss)
         self._features_col, self._label_col = features_col, label_col
         self._batch_size, self._num_epoch, self._seed = batch_size, num_epoch, seed
         self._history: list[dict[str, float]] = []
@@ -143,6 +145,7 @@ class Trainer(ABC):
         began = time.monotonic()
         self._history = []
         rows = self._rows(df, validation)
+        _check_labels(self._label_col, rows.schema["label"].dataType, self._loss_name)
         model = self._train(rows)
         self._seconds = time.monotonic() - began
         return model
@@ -267,6 +270,7 @@ class SynchronousTrainer(Trainer):
         keras_model: keras.Model,
         worker_optimizer: str | keras.optimizers.Optimizer = "adam",
         loss: str | keras.losses.Loss = "categorical_crossentropy",
+        *,
         num_workers: int = 2,
         features_col: str = "features",
         label_col: str = "label",
@@ -275,8 +279,8 @@ class SynchronousTrainer(Trainer):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            keras_model, worker_optimizer, loss, features_col, label_col, batch_size, num_epoch,
-            seed,
+            keras_model, worker_optimizer, loss, features_col=features_col, label_col=label_col,
+            batch_size=batch_size, num_epoch=num_epoch, seed=seed,
         )  # fmt: skip
         _check_positive("num_workers", num_workers)
         self._num_workers = num_workers
@@ -597,6 +601,11 @@ class _EpochCallback(keras.callbacks.Callback):
 
 def _entries(df: DataFrame, name: str) -> Column:
     """Return a column of vectors, of arrays or of numbers as one of arrays or numbers."""
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{name!r} is not the name of a column: put several into one with "
+            "pyspark.ml.feature.VectorAssembler."
+        )
     if name not in df.columns:
         raise ValueError(f"there is no column {name!r}; the columns are {df.columns}.")
     found, column = df.schema[name].dataType, F.col(f"`{name}`")
@@ -616,13 +625,42 @@ def _widths(model: keras.Model) -> tuple[int, int]:
 
 def _check_network(model: keras.Model) -> None:
     """Raise `ValueError` unless a network takes rows of numbers and returns such."""
-    shapes = {"inputs": model.input_shape, "outputs": model.output_shape}
+    try:
+        shapes = {"inputs": model.input_shape, "outputs": model.output_shape}
+    except AttributeError:
+        raise ValueError("the network has no inputs yet: let it begin with keras.Input.") from None
     for name, shape in shapes.items():
         if len(shape) != 2 or not all(isinstance(size, int) for size in shape[1:]):
             raise ValueError(
                 f"the network's {name} have the shape {shape}: to train on a table they must have "
                 f"(rows, {name})."
             )
+
+
+def _checked_optimizer(optimizer: str | keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Return an optimizer as Keras has it; raise `ValueError` if there is none."""
+    if optimizer is None:
+        raise ValueError("worker_optimizer is None: name one, such as 'adam'.")
+    return keras.optimizers.get(optimizer)
+
+
+def _name(loss: Any) -> str:
+    """Return the name that Keras has for a loss, be it an object or a function."""
+    return getattr(loss, "name", None) or getattr(loss, "__name__", "")
+
+
+def _check_labels(name: str, found: DataType, loss: str) -> None:
+    """Raise `ValueError` if a loss of classes is for labels of the other kind."""
+    kinds = {
+        "categorical_crossentropy": (ArrayType, "an entry a class"),
+        "sparse_categorical_crossentropy": (NumericType, "the number of the class"),
+    }
+    if loss in kinds and not isinstance(found, kinds[loss][0]):
+        (other,) = kinds.keys() - {loss}
+        raise ValueError(
+            f"the loss {loss!r} takes {kinds[loss][1]}, which column {name!r} doesn't hold: use "
+            f"loss={other!r}."
+        )
 
 
 def _checked_loss(loss: str | keras.losses.Loss) -> Any:

@@ -31,7 +31,14 @@ from pyspark.ml.util import (
     MLWriter,
 )
 from pyspark.sql import Column, DataFrame, functions
-from pyspark.sql.types import ArrayType, DataType, DoubleType, StructField, StructType
+from pyspark.sql.types import (
+    ArrayType,
+    DataType,
+    DoubleType,
+    NumericType,
+    StructField,
+    StructType,
+)
 
 from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
 from helpers.records import list_array, matrix_of, vector_entries
@@ -415,6 +422,12 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
             f"the model needs the columns {missing}, which aren't there; the columns are "
             f"{dataset.columns}."
         )
+    for name in names:
+        found = dataset.schema[name].dataType
+        if not isinstance(found, NumericType):
+            raise ValueError(
+                f"column {name!r} must hold numbers, not {found.simpleString()}: cast it."
+            )
     columns = [functions.col(f"`{name}`").cast("double") for name in names]
     known = [column.isNotNull() & ~functions.isnan(column) for column in columns]
     # As with records: an event without one of its features has no prediction.

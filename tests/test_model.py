@@ -238,6 +238,20 @@ def test_another_file_system_is_refused(serving_model):
             use(path)
 
 
+def test_another_ending_is_refused(serving_model, tmp_path):
+    """Otherwise Keras would take the file for one of another format, and not open it."""
+    with pytest.raises(ServingModelError, match=r"model\.h5 must end in \.keras"):
+        save_serving_model(serving_model, tmp_path / "model.h5")
+
+
+def test_a_contract_takes_arrays(serving_model, tmp_path):
+    """Otherwise what NumPy has computed would have to be made a list, and the error not say so."""
+    contract = serving_model.contract
+    arrays = replace(contract, means=numpy.array(contract.means), threshold=numpy.float64(0.5))
+    saved = save_serving_model(ServingModel(serving_model.network, arrays), tmp_path / "a.keras")
+    assert saved.contract == contract
+
+
 def test_the_same_model_has_the_same_version(serving_model, tmp_path):
     """Otherwise a version that was saved again would not be found among the results."""
     first = save_serving_model(serving_model, tmp_path / "first.keras")

@@ -51,6 +51,13 @@ def test_a_missing_column_is_named(table, serving_model):
         ServingTransformer(serving_model).transform(table.drop("PRI_met"))
 
 
+def test_a_column_of_texts_is_named(table, serving_model):
+    """Otherwise the error would be one of Spark's, about a value somewhere."""
+    texts = table.withColumn("PRI_met", F.lit("high"))
+    with pytest.raises(ValueError, match="'PRI_met' must hold numbers, not string: cast it"):
+        ServingTransformer(serving_model).transform(texts)
+
+
 def test_events_in_another_order_are_refused(table, serving_model):
     """Otherwise a stream with another schema would be scored wrong, and no error."""
     wrong = serving_model.schema

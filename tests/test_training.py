@@ -322,6 +322,10 @@ def test_labels_of_another_length_are_refused(spark, make):
         ({"num_workers": 0}, "num_workers is 0"),
         ({"loss": "squared"}, "squared"),
         ({"loss": keras.losses.MeanSquaredError(reduction="sum")}, "has the reduction 'sum'"),
+        ({"worker_optimizer": None}, "worker_optimizer is None: name one, such as 'adam'"),
+        ({"loss": "categorical_crossentropy"}, "use loss='sparse_categorical_crossentropy'"),
+        ({"features_col": ["features"]}, "is not the name of a column: put several into one with"),
+        ({"keras_model": keras.Sequential([keras.layers.Dense(2)])}, "has no inputs yet: let it"),
         ({"keras_model": images()}, r"inputs have the shape \(None, 8, 8\): to train on a table"),
     ],
 )
@@ -330,6 +334,13 @@ def test_wrong_options_are_refused(spark, options, reason):
     df = rows_of(spark, [1]).selectExpr("*", "'x' AS name")
     with pytest.raises(ValueError, match=reason):
         SynchronousTrainer(**by_number(**{"keras_model": tiny(), **options})).train(df)
+
+
+@pytest.mark.parametrize("make", [SingleTrainer, SynchronousTrainer])
+def test_options_are_named(make):
+    """Otherwise a call of Distributed Keras, whose order is another, would swap two numbers."""
+    with pytest.raises(TypeError, match="positional arguments"):
+        make(tiny(), "adam", "mse", "features", "label", 1, 32)
 
 
 def test_what_goes_wrong_in_a_worker_is_told(spark):
