@@ -220,7 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
         path = find_notebook(options.notebook)
         given = dict(_split(setting) for setting in options.settings)
         notebook, failure = run(path, given)
-        page = _write_html(notebook, Path(options.html), path.stem)
+        # A run that fails leaves the page of the last one that didn't.
+        name = f"{path.stem}.failed" if failure else path.stem
+        page = _write_html(notebook, Path(options.html), name)
         if failure:
             print(f"{path.name} failed {failure}\n\nThe whole of it: {page}", file=sys.stderr)
             return 1

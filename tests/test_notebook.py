@@ -65,8 +65,10 @@ def test_outputs_of_an_earlier_run_do_not_show(make_notebook):
     stored.cells = [cell for cell in stored.cells if cell.source != "fast = True"]
     nbformat.write(stored, path)
     assert run_notebook(path).returncode == 1
-    page = (path.parent / "pages" / "7_small.html").read_text()
+    pages = path.parent / "pages"
+    page = (pages / "7_small.failed.html").read_text()
     assert page.count("12345") == 1  # in the source, not in an output
+    assert (pages / "7_small.html").read_text().count("12345") == 2  # of the run before
 
 
 def test_a_kernel_that_dies_is_said(make_notebook):
