@@ -6,6 +6,7 @@ It is here and not in tests/ because the examples in docstrings and the notebook
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -43,6 +44,10 @@ TOLERANCE_METRICS = 0.015
 
 # What is streamed is scored by the same network; only the rounding is free.
 TOLERANCE_STREAMED = 0.001
+
+# Each of some fifty Javas runs for a minute or less, in which its second compiler costs more than
+# it brings: 5 to 10 % of the time. Spark hands this on to the driver that it starts.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
 # A job that a shell runs in the background ignores Ctrl-C, and so does all that it starts; tests
 # send it to programs.

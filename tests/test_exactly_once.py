@@ -42,11 +42,20 @@ def stored(spark, folder):
     return [row.EventId for row in read_scored(spark, f"{folder}/scored").collect()]
 
 
-@pytest.mark.parametrize("engine", ["dstream", "structured"])
-def test_a_driver_that_dies_anywhere_loses_and_repeats_nothing(spark, run, engine, tmp_path):
+@pytest.mark.parametrize(
+    "engine, points",
+    [
+        ("dstream", POINTS[:-1]),
+        ("structured", ["before committing"]),
+        pytest.param("structured", POINTS[:-1], marks=pytest.mark.long),
+    ],
+)
+def test_a_driver_that_dies_anywhere_loses_and_repeats_nothing(
+    spark, run, engine, points, tmp_path
+):
     """Otherwise the results would be wrong after a crash, and nobody would see it."""
     before = 0
-    for point in POINTS[:-1]:
+    for point in points:
         code, printed = run(engine, point)
         assert code == -signal.SIGKILL, printed
         now = stored(spark, tmp_path)

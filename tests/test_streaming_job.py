@@ -123,6 +123,7 @@ def test_a_trained_model_is_served_as_its_file_says(
     assert "has no contract: write it with" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, tmp_path):
     """Otherwise whoever is called at night would have to search for it."""
     strict = arguments("structured", "--on-bad-record", "stop", "--available-now")
