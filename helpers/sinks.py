@@ -81,11 +81,14 @@ class ParquetSink:
         For dead letters: settings of a Kafka client by Kafka's names.
     event_id : str
         The column that identifies an event, an integer.
+    signal_index : int
+        Which class is signal.
 
     Raises
     ------
     SinkError
-        If another sink is open on the path.
+        If another sink is open on the path, or what is there has another `event_id` or
+        `signal_index`.
     ValueError
         If `on_bad_record` is no such thing, or dead letters have no settings.
 
