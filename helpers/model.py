@@ -360,13 +360,13 @@ def _local(path: str | os.PathLike[str]) -> Path:
 def _serving_model_in(content: bytes, path: Path) -> ServingModel:
     """Return the serving model that a file with this content holds."""
     files = _files_in(content, path)
-    contract, written = _contract_in(files, path)
+    contract, written, noted = _contract_in(files, path)
     faults = contract.faults()
     try:
-        digest = _digest(files, written["contract"])
+        digest = _digest(files, written)
     except (ValueError, RecursionError) as error:
         raise ServingModelError(f"{path} has no network that can be loaded: {error}.") from None
-    if digest != written["digest"]:
+    if digest != noted:
         faults.append("network or contract were changed after they were saved together")
     if not faults:
         # Without the contract: Keras takes a part that it doesn't know for a folder of assets.
@@ -405,22 +405,22 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
 
 def _contract_in(
     files: Mapping[str, bytes], path: Path
-) -> tuple[Contract, dict[str, object]]:
-    """Return the contract in a ``.keras`` file, and as it is written there, with its digest."""
+) -> tuple[Contract, dict[str, object], str]:
+    """Return the contract in a ``.keras`` file, as it is written there, and the digest there."""
     if CONTRACT not in files:
         raise ServingModelError(
             f"{path} has no contract: write it with helpers.model.save_serving_model."
         )
     try:
-        written = json.loads(files[CONTRACT])
-        parts, _ = dict(written["contract"]), written["digest"]
+        whole = json.loads(files[CONTRACT])
+        parts = dict(whole["contract"])
         known = {part.name: part.type for part in fields(Contract)}
         for name, value in parts.items():
             if known[name].startswith("tuple"):
                 parts[name] = tuple(_checked_list(name, value))
         contract = Contract(**parts)
         contract.faults()  # which can't compare what has another type
-        return contract, written
+        return contract, whole["contract"], whole["digest"]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ServingModelError(f"{path} has a contract that isn't whole: {error}.") from None
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-CELL_SECONDS = 7_200  # to train ten epochs on the whole file of the challenge takes half an hour
+CELL_SECONDS = 7_200  # three trainings on the whole file of the challenge take up to an hour
 
 
 class NotebookError(RuntimeError):

@@ -118,8 +118,7 @@ class Trainer(ABC):
         self._model = keras_model
         # Copies: what an optimizer and a loss have learnt or counted stays with this training.
         self._optimizer = keras.optimizers.serialize(_checked_optimizer(worker_optimizer))
-        checked_loss = _checked_loss(loss)
-        self._loss, self._loss_name = keras.losses.serialize(checked_loss), _name(checked_loss)
+        self._loss = keras.losses.serialize(_checked_loss(loss))
         self._features_col, self._label_col = features_col, label_col
         self._batch_size, self._num_epoch, self._seed = batch_size, num_epoch, seed
         self._history: list[dict[str, float]] = []
@@ -145,7 +144,8 @@ class Trainer(ABC):
         began = time.monotonic()
         self._history = []
         rows = self._rows(df, validation)
-        _check_labels(self._label_col, rows.schema["label"].dataType, self._loss_name)
+        loss = keras.losses.deserialize(self._loss)
+        _check_labels(self._label_col, rows.schema["label"].dataType, _name(loss))
         model = self._train(rows)
         self._seconds = time.monotonic() - began
         return model
