@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, order=True)
@@ -37,6 +37,16 @@ class TopicAndPartition:
 class OffsetRange:
     """The records of a partition from one offset up to, but not including, another.
 
+    Attributes
+    ----------
+    topic : str
+    partition : int
+    fromOffset, untilOffset : int
+    topic_id : str or None
+        Kafka's id of the topic, where it is known: a topic that is deleted and created again has
+        the old name and another id, and its offsets are other records. It takes no part in
+        comparisons.
+
     Examples
     --------
     >>> OffsetRange("Machine_Learning", 0, fromOffset=10, untilOffset=25).count()
@@ -47,6 +57,7 @@ class OffsetRange:
     partition: int
     fromOffset: int  # noqa: N815 (the name that the API had)
     untilOffset: int  # noqa: N815
+    topic_id: str | None = field(default=None, compare=False, repr=False)
 
     def topicAndPartition(self) -> TopicAndPartition:  # noqa: N802
         """Return the partition that the range is of."""
