@@ -46,7 +46,10 @@ _NUMBERS = frozenset((int, float))  # not bool, which Python holds for an int
 _LARGEST = float(numpy.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _QUOTED = 40  # characters of a bad record that its reason quotes
+# How many names of unused fields an Arrow batch reports, and how much of each: they come from
+# outside, and go to the driver.
 _NAMES_TOLD = 20
+_NAME_LENGTH = 100
 
 
 class BadRecordError(ValueError):
@@ -107,7 +110,8 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
         With ``event``, a struct of the id, of ``features`` (an array of floats in the schema's
         order), of ``reason`` (null for a good record; otherwise the id and the features are null),
         and of ``unused``, names that the record has and the schema doesn't. To be short, each Arrow
-        batch tells a name once, and no more than 20. The column's metadata names the features.
+        batch tells a name once, up to 100 characters of it, and no more than 20 names. The column's
+        metadata names the features.
 
     Examples
     --------
@@ -428,7 +432,8 @@ class _Parser:
                 except BadRecordError as error:
                     reasons[index] = str(error)
                     continue
-                new = [name for name in surplus if name not in told][: _NAMES_TOLD - len(told)]
+                names = dict.fromkeys(name[:_NAME_LENGTH] for name in surplus)
+                new = [name for name in names if name not in told][: _NAMES_TOLD - len(told)]
                 unused[index] = new or None
                 told.update(new)
             pack_into(table, index * size, *numbers)
