@@ -143,7 +143,7 @@ def drain(
     stream.foreachBatch(functions["process_instances"])
     monitor.begin(lag=stream.lag_after)
     with sink:
-        sink.begin(stream.ranges_of)
+        sink.begin(stream)
         run_stream(ssc, until=is_drained, timeout=DRAIN_SECONDS)
     planned = monitor.batches[0].batch_id / 1000
     return monitor.totals(), ended - planned

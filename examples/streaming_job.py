@@ -12,6 +12,7 @@ takes the settings of its Spark from spark-submit. Started again, it goes on whe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import signal
 import sys
@@ -21,11 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
-from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
 from helpers.broker import check_address
-from helpers.files import full_path
 from helpers.higgs import EVENT_ID
 from helpers.jars import JarsError
 from helpers.model import build_model
@@ -35,23 +34,18 @@ from helpers.serving import ModelFile
 from helpers.session import SessionError, get_spark
 from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError
 from helpers.streaming import (
-    CheckpointRanges,
+    KafkaQuery,
     KafkaUtils,
     StreamError,
     new_streaming_context,
-    read_stream,
     run_stream,
 )
-from helpers.streaming.errors import summary
 from helpers.transformers import EventNormalizer, LabelIndexTransformer, ModelPredictor
 
 # What a batch may have: enough to be fast, few enough to be done in seconds. spark-submit's own
 # spark.streaming.kafka.maxRatePerPartition, for DStreams, wins.
 RECORDS_PER_BATCH = 100_000
 RECORDS_PER_PARTITION_AND_SECOND = 10_000
-
-# How long a query may take for the batch that it is at when it is asked to stop.
-FINISH_SECONDS = 60
 
 
 # From Kafka's records to scored ones.
@@ -112,7 +106,7 @@ class Job:
             self.process_instances(df, batch_id)
             done += sum(part.count() for part in stream.ranges_of(batch_id))
 
-        self._sink.begin(stream.ranges_of)
+        self._sink.begin(stream)
         self._monitor.begin(lag=stream.lag_after)
         stream.foreachBatch(process)
 
@@ -126,45 +120,26 @@ class Job:
 
     def run_structured(self) -> None:
         """Score with Structured Streaming: Spark keeps in the checkpoint where it is."""
-        checkpoint = full_path(self._spark, self._options.checkpoint)
-        ranges_of = CheckpointRanges(self._spark, checkpoint)
         positions = self._sink.positions()
-        missing = {
-            part: end for part, end in ranges_of.finished().items() if positions.get(part, 0) < end
-        }
-        if missing:
-            raise SinkError(
-                f"{self._options.checkpoint} goes on behind what {self._options.output} has: give "
-                "the --output that it belongs to, or a new --checkpoint."
-            )
-        self._sink.begin(ranges_of)
-        self._monitor.begin()
-        records = read_stream(
-            self._spark, [self._options.topic], self._settings, positions, RECORDS_PER_BATCH
-        )
-        now = self._options.available_now
-        trigger = {"availableNow": True} if now else {"processingTime": self._interval()}
-        query = records.writeStream.foreachBatch(self.process_instances).trigger(**trigger)
-        with self._monitor.follow(self._spark):
-            query = query.option("checkpointLocation", checkpoint).start()
-            try:
-                while not self._stopping.is_set() and not query.awaitTermination(1):
-                    pass
-                self._finish_batch(lambda: query.isActive and query.status["isTriggerActive"])
-            finally:
-                query.stop()
-
-    def _interval(self) -> str:
-        return f"{round(self._options.interval * 1000)} milliseconds"
-
-    def _finish_batch(self, is_busy: Callable[[], bool]) -> None:
-        """Wait until the batch that runs is done; one that isn't is done when the job goes on."""
-        batches = len(self._monitor.batches)
-        again = threading.Event()
-        for _ in range(FINISH_SECONDS * 10):
-            if not is_busy() or len(self._monitor.batches) > batches:
-                return
-            again.wait(0.1)
+        query = KafkaQuery(
+            self._spark, [self._options.topic], self._settings, self._options.checkpoint,
+            positions, RECORDS_PER_BATCH,
+        )  # fmt: skip
+        with contextlib.closing(query):
+            missing = [
+                part for part, end in query.finished().items() if positions.get(part, 0) < end
+            ]
+            if missing:
+                raise SinkError(
+                    f"{self._options.checkpoint} goes on behind what {self._options.output} has: "
+                    "give the --output that it belongs to, or a new --checkpoint."
+                )
+            self._sink.begin(query)
+            self._monitor.begin()
+            query.foreachBatch(self.process_instances)
+            interval = None if self._options.available_now else self._options.interval
+            with self._monitor.follow(self._spark):
+                query.run(until=self._stopping.is_set, interval=interval)
 
 
 def score_with_file(file: ModelFile) -> Score:
@@ -221,8 +196,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_address(options.bootstrap_servers)
         run(options, stopping)
-    except StreamingQueryException as error:
-        return fail(summary(str(error)))
     except (JarsError, SessionError, SinkError, StreamError, OSError, ValueError) as error:
         return fail(str(error))
     return 0

@@ -13,13 +13,7 @@ from pyspark.sql import functions as F
 
 from helpers.session import get_spark
 from helpers.sinks import ParquetSink
-from helpers.streaming import (
-    CheckpointRanges,
-    KafkaUtils,
-    new_streaming_context,
-    read_stream,
-    run_stream,
-)
+from helpers.streaming import KafkaQuery, KafkaUtils, new_streaming_context, run_stream
 
 POINTS = ("before writing", "before committing", "after committing", "nowhere")
 
@@ -41,15 +35,16 @@ def main(engine: str, servers: str, topic: str, folder: str, point: str) -> None
             stream = KafkaUtils.createDirectStream(
                 ssc, [topic], settings, positions=sink.positions()
             )
-            sink.begin(stream.ranges_of)
+            sink.begin(stream)
             stream.foreachBatch(process)
             run_stream(ssc, until=lambda: stream.lag() == 0, timeout=120)
         else:
-            checkpoint = f"{folder}/checkpoint"
-            sink.begin(CheckpointRanges(spark, checkpoint))
-            records = read_stream(spark, [topic], settings, sink.positions(), max_offsets=100)
-            query = records.writeStream.foreachBatch(process).trigger(availableNow=True)
-            query.option("checkpointLocation", checkpoint).start().awaitTermination(120)
+            query = KafkaQuery(
+                spark, [topic], settings, f"{folder}/checkpoint", sink.positions(), max_offsets=100
+            )
+            sink.begin(query)
+            query.foreachBatch(process)
+            query.run(timeout=120)
     print("done", flush=True)
 
 

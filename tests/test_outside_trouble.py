@@ -15,8 +15,8 @@ from helpers.streaming import (
     KafkaUtils,
     StreamError,
     batches,
+    client,
     new_streaming_context,
-    planner,
     run_stream,
 )
 
@@ -158,7 +158,7 @@ def test_a_deadline_that_passes_while_the_broker_is_away_names_the_broker(
     spark, own_kafka, monkeypatch
 ):
     """Otherwise the user would give it more time, and more, and look into Spark's log."""
-    monkeypatch.setattr(planner, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 1)
     ssc = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(ssc, ["events"], settings(own_kafka))
     stream.foreachBatch(lambda df, batch_id: None)

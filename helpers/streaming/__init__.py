@@ -1,10 +1,11 @@
 """Kafka as a DStream from Python, with the names of `pyspark.streaming.kafka` (Spark 1.3 to 2.4).
 
-One class plans: `OffsetPlanner` decides which offsets belong to a batch; it talks to Kafka through
-the JVM's own `KafkaConsumer`, and knows nothing of Spark's streams. One class reads: `RangeReader`
-reads given offsets with Spark's Kafka source, and knows nothing of consumer groups. `Batches` joins
-the two: each interval it plans a batch, hands the batch on, and commits the batch's offsets when
-the whole batch has succeeded. `KafkaDirectStream` is its face as a DStream.
+One class asks: `KafkaClient` talks to Kafka through the JVM's own consumer and administrator. One
+plans: `OffsetPlanner` decides which offsets belong to a batch, and knows nothing of Spark's
+streams. One reads: `RangeReader` reads given offsets with Spark's Kafka source, and knows nothing
+of consumer groups. `Batches` joins them: each interval it plans a batch, hands the batch on, and
+commits the batch's offsets when the whole batch has succeeded. `KafkaDirectStream` is its face as a
+DStream.
 
     stream = KafkaUtils.createDirectStream(ssc, ["Machine_Learning"], {
         "bootstrap.servers": "127.0.0.1:9092",
@@ -14,10 +15,10 @@ the whole batch has succeeded. `KafkaDirectStream` is its face as a DStream.
     stream.foreachBatch(process_instances)
     run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
 
-From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `planner`, `reader`,
-`rates` (how much a batch may have), `plans` (what a checkpoint needs), `batches`, `dstream`,
-`utils` (the API that there was), `running` (a context from its start to its end), `structured`
-(the same for Spark's Structured Streaming).
+From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `client`, `planner`,
+`reader`, `rates` (how much a batch may have), `plans` (what a checkpoint needs), `batches`,
+`dstream`, `utils` (the old API), `running` (a context from its start to its end), `structured`
+(`KafkaQuery`: the same promises on Structured Streaming).
 """
 
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
@@ -26,14 +27,14 @@ from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import RangeReader
 from helpers.streaming.running import new_streaming_context, run_stream, stop_streaming
-from helpers.streaming.structured import CheckpointRanges, read_stream
+from helpers.streaming.structured import KafkaQuery, read_stream
 from helpers.streaming.utils import KafkaMessageAndMetadata, KafkaUtils, utf8_decoder
 
 __all__ = [
     "Broker",
-    "CheckpointRanges",
     "KafkaDirectStream",
     "KafkaMessageAndMetadata",
+    "KafkaQuery",
     "KafkaRDD",
     "KafkaUtils",
     "OffsetPlanner",

@@ -18,7 +18,9 @@ from datetime import datetime
 from typing import Any
 
 from py4j.java_gateway import JavaObject
+from py4j.protocol import Py4JError
 from pyspark import RDD, SparkContext
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.streaming import StreamingContext, StreamingListener
 
@@ -39,8 +41,15 @@ from helpers.streaming.reader import RangeReader
 
 _LOGGER = logging.getLogger(__name__)
 
-# How long the broker may be away while a stream runs.
+# How long the broker, or the checkpoint's file system, may be away while a stream runs.
 AWAY_SECONDS = 60
+
+# How often an idle stream commits its offsets again: Kafka forgets those that are not committed
+# for a while (offsets.retention.minutes), whether or not anybody reads.
+RECOMMIT_SECONDS = 15
+
+# How long to wait before the next try of what failed because something is away.
+RETRY_SECONDS = 0.5
 
 # How long a stop waits for the running batch's function, once its jobs are cancelled.
 ABANDON_SECONDS = 10
@@ -119,8 +128,11 @@ class Batches:
         self._unread = 0
         self._lock = threading.RLock()  # of the four above
         self._planning = threading.RLock()
+        self._committing = threading.RLock()  # so that no commit takes back a later one
+        self._committed_at = time.monotonic()
         self._finishing = False  # nothing more is to be planned
         self._stopped = False  # nothing more is to begin, or to be committed
+        self._ending = threading.Event()  # wakes up what waits to try again
         self._abandoned = False  # and that is so because somebody asked for it
         self._running = 0  # functions of `foreachBatch`
         self._error: str | None = None
@@ -162,9 +174,28 @@ class Batches:
         """Plan the batch of an interval; Spark calls this through the DStream of ticks."""
         with self._planning:
             if not self._stopped and not self._finishing:
-                self._open()
-                self._plan(batch_id_of(batch_time))
+                try:
+                    self._insist(self._open)
+                    self._plan(batch_id_of(batch_time))
+                    self._commit_again_when_idle()
+                except Exception as error:
+                    # Without its plan an interval's records would be left out of all batches.
+                    self._fail(f"the next batch can't be planned: {summary(str(error))}")
+                    raise
         return ticks
+
+    def topic_ids(self) -> dict[str, str]:
+        """Ask Kafka for the ids of the stream's topics, by their names."""
+        return self._planner.topic_ids_now()
+
+    def planned_ranges(self, batch_id: int) -> list[OffsetRange]:
+        """Return the offset ranges of a batch that isn't committed yet."""
+        ranges = self.ranges(batch_id)
+        if not ranges:
+            raise StreamError(
+                f"batch {batch_id} is not one of this stream's batches that wait to be committed."
+            )
+        return ranges
 
     def ranges(self, interval: int) -> list[OffsetRange]:
         """Return the offset ranges of an interval; none if it has no records."""
@@ -209,7 +240,7 @@ class Batches:
                 "otherwise each batch is committed anyway, when it has succeeded."
             )
         with self._lock:
-            _advance(self._asked, ends_of(list(ranges)))
+            self._asked = _advanced(self._asked, ends_of(list(ranges)))
 
     def lag(self) -> int:
         """Return how many offsets that the topics had at the last interval are not done yet."""
@@ -234,6 +265,7 @@ class Batches:
     def abandon(self) -> None:
         """Begin no further batch, commit nothing more, and end the jobs of the batch that runs."""
         self._stopped = self._abandoned = True
+        self._ending.set()
         # Again and again, for the batch's function may be about to start its next job.
         deadline = time.monotonic() + ABANDON_SECONDS
         while self._running and time.monotonic() < deadline:
@@ -241,8 +273,9 @@ class Batches:
             time.sleep(0.05)
 
     def close(self) -> None:
-        """Let go of the connections to Kafka."""
+        """Close the connections to Kafka."""
         self._stopped = True
+        self._ending.set()
         if self in _LIVE:
             _LIVE.remove(self)
         if self._planner is not None:
@@ -306,18 +339,20 @@ class Batches:
         if self._planner is not None:
             return
         spark = get_spark()
-        positions = self._positions
+        positions, topic_ids = self._positions, None
         if self._folder is not None:
             self._plans = PlanLog(spark, self._folder)
             last = self._plans.last()
-            positions = last.positions if last else positions
-            # From a thread, for Spark says that a context is active when it has its first batches.
-            threading.Thread(target=self._join_when_active, daemon=True).start()
+            if last:
+                positions, topic_ids = last.positions, last.topic_ids
         self._limit = RateLimit(spark.sparkContext, self._interval)
         self._reader = RangeReader(spark, self._settings)
         self._planner = OffsetPlanner(
-            spark, self._topics, self._settings, self._from_offsets, positions
+            spark, self._topics, self._settings, self._from_offsets, positions, topic_ids
         )
+        if self._folder is not None:
+            # From a thread: Spark says that a context is active when it has its first batches.
+            threading.Thread(target=self._join_when_active, daemon=True).start()
         self._unread = self._planner.unread()
         # What the group has, so that a batch that is done once more takes no commit back.
         self._done = self._planner.committed() if positions is not None else {}
@@ -369,7 +404,7 @@ class Batches:
         """Return an interval's plan if it was planned or missed before a crash."""
         if self._recovered_at is None:
             return None
-        plan = self._plans.read(interval)
+        plan = self._insist(lambda: self._plans.read(interval))
         if plan is None and interval < self._recovered_at:
             return Plan([], {})  # nobody was there: its records are for the next interval
         return plan
@@ -382,26 +417,37 @@ class Batches:
         except BrokerAwayError as error:
             self._wait_for_the_broker(error)
             return Plan([], {})
-        except Exception as error:
-            self._fail(f"the next batch can't be planned: {error}")
-            raise
-        plan = Plan(ranges, self._planner.positions())
-        if ranges:
-            self._write(interval, plan)
+        plan = Plan(ranges, self._planner.positions(), self._planner.topic_ids())
+        self._insist(lambda: self._write(interval, plan))
         return plan
 
     def _write(self, interval: int, plan: Plan) -> None:
-        """Keep a plan for the time after a crash, if the context has a checkpoint."""
+        """Keep a plan for the time after a crash, if the context has a checkpoint.
+
+        The first plan is kept even if it has no records: it says where the stream began.
+        """
         if self._plans is None and (folder := self._plans_folder()) is not None:
             self._plans = PlanLog(get_spark(), folder)
-        if self._plans is not None:
+        if self._plans is not None and (plan.ranges or self._plans.last() is None):
             self._plans.write(interval, plan)
+
+    def _insist(self, action: Callable[[], Any]) -> Any:
+        """Return what an action returns, after more tries while Kafka or a file system is away."""
+        deadline = time.monotonic() + AWAY_SECONDS
+        while True:
+            try:
+                return action()
+            except (BrokerAwayError, OSError, Py4JError, PySparkException) as error:
+                if self._stopped or time.monotonic() > deadline:
+                    raise
+                _LOGGER.warning("%s The stream tries again.", summary(str(error)))
+                self._ending.wait(RETRY_SECONDS)
 
     def _read(self, ranges: list[OffsetRange]) -> DataFrame:
         """Return the records of planned ranges, as far as they are still there."""
         # A broker that is away will be waited for by the tasks that read.
         with contextlib.suppress(BrokerAwayError):
-            ranges = self._planner.still_there(ranges)
+            ranges = self._planner.without_deleted(ranges)
         return self._reader.read(ranges)
 
     def _last_try(
@@ -425,22 +471,40 @@ class Batches:
 
     def _commit_what_is_done(self) -> None:
         """Commit, from the first plan on, as far as the plans' batches have succeeded."""
-        while (first := self._first_done()) is not None:
-            ends = ends_of(first.ranges)
-            if self._commits:
-                # All partitions, for Kafka forgets the offsets of those that are long idle.
-                offsets = {**self._planner.starts(), **self._done}
-                _advance(offsets, ends)
-                self._commit(offsets)
-            with self._lock:
-                _advance(self._done, ends)
-                self._planned.remove(first)
-                self._committed.append((time.monotonic(), first.interval))
-        if not self._commits:
-            with self._lock:
-                asked = dict(self._asked)
-            self._commit(asked)
+        with self._committing:
+            while (first := self._first_done()) is not None:
+                ends = ends_of(first.ranges)
+                if self._commits:
+                    self._commit(_advanced(self._offsets_done(), ends))
+                with self._lock:
+                    self._done = _advanced(self._done, ends)
+                    self._planned.remove(first)
+                    if self._plans is not None:
+                        self._committed.append((time.monotonic(), first.interval))
+            if not self._commits:
+                self._commit(self._offsets_done())
         self._forget_plans()
+
+    def _offsets_done(self) -> dict[TopicAndPartition, int]:
+        """Return what may be committed: all partitions, since Kafka forgets those long idle."""
+        with self._lock:
+            if not self._commits:
+                return dict(self._asked)
+            return {**self._planner.starts(), **self._done}
+
+    def _commit_again_when_idle(self) -> None:
+        """Commit once more what was committed long ago, so that Kafka keeps it."""
+        idle = time.monotonic() - self._committed_at
+        # A batch that is being committed has the lock, and is reason enough not to.
+        if idle < RECOMMIT_SECONDS or not self._committing.acquire(blocking=False):
+            return
+        try:
+            # A broker that is away is for the next plan to find out.
+            with contextlib.suppress(BrokerAwayError):
+                self._planner.commit(self._offsets_done())
+                self._committed_at = time.monotonic()
+        finally:
+            self._committing.release()
 
     def _first_done(self) -> _Planned | None:
         """Return the first plan that isn't committed, if its batch has succeeded."""
@@ -452,7 +516,9 @@ class Batches:
         deadline = time.monotonic() + AWAY_SECONDS
         while True:
             try:
-                return self._planner.commit(offsets)
+                self._planner.commit(offsets)
+                self._committed_at = time.monotonic()
+                return
             except BrokerAwayError:
                 if self._stopped or time.monotonic() > deadline:
                     raise
@@ -548,12 +614,12 @@ def _made_anew(
     return batches
 
 
-def _advance(
-    offsets: dict[TopicAndPartition, int], ends: Mapping[TopicAndPartition, int]
-) -> None:
-    """Move offsets on to where ranges end, never back."""
-    for partition, end in ends.items():
-        offsets[partition] = max(end, offsets.get(partition, end))
+def _advanced(
+    offsets: Mapping[TopicAndPartition, int], ends: Mapping[TopicAndPartition, int]
+) -> dict[TopicAndPartition, int]:
+    """Return offsets moved on to where ranges end, never back."""
+    moved = {partition: max(end, offsets.get(partition, end)) for partition, end in ends.items()}
+    return {**offsets, **moved}
 
 
 def _count(planned: _Planned) -> int:

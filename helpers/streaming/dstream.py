@@ -163,12 +163,29 @@ class KafkaDirectStream(TransformedDStream):
         batch_id : int
             The batch's time in milliseconds since 1970.
 
+        Raises
+        ------
+        StreamError
+            If the stream has no such batch.
+
         Examples
         --------
         >>> stream.ranges_of(1_700_000_000_000)
-        []
+        Traceback (most recent call last):
+        ...
+        helpers.streaming.errors.StreamError: batch 1700000000000 is not one of this stream's ...
         """
-        return self._batches.ranges(batch_id)
+        return self._batches.planned_ranges(batch_id)
+
+    def topic_ids(self) -> dict[str, str]:
+        """Ask Kafka for the ids of the stream's topics, by their names.
+
+        Examples
+        --------
+        >>> list(stream.topic_ids())
+        ['events']
+        """
+        return self._batches.topic_ids()
 
     def lag(self) -> int:
         """Return how many offsets that the topics had at the last interval are not done yet.

@@ -24,6 +24,14 @@ _REMEDIES = {
     "TimeoutException": "check that the broker runs and that the executors reach it",
 }
 
+# What Kafka's clients, and Spark's source, say when a broker gives no answer.
+_AWAY = re.compile(
+    r"kafka\.common\.errors\.(Timeout|Disconnect|Network|BrokerNotAvailable|NotCoordinator)\w*"
+    r"|java\.util\.concurrent\.TimeoutException: Cannot fetch record"
+    r"|Failed to (get|fetch) \w* ?offsets"
+    r"|BrokerAwayError"
+)
+
 # The settings whose values are nobody else's business.
 _SECRET = re.compile(r"password|jaas|secret|token|keystore\.key", re.IGNORECASE)
 _JAAS_VALUE = re.compile(r'=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))')
@@ -35,6 +43,27 @@ class StreamError(RuntimeError):
 
 class BrokerAwayError(StreamError):
     """Kafka gave no answer in time; it may do so later."""
+
+
+class TopicRecreatedError(StreamError):
+    """A topic was deleted and created again: offsets that were kept name other records now.
+
+    Parameters
+    ----------
+    topic : str
+        The topic's name.
+    found : str, optional
+        What shows it, where Kafka's ids of the topics don't.
+    """
+
+    def __init__(self, topic: str, found: str = "") -> None:
+        shown = f" ({found})" if found else ""
+        super().__init__(
+            f"topic {topic!r} was deleted and created again since its offsets were kept{shown}, so "
+            "they name other records now. Begin with a new output, checkpoint and group.id; or "
+            "read the new topic from its beginning into the same output "
+            "(ParquetSink(from_beginning=True), a new checkpoint)."
+        )
 
 
 def remedy(error: str) -> str:
@@ -55,6 +84,17 @@ def remedy(error: str) -> str:
         if re.search(rf"(?<![A-Za-z])(?<!concurrent\.){name}", error):
             return f": {words}"
     return ""
+
+
+def is_away(text: str) -> bool:
+    """Return whether an error, as text, means that a broker gave no answer.
+
+    Examples
+    --------
+    >>> is_away("org.apache.kafka.common.errors.TimeoutException: Call(callName=listOffsets ...)")
+    True
+    """
+    return _AWAY.search(text) is not None
 
 
 def explained(error: Py4JJavaError, settings: Mapping[str, str]) -> StreamError:

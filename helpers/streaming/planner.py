@@ -1,31 +1,14 @@
-"""Which offsets belong to a batch: planned with the JVM's Kafka client, apart from any stream."""
+"""Which offsets belong to a batch: planned by what Kafka says, apart from any stream."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
-from helpers.session import root_cause
-from helpers.streaming.errors import ANSWER_SECONDS, StreamError, explained
+from helpers.streaming.client import KafkaClient
+from helpers.streaming.errors import StreamError, TopicRecreatedError
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
-from helpers.streaming.settings import check_names, java_map, use_added_jars
-
-_LOGGER = logging.getLogger(__name__)
-
-# What the planner settles itself, whatever the user's settings say: it reads no records, it never
-# makes a topic by asking for it, and offsets are committed by the stream alone.
-PLANNER_SETTINGS = {
-    "key.deserializer": "org.apache.kafka.common.serialization.ByteArrayDeserializer",
-    "value.deserializer": "org.apache.kafka.common.serialization.ByteArrayDeserializer",
-    "enable.auto.commit": "false",
-    "allow.auto.create.topics": "false",
-}
 
 # From how many offsets of each partition are left to how many of them the next batch may take.
 Limit = Callable[[Mapping[TopicAndPartition, int]], Mapping[TopicAndPartition, int]]
@@ -39,23 +22,25 @@ class OffsetPlanner:
     spark : pyspark.sql.SparkSession
         The session whose JVM has the Kafka client.
     topics : iterable of str
-        The topics; all their partitions are read, unless `from_offsets` names some. New ones are
-        noticed after ``metadata.max.age.ms`` (Kafka's default: 5 minutes) at the latest, and are
-        read from their beginning.
+        The topics; all their partitions are read, unless `from_offsets` names some. Partitions that
+        are added later are read from their beginning.
     settings : mapping
         Settings of `KafkaConsumer` by Kafka's names. ``auto.offset.reset`` (``earliest``,
-        ``latest``, ``none``) says where a partition starts for which the group has no offset, or
-        whose records were deleted before they were read.
+        ``latest``, ``none``) says where the partitions of a topic start for which the group has no
+        offset, and those whose records were deleted before they were read.
     from_offsets : mapping of TopicAndPartition to int, optional
         The partitions to read, and at which offset each starts.
     positions : mapping of TopicAndPartition to int, optional
-        Where to go on: where an earlier planner of the same stream stopped, by `positions`, or what
-        a sink has. What the group has committed is not asked then, not even if there is none yet.
+        Where to resume: where an earlier planner of the same stream stopped, by `positions`, or
+        what a sink has. The group's offsets are not used then, even if `positions` is empty.
+    topic_ids : mapping of str to str, optional
+        The ids of the topics that `positions` are of.
 
     Raises
     ------
     StreamError
-        If a topic doesn't exist, Kafka can't be reached, or refuses, or the group has members.
+        If a topic doesn't exist or was created again since, Kafka can't be reached, or refuses, or
+        the group has members.
     ValueError
         If Kafka doesn't know one of the settings.
 
@@ -76,27 +61,19 @@ class OffsetPlanner:
         settings: Mapping[str, str],
         from_offsets: Mapping[TopicAndPartition, int] | None = None,
         positions: Mapping[TopicAndPartition, int] | None = None,
+        topic_ids: Mapping[str, str] | None = None,
     ) -> None:
-        self._spark = spark
-        self._jvm = spark._jvm
         self._topics = sorted(set(topics))
-        self._settings = {"auto.offset.reset": "latest", **settings}
         self._fixed_partitions = set(from_offsets or ())
         self._positions: dict[TopicAndPartition, int] = dict(positions or from_offsets or {})
         self._starts = {} if positions else dict(self._positions)
-        self._asks_group = bool(self._settings.get("group.id")) and positions is None
-        self._java_partitions: dict[TopicAndPartition, Any] = {}
-        self._lock = threading.RLock()  # a KafkaConsumer is for one thread at a time
-        self._answer_time = self._jvm.java.time.Duration.ofSeconds(ANSWER_SECONDS)
-        with self._asking():
-            check_names(spark, self._settings)
-            self._consumer = self._jvm.org.apache.kafka.clients.consumer.KafkaConsumer(
-                java_map(spark, {**self._settings, **PLANNER_SETTINGS})
-            )
+        self._uses_group = bool(settings.get("group.id")) and positions is None
+        self._topic_ids: dict[str, str] = dict(topic_ids or {})
+        self._client = KafkaClient(spark, settings)
+        self._settings = self._client.settings
         try:
-            with self._asking():
-                self._check_group()
-                self._look()
+            self._check_group()
+            self._look()
         except BaseException:
             self.close()
             raise
@@ -107,7 +84,7 @@ class OffsetPlanner:
         Parameters
         ----------
         limit : callable, optional
-            Is told how many offsets of each partition are left, and returns how many of them the
+            Takes how many offsets of each partition are left, and returns how many of them the
             batch may have.
 
         Returns
@@ -118,58 +95,30 @@ class OffsetPlanner:
         Raises
         ------
         StreamError
-            If Kafka refuses, or offsets were deleted and ``auto.offset.reset`` is ``none``.
+            If Kafka refuses, a topic was created again, or offsets were deleted and
+            ``auto.offset.reset`` is ``none``.
         BrokerAwayError
             If Kafka gives no answer within 15 s.
         """
-        with self._asking():
-            left = {
-                partition: end - self._positions[partition]
-                for partition, end in self._look().items()
-            }
-            most = left if limit is None else limit(left)
-            ranges = []
-            for partition, count in left.items():
-                start = self._positions[partition]
-                until = start + min(count, most[partition])
-                if until > start:
-                    ranges.append(OffsetRange(partition.topic, partition.partition, start, until))
-                    self._positions[partition] = until
-                    left[partition] = count - (until - start)
-            self._unread = sum(left.values())
-            return sorted(ranges)
+        left = {
+            partition: end - self._positions[partition] for partition, end in self._look().items()
+        }
+        most = left if limit is None else limit(left)
+        ranges = []
+        for partition, count in left.items():
+            topic, start = partition.topic, self._positions[partition]
+            until = start + min(count, most[partition])
+            if until > start:
+                topic_id = self._topic_ids[topic]
+                ranges.append(OffsetRange(topic, partition.partition, start, until, topic_id))
+                self._positions[partition] = until
+                left[partition] = count - (until - start)
+        self._unread = sum(left.values())
+        return sorted(ranges)
 
-    def still_there(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
-        """Return planned ranges without what retention has deleted since, after a warning.
-
-        Parameters
-        ----------
-        ranges : iterable of OffsetRange
-            What was planned.
-
-        Raises
-        ------
-        StreamError
-            If something was deleted, and ``auto.offset.reset`` is ``none``.
-
-        Examples
-        --------
-        >>> planner = OffsetPlanner(spark, ["events"], {
-        ...     "bootstrap.servers": kafka.bootstrap_servers})
-        >>> planner.still_there([OffsetRange("events", 0, 0, 100)])
-        [OffsetRange(topic='events', partition=0, fromOffset=0, untilOffset=100)]
-        """
-        planned = {part.topicAndPartition(): part for part in ranges}
-        with self._asking():
-            begins = self._offsets(self._consumer.beginningOffsets, list(planned))
-        kept = []
-        for partition, part in planned.items():
-            start = min(max(part.fromOffset, begins[partition]), part.untilOffset)
-            if start > part.fromOffset:
-                self._tell_of_loss(partition, part.fromOffset, start)
-            if start < part.untilOffset:
-                kept.append(OffsetRange(part.topic, part.partition, start, part.untilOffset))
-        return kept
+    def without_deleted(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
+        """Return planned ranges without what was deleted since; see `KafkaClient`."""
+        return self._client.without_deleted(ranges)
 
     def commit(self, offsets: Mapping[TopicAndPartition, int]) -> None:
         """Commit to the consumer group where each partition is to be read from next.
@@ -178,23 +127,19 @@ class OffsetPlanner:
         ----------
         offsets : mapping of TopicAndPartition to int
             The next offset of each partition. Without a ``group.id`` nothing happens.
+
+        Raises
+        ------
+        TopicRecreatedError
+            If a topic was created again since the offsets were planned.
         """
-        if not self._settings.get("group.id") or not offsets:
-            return
-        with self._asking():
-            metadata = self._jvm.org.apache.kafka.clients.consumer.OffsetAndMetadata
-            java_offsets = self._jvm.java.util.HashMap()
-            for partition, offset in offsets.items():
-                java_offsets.put(self._java_partition(partition), metadata(offset))
-            self._consumer.commitSync(java_offsets, self._answer_time)
+        if self._settings.get("group.id") and offsets:
+            self._check_topics(self._client.topic_ids(self._topics))
+            self._client.commit(offsets, self._topic_ids)
 
     def unread(self) -> int:
         """Return how many offsets were left when the last batch was planned."""
         return self._unread
-
-    def ends(self) -> dict[TopicAndPartition, int]:
-        """Return where the partitions ended when the last batch was planned."""
-        return dict(self._ends)
 
     def starts(self) -> dict[TopicAndPartition, int]:
         """Return where the first batch began in each partition that is read.
@@ -207,158 +152,104 @@ class OffsetPlanner:
         """Return where the next batch begins in each partition."""
         return dict(self._positions)
 
+    def topic_ids(self) -> dict[str, str]:
+        """Return the ids of the topics that the positions are of, by the topics' names."""
+        return dict(self._topic_ids)
+
+    def topic_ids_now(self) -> dict[str, str]:
+        """Ask Kafka for the topics' ids, which differ from `topic_ids` if one was created again."""
+        return self._client.topic_ids(self._topics)
+
     def committed(self) -> dict[TopicAndPartition, int]:
-        """Return the group's offsets, for the partitions that it has one for."""
-        if not self._settings.get("group.id"):
-            return {}
-        with self._asking():
-            return self._committed(list(self._positions))
+        """Return the group's offsets of these topics, for the partitions that it has one for."""
+        return {
+            partition: committed.offset
+            for partition, committed in self._client.committed(self._positions).items()
+            if committed.topic_id in (None, self._topic_ids[partition.topic])
+        }
 
     def close(self) -> None:
-        """Let go of the connections to Kafka."""
-        with self._lock:
-            self._consumer.close(self._jvm.java.time.Duration.ofSeconds(1))
+        """Close the connections to Kafka."""
+        self._client.close()
 
     def _look(self) -> dict[TopicAndPartition, int]:
         """Return where the partitions end now, and find out where the new ones among them begin."""
-        partitions = sorted(self._fixed_partitions) or self._partitions()
+        topics = self._client.topics(self._topics)
+        self._check_topics({name: topic.topic_id for name, topic in topics.items()})
+        partitions = sorted(self._fixed_partitions) or [
+            partition for topic in topics.values() for partition in topic.partitions
+        ]
         new = [partition for partition in partitions if partition not in self._positions]
         if new:
             starts = self._find_starts(new)
             self._positions.update(starts)
             self._starts = {**self._starts, **starts}
-        begins = self._offsets(self._consumer.beginningOffsets, partitions)
-        ends = self._offsets(self._consumer.endOffsets, partitions)
+        begins, ends = self._client.begins(partitions), self._client.ends(partitions)
         for partition, end in ends.items():
             self._stay_within(partition, begins[partition], end)
         self._unread = sum(end - self._positions[partition] for partition, end in ends.items())
-        self._ends = ends
         return ends
+
+    def _check_topics(self, now: Mapping[str, str]) -> None:
+        """Raise `TopicRecreatedError` if the offsets known are of other topics with these names."""
+        for name, topic_id in now.items():
+            if self._topic_ids.setdefault(name, topic_id) != topic_id:
+                raise TopicRecreatedError(name)
 
     def _stay_within(self, partition: TopicAndPartition, begin: int, end: int) -> None:
         """Follow ``auto.offset.reset`` where the next record to be read was deleted."""
         position = self._positions[partition]
         if position > end:
-            raise StreamError(
-                f"{partition.topic}, partition {partition.partition}, is to be read from offset "
-                f"{position}, but ends at {end}: the topic was made anew. Begin with a new "
-                "group.id, or say where with fromOffsets."
+            raise TopicRecreatedError(
+                partition.topic,
+                f"partition {partition.partition} is to be read from offset {position}, but ends "
+                f"at {end}",
             )
         if position < begin:
             reset = self._settings["auto.offset.reset"]
             self._positions[partition] = end if reset == "latest" else begin
-            self._tell_of_loss(partition, position, self._positions[partition])
-
-    def _tell_of_loss(self, partition: TopicAndPartition, first: int, after: int) -> None:
-        """Warn of offsets that were deleted before they were read; raise if that was asked for."""
-        what = (
-            f"{after - first} events of {partition.topic}, partition {partition.partition} "
-            f"(offsets {first} to {after - 1})"
-        )
-        if self._settings["auto.offset.reset"] == "none":
-            raise StreamError(
-                f"{what} are lost: the topic's retention has deleted records before they were "
-                "read. Raise its retention.ms; to go on after the loss, set auto.offset.reset to "
-                "earliest."
-            )
-        _LOGGER.warning(
-            "%s are lost: the topic's retention has deleted records before they were read.", what
-        )
-
-    def _partitions(self) -> list[TopicAndPartition]:
-        """Return the partitions that the topics have now; Kafka numbers them from 0."""
-        found = []
-        for topic in self._topics:
-            partitions = self._consumer.partitionsFor(topic, self._answer_time)
-            if not partitions:
-                raise StreamError(
-                    f"topic {topic!r} doesn't exist at {self._servers()}: check its name, or "
-                    "create it and write to it first."
-                )
-            found += [TopicAndPartition(topic, number) for number in range(len(partitions))]
-        return found
+            self._client.report_deleted(partition, position, self._positions[partition])
 
     def _find_starts(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
         """Return where partitions begin that the stream hasn't read from yet."""
-        committed = self._committed(partitions) if self._asks_group else {}
+        committed = self._committed(partitions) if self._uses_group else {}
         never_read = [partition for partition in partitions if partition not in committed]
         if not never_read:
             return committed
-        if self._settings["auto.offset.reset"] == "none" and not self._positions:
+        # Of a topic that was read before, a partition without an offset was added since, and is
+        # read from its beginning: what was written to it before it was noticed must not be lost.
+        known = {partition.topic for partition in committed}
+        added = [part for part in never_read if self._positions or part.topic in known]
+        begun = [partition for partition in never_read if partition not in added]
+        if begun and self._settings["auto.offset.reset"] == "none":
             raise StreamError(
                 f"auto.offset.reset is none, and group {self._settings.get('group.id')!r} has "
-                f"committed no offset of {never_read[0].topic}, partition "
-                f"{never_read[0].partition}: set it to earliest or latest, or say where to begin "
-                "with fromOffsets."
+                f"committed no offset of {begun[0].topic}, partition {begun[0].partition}: set it "
+                "to earliest or latest, or say where to begin with fromOffsets."
             )
-        # A partition that appears while the stream runs is read from its beginning: what was
-        # written to it before it was noticed must not be lost.
-        earliest = self._positions or self._settings["auto.offset.reset"] == "earliest"
-        ask = self._consumer.beginningOffsets if earliest else self._consumer.endOffsets
-        reset = self._offsets(ask, never_read)
+        at_end = begun if self._settings["auto.offset.reset"] == "latest" else []
+        at_beginning = [partition for partition in never_read if partition not in at_end]
+        starts = {**self._client.begins(at_beginning), **self._client.ends(at_end)}
         # Where a group begins is committed at once. Otherwise a stream that stops before a
-        # partition had records would begin at its end anew, past what came in between.
+        # partition had records would begin at its new end, past what came in between.
         if self._settings.get("enable.auto.commit") != "false":
-            self.commit(reset)
-        return {**committed, **reset}
+            self.commit(starts)
+        return {**committed, **starts}
 
     def _committed(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
-        """Return the group's offsets, for those of the partitions that it has one for."""
-        found = self._offsets(self._consumer.committed, partitions)
-        return {partition: offset.offset() for partition, offset in found.items() if offset}
+        """Return the group's offsets; raise if they are of another topic with the same name."""
+        found = self._client.committed(partitions)
+        for partition, committed in found.items():
+            if committed.topic_id not in (None, self._topic_ids[partition.topic]):
+                raise TopicRecreatedError(partition.topic)
+        return {partition: committed.offset for partition, committed in found.items()}
 
     def _check_group(self) -> None:
         """Raise `StreamError` if consumers have joined the group: Kafka would refuse to commit."""
-        group = self._settings.get("group.id")
-        if not group:
-            return
-        admin = self._jvm.org.apache.kafka.clients.admin.Admin.create(
-            java_map(self._spark, self._settings)
-        )
-        try:
-            groups = admin.describeConsumerGroups(self._jvm.java.util.List.of(group))
-            seconds = self._jvm.java.util.concurrent.TimeUnit.SECONDS
-            answer = groups.describedGroups().get(group).get(ANSWER_SECONDS, seconds)
-            members = [member.clientId() for member in answer.members()]
-        except Py4JJavaError as error:
-            if root_cause(error).getClass().getSimpleName() == "GroupIdNotFoundException":
-                return
-            raise
-        finally:
-            admin.close(self._jvm.java.time.Duration.ofSeconds(1))
+        members = self._client.members()
         if members:
             raise StreamError(
-                f"group {group!r} has live members ({', '.join(sorted(members))}), so Kafka would "
-                "refuse the stream's commits, for a stream assigns its partitions and does not "
-                "join the group: stop them, or use another group.id."
+                f"group {self._settings['group.id']!r} has live members ({', '.join(members)}), so "
+                "Kafka would refuse the stream's commits: a stream assigns its partitions and does "
+                "not join the group. Stop them, or use another group.id."
             )
-
-    def _offsets(
-        self, ask: Callable[[Any, Any], Any], partitions: list[TopicAndPartition]
-    ) -> dict[TopicAndPartition, Any]:
-        """Ask the consumer one of its questions about offsets."""
-        question = self._jvm.java.util.HashSet()
-        for partition in partitions:
-            question.add(self._java_partition(partition))
-        answer = ask(question, self._answer_time)
-        return {partition: answer.get(self._java_partition(partition)) for partition in partitions}
-
-    def _java_partition(self, partition: TopicAndPartition) -> Any:
-        if partition not in self._java_partitions:
-            self._java_partitions[partition] = self._jvm.org.apache.kafka.common.TopicPartition(
-                partition.topic, partition.partition
-            )
-        return self._java_partitions[partition]
-
-    def _servers(self) -> str:
-        return self._settings["bootstrap.servers"]
-
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Talk to Kafka: one thread at a time, and each of Java's exceptions as one sentence."""
-        try:
-            with self._lock:
-                use_added_jars(self._spark)
-                yield
-        except Py4JJavaError as error:
-            raise explained(error, self._settings) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 from pyspark.sql import SparkSession
 
@@ -21,16 +21,19 @@ class Plan:
         The batch's offsets.
     positions : dict of TopicAndPartition to int
         Where the batch after it begins in each partition.
+    topic_ids : dict of str to str
+        The ids of the topics, by their names.
     """
 
     ranges: list[OffsetRange]
     positions: dict[TopicAndPartition, int]
+    topic_ids: dict[str, str] = field(default_factory=dict)
 
 
 class PlanLog:
     """A folder with a file for each batch, on any file system that Spark's Hadoop client knows.
 
-    Batches without records have no file.
+    Batches without records have no file, other than the first, which says where the stream began.
 
     Parameters
     ----------
@@ -53,7 +56,7 @@ class PlanLog:
         self._batch_ids = sorted(int(name) for name in self._files.names())
 
     def write(self, batch_id: int, plan: Plan) -> None:
-        """Keep the plan of a batch that has none yet.
+        """Keep the plan of a batch that has none yet, or the same one: a second try does no harm.
 
         Parameters
         ----------
@@ -65,21 +68,19 @@ class PlanLog:
         content = {
             "ranges": [astuple(part) for part in plan.ranges],
             "positions": [[*astuple(part), offset] for part, offset in plan.positions.items()],
+            "topic_ids": plan.topic_ids,
         }
-        self._files.write(str(batch_id), content)
+        try:
+            self._files.write(str(batch_id), content)
+        except FileExistsError:
+            # The file system may have done what it said it could not.
+            if self._read(batch_id) != plan:
+                raise
         bisect.insort(self._batch_ids, batch_id)
 
     def read(self, batch_id: int) -> Plan | None:
         """Return the plan of a batch; None if it has none, which is so if it had no records."""
-        if batch_id not in self._batch_ids:
-            return None
-        content = self._files.read(str(batch_id))
-        ranges = [OffsetRange(*part) for part in content["ranges"]]
-        positions = {
-            TopicAndPartition(topic, partition): offset
-            for topic, partition, offset in content["positions"]
-        }
-        return Plan(ranges, positions)
+        return self._read(batch_id) if batch_id in self._batch_ids else None
 
     def last(self) -> Plan | None:
         """Return the plan of the last batch; None if there is none."""
@@ -97,3 +98,12 @@ class PlanLog:
         for batch_id in self._batch_ids[:old]:
             self._files.delete(str(batch_id))
         del self._batch_ids[:old]
+
+    def _read(self, batch_id: int) -> Plan:
+        content = self._files.read(str(batch_id))
+        ranges = [OffsetRange(*part) for part in content["ranges"]]
+        positions = {
+            TopicAndPartition(topic, partition): offset
+            for topic, partition, offset in content["positions"]
+        }
+        return Plan(ranges, positions, content.get("topic_ids", {}))

@@ -74,7 +74,7 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
     deadline = time.monotonic() + timeout
     streams = batches_of(ssc)
     done = False
-    with _interrupt_noted() as interrupted:
+    with interrupt_noted() as interrupted:
         try:
             ssc.start()
             while not (done := until()) and not interrupted.is_set():
@@ -130,8 +130,8 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _interrupt_noted() -> Iterator[threading.Event]:
-    """Have the first Ctrl-C set an event, for it must not break into an exchange with Java.
+def interrupt_noted() -> Iterator[threading.Event]:
+    """Set an event at the first Ctrl-C, which must not break into an exchange with Java.
 
     PySpark's own reaction does: it cancels the jobs from within whatever call is under way, and
     leaves the connection unusable. A second Ctrl-C interrupts as usual. A program that has its own

@@ -1,35 +1,322 @@
-"""What Structured Streaming needs to share a sink with DStreams: offset ranges, and where to go on.
+"""Kafka through Structured Streaming, with the promises of the DStream.
 
 Spark plans the batches of a query itself, and writes them down in the checkpoint before it runs
-them: there a batch's offset ranges are found.
+them. `KafkaQuery` adds what Spark leaves to the program: it waits for a broker that is away, tries
+a batch once more, reports what retention has deleted, and notices a topic that was created again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.streaming import StreamingQuery
 
-from helpers.files import folder_names, read_file
+from helpers.files import JsonFolder, folder_names, full_path, read_file
+from helpers.streaming.client import KafkaClient
+from helpers.streaming.errors import (
+    BrokerAwayError,
+    StreamError,
+    TopicRecreatedError,
+    is_away,
+    summary,
+    without_secrets,
+)
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import source_options
+from helpers.streaming.running import FINISH_SECONDS, interrupt_noted
 from helpers.streaming.settings import modern_settings
 
-_EARLIEST = -2  # what Spark's source calls a partition's beginning
+_LOGGER = logging.getLogger(__name__)
+
+# How long the broker may be away while a query runs.
+AWAY_SECONDS = 60
+RETRY_SECONDS = 0.5
+
+_SOURCE_LINE = 2  # of a file of offsets in a checkpoint: after the version and Spark's settings
 
 
-class CheckpointRanges:
-    """The offset ranges of a query's batches, by their ids, as its checkpoint has them.
+class KafkaQuery:
+    """A query that scores the records of Kafka topics batch by batch.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        A session with the Kafka connector.
+    topics : iterable of str
+        The topics.
+    settings : mapping
+        Settings of `KafkaConsumer` by Kafka's names. Spark keeps the offsets in the checkpoint, so
+        a ``group.id`` has no effect; ``auto.offset.reset`` says where a query with a new checkpoint
+        begins, and with ``none`` deleted offsets are an error.
+    checkpoint : str
+        The folder where Spark keeps how far the query is.
+    positions : mapping of TopicAndPartition to int, optional
+        Where a query with a new checkpoint begins, as `ParquetSink.positions` returns it;
+        partitions that are left out are read from their beginning. If it is empty,
+        ``auto.offset.reset`` says where.
+    max_offsets : int, optional
+        The most offsets in a batch.
+
+    Raises
+    ------
+    StreamError
+        If a topic doesn't exist or was created again since the checkpoint was made, Kafka can't be
+        reached, or refuses.
+
+    Examples
+    --------
+    >>> settings = {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
+    >>> query = KafkaQuery(spark, ["events"], settings, str(getfixture("tmp_path")))
+    >>> query.foreachBatch(lambda df, batch_id: print(df.count(), "records"))
+    >>> query.run(timeout=120)
+    100 records
+    >>> query.lag()
+    0
+    """
+
+    def __init__(
+        self,
+        spark: SparkSession,
+        topics: Iterable[str],
+        settings: Mapping[str, str],
+        checkpoint: str,
+        positions: Mapping[TopicAndPartition, int] | None = None,
+        max_offsets: int | None = None,
+    ) -> None:
+        self._spark, self._topics, self._max_offsets = spark, sorted(set(topics)), max_offsets
+        self._settings = _without_group(modern_settings(settings))
+        self._checkpoint = full_path(spark, checkpoint).rstrip("/")
+        self._offsets = CheckpointOffsets(spark, self._checkpoint)
+        self._function: Callable[[DataFrame, int], None] | None = None
+        self._batches_done = 0
+        self._away_since: float | None = None
+        self._topic_ids: dict[str, str] = {}
+        self._ranges: tuple[int, list[OffsetRange]] = (-1, [])  # of the last batch asked for
+        self._client = KafkaClient(spark, self._settings)
+        try:
+            self._starts = self._find_starts(positions)
+        except BaseException:
+            self.close()
+            raise
+
+    def foreachBatch(  # noqa: N802 (Spark's name)
+        self, function: Callable[[DataFrame, int], None]
+    ) -> None:
+        """Call a function with each batch; if it raises, once more with the same records.
+
+        Parameters
+        ----------
+        function : callable
+            Takes ``(df, batch_id)``: a DataFrame with the columns of Spark's Kafka source, and the
+            number of the batch.
+        """
+        self._function = function
+
+    def run(
+        self,
+        until: Callable[[], bool] = lambda: False,
+        timeout: float = math.inf,
+        interval: float | None = None,
+    ) -> None:
+        """Run the query to its end, or until a condition is true.
+
+        Parameters
+        ----------
+        until : callable
+            Is asked a few times a second; the query stops after its batch when it returns true.
+        timeout : float
+            Seconds that this may take.
+        interval : float, optional
+            Seconds between batches. Without it the query ends when it has done what the topics had
+            at its start.
+
+        Raises
+        ------
+        TimeoutError
+            If it takes longer than `timeout`.
+        StreamError
+            If a batch fails twice, or the broker is away for more than 60 s.
+        """
+        deadline = time.monotonic() + timeout
+        with interrupt_noted() as interrupted:
+            self._away_since = None
+            query = self._start(interval)
+            try:
+                while not until() and not interrupted.is_set():
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(
+                            f"the query was not done after {timeout:.0f} s and was stopped; what "
+                            "it has done is kept. Give it more time, or look at Spark's log."
+                        )
+                    try:
+                        if query.awaitTermination(0.1):
+                            break
+                    except StreamingQueryException as error:
+                        self._wait_for_the_broker(error, interrupted)
+                        query = self._start(interval)
+                self._finish_batch(query)
+            finally:
+                query.stop()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+
+    def ranges_of(self, batch_id: int) -> list[OffsetRange]:
+        """Return the offset ranges of a batch that Spark has planned.
+
+        Raises
+        ------
+        StreamError
+            If Spark has planned no such batch, or the query has other sources than these topics.
+        """
+        if self._ranges[0] != batch_id:
+            ranges = [
+                replace(part, topic_id=self._topic_ids[part.topic])
+                for part in self._offsets.ranges_of(batch_id)
+            ]
+            self._ranges = batch_id, ranges
+        return self._ranges[1]
+
+    def topic_ids(self) -> dict[str, str]:
+        """Ask Kafka for the ids of the topics, by their names."""
+        return self._client.topic_ids(self._topics)
+
+    def finished(self) -> dict[TopicAndPartition, int]:
+        """Return where the last batch that is done ended, in each partition that was read."""
+        return self._offsets.finished()
+
+    def lag(self) -> int:
+        """Return how many offsets that the topics have now are not done yet."""
+        done = {**self._starts, **self._offsets.finished()}
+        topics = self._client.topics(self._topics).values()
+        partitions = [part for topic in topics for part in topic.partitions]
+        return sum(end - done.get(part, 0) for part, end in self._client.ends(partitions).items())
+
+    def close(self) -> None:
+        """Close the connections to Kafka."""
+        self._client.close()
+
+    def _find_starts(
+        self, positions: Mapping[TopicAndPartition, int] | None
+    ) -> dict[TopicAndPartition, int]:
+        """Return where the query begins; keep that, and which topics it is of, in the checkpoint.
+
+        Spark's own files have no ids of topics, and nothing at all before the first batch.
+        """
+        files = JsonFolder(self._spark, f"{self._checkpoint}/kafka-topics")
+        kept = {}
+        for topic in self._topics:
+            with contextlib.suppress(FileNotFoundError):
+                kept[topic] = files.read(topic)
+        ids = {topic: content["topic_id"] for topic, content in kept.items()}
+        self._topic_ids = self._client.topic_ids(self._topics)
+        for topic, topic_id in ids.items():
+            if self._topic_ids[topic] != topic_id:
+                raise TopicRecreatedError(topic)
+        planned = self._offsets.planned() or {
+            TopicAndPartition(topic, int(partition)): offset
+            for topic, content in kept.items()
+            for partition, offset in content["starts"].items()
+        }
+        starts = planned or _starts(self._spark, self._topics, self._settings, positions or None)
+        for topic in self._topic_ids.keys() - kept.keys():
+            begun = {part.partition: at for part, at in starts.items() if part.topic == topic}
+            files.write(topic, {"topic_id": self._topic_ids[topic], "starts": begun})
+        return starts
+
+    def _start(self, interval: float | None) -> StreamingQuery:
+        """Start the query, where the checkpoint says or, if that is new, where it was found out."""
+        records = read_stream(
+            self._spark, self._topics, self._settings, self._starts, self._max_offsets
+        )
+        if interval is None:
+            trigger = {"availableNow": True}
+        else:
+            trigger = {"processingTime": f"{round(interval * 1000)} milliseconds"}
+        writer = records.writeStream.foreachBatch(self._process).trigger(**trigger)
+        return writer.option("checkpointLocation", self._checkpoint).start()
+
+    def _process(self, df: DataFrame, batch_id: int) -> None:
+        """Call the function with a batch; Spark calls this."""
+        ranges = self.ranges_of(batch_id)
+        for topic, topic_id in self.topic_ids().items():
+            if self._topic_ids[topic] != topic_id:
+                raise TopicRecreatedError(topic)
+        there = self._client.without_deleted(ranges)
+        try:
+            self._function(df, batch_id)
+        except Exception:
+            _LOGGER.warning("batch %s failed and is tried again", batch_id, exc_info=True)
+            self._function(df, batch_id)
+        self._report_deleted_meanwhile(there)
+        self._batches_done += 1
+        self._away_since = None
+
+    def _report_deleted_meanwhile(self, ranges: Iterable[OffsetRange]) -> None:
+        """Warn of offsets that retention has deleted while their batch was read."""
+        planned = {part.topicAndPartition(): part for part in ranges}
+        begins = self._client.begins(planned)
+        for partition, part in planned.items():
+            if begins[partition] > part.fromOffset:
+                _LOGGER.warning(
+                    "offsets %s to %s of %s, partition %s, were deleted while their batch was "
+                    "read: some of them may be missing. Raise the topic's retention.ms.",
+                    part.fromOffset, min(begins[partition], part.untilOffset) - 1, part.topic,
+                    part.partition,
+                )  # fmt: skip
+
+    def _wait_for_the_broker(
+        self, error: StreamingQueryException, interrupted: threading.Event
+    ) -> None:
+        """Return when the broker answers again; raise if it stays away, or isn't the reason."""
+        reason = without_secrets(summary(str(error)), self._settings)
+        was_away = is_away(str(error))
+        if self._away_since is None:  # otherwise no batch was done since it was away before
+            self._away_since = time.monotonic()
+        while not interrupted.is_set():
+            if time.monotonic() - self._away_since > AWAY_SECONDS:
+                raise StreamError(
+                    f"the query stopped: the broker has been away for {AWAY_SECONDS} s. {reason}"
+                ) from None
+            try:
+                self._client.topic_ids(self._topics)
+                break
+            except BrokerAwayError:
+                _LOGGER.warning("%s The query waits for %s s.", reason, AWAY_SECONDS)
+                was_away = True
+                interrupted.wait(RETRY_SECONDS)
+        if not was_away:
+            raise StreamError(f"the query stopped: {reason}") from None
+
+    def _finish_batch(self, query: StreamingQuery) -> None:
+        """Wait until the batch that runs is done, so that it needn't be done again."""
+        done, deadline = self._batches_done, time.monotonic() + FINISH_SECONDS
+        waiting = threading.Event()
+        while query.isActive and query.status["isTriggerActive"] and self._batches_done == done:
+            if time.monotonic() > deadline:
+                return
+            waiting.wait(0.05)
+
+
+class CheckpointOffsets:
+    """The offsets of a query with Kafka as its only source, as its checkpoint has them.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session that the query runs in.
     checkpoint : str
-        The query's ``checkpointLocation``. The query has Kafka as its only source.
+        The query's ``checkpointLocation``.
 
     Examples
     --------
@@ -39,65 +326,85 @@ class CheckpointRanges:
     >>> writer = writer.option("checkpointLocation", checkpoint).trigger(availableNow=True)
     >>> writer.start().awaitTermination(60)
     True
-    >>> CheckpointRanges(spark, checkpoint)(0)
+    >>> CheckpointOffsets(spark, checkpoint).ranges_of(0)
     [OffsetRange(topic='events', partition=0, fromOffset=0, untilOffset=100)]
     """
 
     def __init__(self, spark: SparkSession, checkpoint: str) -> None:
         self._spark, self._checkpoint = spark, checkpoint.rstrip("/")
 
-    def __call__(self, batch_id: int) -> list[OffsetRange]:
+    def ranges_of(self, batch_id: int) -> list[OffsetRange]:
         """Return the ranges of a batch that Spark has planned.
 
         Raises
         ------
-        FileNotFoundError
-            If the checkpoint has no such batch.
+        StreamError
+            If the checkpoint has no such batch, has several sources, or has a partition that ends
+            before it begins.
         """
-        ends = self._offsets(f"offsets/{batch_id}")
-        before = f"offsets/{batch_id - 1}" if batch_id else "sources/0/0"
-        starts = self._offsets(before)
-        # A partition that is new in a batch is read from its beginning.
-        return sorted(
-            OffsetRange(part.topic, part.partition, starts.get(part, 0), end)
-            for part, end in ends.items()
-            if end > starts.get(part, 0)
-        )
+        ends = self._after(batch_id)
+        starts = self._after(batch_id - 1) if batch_id else self._initial()
+        ranges = []
+        for part, end in ends.items():
+            start = starts.get(part, 0)  # a partition that is new is read from its beginning
+            if end < start:
+                raise TopicRecreatedError(
+                    part.topic, f"partition {part.partition} ends at {end}, before offset {start}"
+                )
+            if end > start:
+                ranges.append(OffsetRange(part.topic, part.partition, start, end))
+        return sorted(ranges)
+
+    def planned(self) -> dict[TopicAndPartition, int]:
+        """Return where the last batch that Spark has planned ends; nothing before the first."""
+        batches = self._numbers("offsets")
+        return self._after(max(batches)) if batches else {}
 
     def finished(self) -> dict[TopicAndPartition, int]:
         """Return where the query's last finished batch ended, in each partition it has read."""
-        batches = [int(name) for name in self._names("commits") if name.isdigit()]
+        batches = self._numbers("commits")
         if not batches:
             return {}
-        starts = self._offsets("sources/0/0")
-        ends = self._offsets(f"offsets/{max(batches)}")
+        starts, ends = self._initial(), self._after(max(batches))
         return {part: end for part, end in ends.items() if end > starts.get(part, 0)}
 
-    def _names(self, folder: str) -> list[str]:
-        return folder_names(self._spark, f"{self._checkpoint}/{folder}")
+    def _numbers(self, folder: str) -> list[int]:
+        names = folder_names(self._spark, f"{self._checkpoint}/{folder}")
+        return [int(name) for name in names if name.isdigit()]
 
-    def _offsets(self, name: str) -> dict[TopicAndPartition, int]:
-        """Return the offsets in one of the checkpoint's files, whose last line they are."""
+    def _initial(self) -> dict[TopicAndPartition, int]:
+        """Return where the query began."""
+        *_, offsets = self._lines("sources/0/0")
+        return _by_partition(offsets)
+
+    def _after(self, batch_id: int) -> dict[TopicAndPartition, int]:
+        """Return where a batch ends."""
+        lines = self._lines(f"offsets/{batch_id}")
+        if len(lines) != _SOURCE_LINE + 1:
+            raise StreamError(
+                f"the query of {self._checkpoint} has {len(lines) - _SOURCE_LINE} sources, so a "
+                "batch can't be told by its offsets: read all topics in one source, by one "
+                "KafkaQuery."
+            )
+        return _by_partition(lines[_SOURCE_LINE])
+
+    def _lines(self, name: str) -> list[str]:
         try:
-            text = read_file(self._spark, f"{self._checkpoint}/{name}")
-        except Py4JJavaError:
-            raise FileNotFoundError(f"the checkpoint {self._checkpoint} has no {name}") from None
-        offsets = json.loads(text.strip().splitlines()[-1])
-        return {
-            TopicAndPartition(topic, int(partition)): offset
-            for topic, partitions in offsets.items()
-            for partition, offset in partitions.items()
-        }
+            return read_file(self._spark, f"{self._checkpoint}/{name}").strip().splitlines()
+        except (Py4JJavaError, PySparkException):
+            raise StreamError(f"the checkpoint {self._checkpoint} has no {name}.") from None
 
 
 def read_stream(
     spark: SparkSession,
     topics: Iterable[str],
     settings: Mapping[str, str],
-    positions: Mapping[TopicAndPartition, int] | None = None,
+    starts: Mapping[TopicAndPartition, int] | None = None,
     max_offsets: int | None = None,
 ) -> DataFrame:
     """Return a streaming DataFrame of Kafka's records, with the settings that a DStream takes.
+
+    It is Spark's source as it is; what `KafkaQuery` promises beyond that is not in it.
 
     Parameters
     ----------
@@ -106,12 +413,10 @@ def read_stream(
     topics : iterable of str
         The topics.
     settings : mapping
-        Settings of `KafkaConsumer` by Kafka's names. Spark keeps the offsets in the query's
-        checkpoint, so a ``group.id`` has no effect; ``auto.offset.reset`` says where a new query
-        begins.
-    positions : mapping of TopicAndPartition to int, optional
-        Where a query with a new checkpoint goes on, as a sink says; partitions that are left out
-        are read from their beginning. If it is empty, ``auto.offset.reset`` says where.
+        Settings of `KafkaConsumer` by Kafka's names. ``auto.offset.reset`` says where a new query
+        begins; unless it is ``none``, offsets that were deleted are left out.
+    starts : mapping of TopicAndPartition to int, optional
+        Where a new query begins: an offset for each partition.
     max_offsets : int, optional
         The most offsets in a batch.
 
@@ -126,36 +431,44 @@ def read_stream(
     >>> read_stream(spark, ["events"], settings).isStreaming
     True
     """
-    topics, settings = list(topics), modern_settings(kafka_params=settings)
+    topics, settings = list(topics), modern_settings(settings)
+    if starts is None:
+        starts = _starts(spark, topics, settings)
+    offsets: dict[str, dict[str, int]] = {}
+    for part, start in starts.items():
+        offsets.setdefault(part.topic, {})[str(part.partition)] = start
     stream = (
         spark.readStream.format("kafka")
         .options(**source_options(settings))
         .option("subscribe", ",".join(topics))
-        .option("startingOffsets", _starting_offsets(spark, topics, settings, positions))
+        .option("startingOffsets", json.dumps(offsets))
+        .option("failOnDataLoss", str(settings["auto.offset.reset"] == "none").lower())
     )
     if max_offsets:
         stream = stream.option("maxOffsetsPerTrigger", max_offsets)
     return stream.load()
 
 
-def _starting_offsets(
+def _starts(
     spark: SparkSession,
-    topics: list[str],
+    topics: Iterable[str],
     settings: Mapping[str, str],
-    positions: Mapping[TopicAndPartition, int] | None,
-) -> str:
-    """Return where a new query begins, as Spark's source wants it: all partitions, or a word."""
-    # The planner finds out whether Kafka can be reached, and says it clearly if not.
-    asked = {name: value for name, value in settings.items() if name != "group.id"}
-    planner = OffsetPlanner(spark, topics, asked, positions=positions)
-    try:
-        partitions = planner.positions()
-    finally:
-        planner.close()
-    if not positions:
-        return settings["auto.offset.reset"]
-    starts: dict[str, dict[str, int]] = {}
-    for part in partitions:
-        start = positions.get(part, _EARLIEST)
-        starts.setdefault(part.topic, {})[str(part.partition)] = start
-    return json.dumps(starts)
+    positions: Mapping[TopicAndPartition, int] | None = None,
+) -> dict[TopicAndPartition, int]:
+    """Return where the topics' partitions begin; the planner says clearly what Kafka refuses."""
+    planner = OffsetPlanner(spark, topics, _without_group(settings), positions=positions)
+    with contextlib.closing(planner):
+        return planner.positions()
+
+
+def _without_group(settings: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in settings.items() if name != "group.id"}
+
+
+def _by_partition(text: str) -> dict[TopicAndPartition, int]:
+    """Return offsets that Spark has written as JSON, by partition."""
+    return {
+        TopicAndPartition(topic, int(partition)): offset
+        for topic, partitions in json.loads(text).items()
+        for partition, offset in partitions.items()
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,10 @@ from pyspark.streaming import StreamingContext
 
 from helpers.session import get_spark
 from helpers.streaming.batches import Batches
+from helpers.streaming.client import KafkaClient
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import BrokerAwayError, StreamError
 from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
-from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import RangeReader
 from helpers.streaming.settings import modern_settings, refuse_zookeeper
 
@@ -269,17 +270,13 @@ def _check_ranges(ranges: list[OffsetRange], settings: Mapping[str, str]) -> Non
     """Raise `StreamError` for a range that its partition doesn't hold."""
     if not ranges:
         return
-    starts = {part.topicAndPartition(): part.fromOffset for part in ranges}
-    topics = {part.topic for part in ranges}
     # Without a group, and with an error instead of a warning where records were deleted.
     asked = {name: value for name, value in settings.items() if name != "group.id"}
-    planner = OffsetPlanner(
-        get_spark(), topics, {**asked, "auto.offset.reset": "none"}, from_offsets=starts
-    )
-    try:
-        ends = planner.ends()
-    finally:
-        planner.close()
+    client = KafkaClient(get_spark(), {**asked, "auto.offset.reset": "none"})
+    with contextlib.closing(client):
+        client.topics({part.topic for part in ranges})  # they exist
+        client.without_deleted(ranges)
+        ends = client.ends({part.topicAndPartition() for part in ranges})
     for part in ranges:
         end = ends[part.topicAndPartition()]
         if part.untilOffset > end:

@@ -1,0 +1,310 @@
+"""What the kit asks Kafka: a consumer and an administrator in the driver's Java, called by py4j.
+
+They take the same settings as Spark's Kafka source, security included. The consumer reads no
+records: it knows offsets, and commits them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import SparkSession
+
+from helpers.session import root_cause
+from helpers.streaming.errors import ANSWER_SECONDS, StreamError, explained
+from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+from helpers.streaming.settings import check_names, java_map, use_added_jars
+
+_LOGGER = logging.getLogger(__name__)
+
+# What the client settles itself, whatever the user's settings say: it reads no records, it never
+# makes a topic by asking for it, and offsets are committed by the stream alone.
+CLIENT_SETTINGS = {
+    "key.deserializer": "org.apache.kafka.common.serialization.ByteArrayDeserializer",
+    "value.deserializer": "org.apache.kafka.common.serialization.ByteArrayDeserializer",
+    "enable.auto.commit": "false",
+    "allow.auto.create.topics": "false",
+}
+
+# What a committed offset's metadata begins with: the id of the topic follows.
+_TOPIC_ID = "topic-id:"
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What Kafka says of a topic.
+
+    Attributes
+    ----------
+    topic_id : str
+        Differs from that of a topic of the same name that was deleted before.
+    partitions : list of TopicAndPartition
+        All of them.
+    """
+
+    topic_id: str
+    partitions: list[TopicAndPartition]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a consumer group has committed for a partition.
+
+    Attributes
+    ----------
+    offset : int
+        The next offset to read.
+    topic_id : str or None
+        The id of the topic that the offset is of; None if another program committed it.
+    """
+
+    offset: int
+    topic_id: str | None
+
+
+class KafkaClient:
+    """Asks Kafka about topics, offsets and consumer groups, and commits offsets.
+
+    Each question is answered within 15 s, or raises `BrokerAwayError`. Several threads may ask.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose JVM has the Kafka client.
+    settings : mapping
+        Settings of `KafkaConsumer` by Kafka's names.
+
+    Raises
+    ------
+    StreamError
+        If Kafka can't be reached, or refuses.
+    ValueError
+        If Kafka doesn't know one of the settings.
+
+    Examples
+    --------
+    >>> client = KafkaClient(spark, {"bootstrap.servers": kafka.bootstrap_servers})
+    >>> client.topics(["events"])["events"].partitions
+    [TopicAndPartition(topic='events', partition=0)]
+    >>> client.ends([TopicAndPartition("events", 0)])
+    {TopicAndPartition(topic='events', partition=0): 100}
+    >>> client.close()
+    """
+
+    def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
+        self._spark, self._jvm = spark, spark._jvm
+        self.settings = {"auto.offset.reset": "latest", **settings}
+        self._java_partitions: dict[TopicAndPartition, Any] = {}
+        self._lock = threading.RLock()  # a KafkaConsumer is for one thread at a time
+        self._answer_time = self._jvm.java.time.Duration.ofSeconds(ANSWER_SECONDS)
+        with self._asking():
+            check_names(spark, self.settings)
+            clients = self._jvm.org.apache.kafka.clients
+            self._consumer = clients.consumer.KafkaConsumer(
+                java_map(spark, {**self.settings, **CLIENT_SETTINGS})
+            )
+            self._admin = clients.admin.Admin.create(java_map(spark, self.settings))
+
+    def topics(self, names: Iterable[str]) -> dict[str, Topic]:
+        """Return what Kafka says of topics, by their names.
+
+        Raises
+        ------
+        StreamError
+            If one of them doesn't exist.
+        """
+        found = {}
+        with self._asking():
+            wanted = self._jvm.java.util.ArrayList()
+            for name in names:
+                wanted.add(name)
+            futures = self._admin.describeTopics(wanted).topicNameValues()
+            for name in names:
+                description = self._described(name, futures.get(name))
+                partitions = [
+                    TopicAndPartition(name, number)  # Kafka numbers them from 0
+                    for number in range(description.partitions().size())
+                ]
+                found[name] = Topic(description.topicId().toString(), partitions)
+        return found
+
+    def topic_ids(self, names: Iterable[str]) -> dict[str, str]:
+        """Return Kafka's ids of topics, by their names."""
+        return {name: topic.topic_id for name, topic in self.topics(names).items()}
+
+    def begins(self, partitions: Iterable[TopicAndPartition]) -> dict[TopicAndPartition, int]:
+        """Return the first offset that each partition still has."""
+        with self._asking():
+            return self._offsets(self._consumer.beginningOffsets, partitions)
+
+    def ends(self, partitions: Iterable[TopicAndPartition]) -> dict[TopicAndPartition, int]:
+        """Return the offset after the last one that may be read in each partition."""
+        with self._asking():
+            return self._offsets(self._consumer.endOffsets, partitions)
+
+    def without_deleted(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
+        """Return planned ranges without the offsets that were deleted since, after a warning.
+
+        Parameters
+        ----------
+        ranges : iterable of OffsetRange
+            What was planned.
+
+        Raises
+        ------
+        StreamError
+            If something was deleted, and ``auto.offset.reset`` is ``none``.
+
+        Examples
+        --------
+        >>> client = KafkaClient(spark, {"bootstrap.servers": kafka.bootstrap_servers})
+        >>> client.without_deleted([OffsetRange("events", 0, 0, 100)])
+        [OffsetRange(topic='events', partition=0, fromOffset=0, untilOffset=100)]
+        >>> client.close()
+        """
+        planned = {part.topicAndPartition(): part for part in ranges}
+        begins = self.begins(planned)
+        kept = []
+        for partition, part in planned.items():
+            start = min(max(part.fromOffset, begins[partition]), part.untilOffset)
+            if start > part.fromOffset:
+                self.report_deleted(partition, part.fromOffset, start)
+            if start < part.untilOffset:
+                kept.append(replace(part, fromOffset=start))
+        return kept
+
+    def report_deleted(self, partition: TopicAndPartition, first: int, after: int) -> None:
+        """Warn of offsets that were deleted before they were read.
+
+        Raises
+        ------
+        StreamError
+            If ``auto.offset.reset`` is ``none``: then a loss is an error.
+        """
+        what = (
+            f"{after - first} events of {partition.topic}, partition {partition.partition} "
+            f"(offsets {first} to {after - 1})"
+        )
+        if self.settings["auto.offset.reset"] == "none":
+            raise StreamError(
+                f"{what} are lost: the topic's retention has deleted records before they were "
+                "read. Raise its retention.ms; to go on after the loss, set auto.offset.reset to "
+                "earliest."
+            )
+        _LOGGER.warning(
+            "%s are lost: the topic's retention has deleted records before they were read.", what
+        )
+
+    def committed(
+        self, partitions: Iterable[TopicAndPartition]
+    ) -> dict[TopicAndPartition, Committed]:
+        """Return what the group has committed; nothing of partitions that it has no offset for."""
+        if not self.settings.get("group.id"):
+            return {}
+        with self._asking():
+            found = self._offsets(self._consumer.committed, partitions)
+            return {
+                partition: Committed(answer.offset(), _topic_id_in(answer.metadata()))
+                for partition, answer in found.items()
+                if answer
+            }
+
+    def commit(
+        self, offsets: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]
+    ) -> None:
+        """Commit to the consumer group where each partition is to be read from next.
+
+        Parameters
+        ----------
+        offsets : mapping of TopicAndPartition to int
+            The next offset of each partition. Without a ``group.id`` nothing happens.
+        topic_ids : mapping of str to str
+            The ids of their topics, which are kept with them.
+        """
+        if not self.settings.get("group.id") or not offsets:
+            return
+        with self._asking():
+            metadata = self._jvm.org.apache.kafka.clients.consumer.OffsetAndMetadata
+            java_offsets = self._jvm.java.util.HashMap()
+            for partition, offset in offsets.items():
+                java_offsets.put(
+                    self._java_partition(partition),
+                    metadata(offset, f"{_TOPIC_ID}{topic_ids[partition.topic]}"),
+                )
+            self._consumer.commitSync(java_offsets, self._answer_time)
+
+    def members(self) -> list[str]:
+        """Return the client ids of the group's live members; none if there is no such group."""
+        group = self.settings.get("group.id")
+        if not group:
+            return []
+        with self._asking():
+            groups = self._admin.describeConsumerGroups(self._jvm.java.util.List.of(group))
+            try:
+                answer = self._answer(groups.describedGroups().get(group))
+            except Py4JJavaError as error:
+                if root_cause(error).getClass().getSimpleName() == "GroupIdNotFoundException":
+                    return []
+                raise
+            return sorted(member.clientId() for member in answer.members())
+
+    def close(self) -> None:
+        """Close the connections to Kafka."""
+        second = self._jvm.java.time.Duration.ofSeconds(1)
+        with self._lock:
+            self._consumer.close(second)
+            self._admin.close(second)
+
+    def _described(self, name: str, future: Any) -> Any:
+        try:
+            return self._answer(future)
+        except Py4JJavaError as error:
+            kind = root_cause(error).getClass().getSimpleName()
+            if kind not in ("UnknownTopicOrPartitionException", "InvalidTopicException"):
+                raise
+            raise StreamError(
+                f"topic {name!r} doesn't exist at {self.settings['bootstrap.servers']}: check its "
+                "name, or create it and write to it first."
+            ) from None
+
+    def _answer(self, future: Any) -> Any:
+        """Wait for what the administrator was asked."""
+        return future.get(ANSWER_SECONDS, self._jvm.java.util.concurrent.TimeUnit.SECONDS)
+
+    def _offsets(
+        self, ask: Callable[[Any, Any], Any], partitions: Iterable[TopicAndPartition]
+    ) -> dict[TopicAndPartition, Any]:
+        """Ask the consumer one of its questions about offsets."""
+        question = self._jvm.java.util.HashSet()
+        for partition in partitions:
+            question.add(self._java_partition(partition))
+        answer = ask(question, self._answer_time)
+        return {partition: answer.get(self._java_partition(partition)) for partition in partitions}
+
+    def _java_partition(self, partition: TopicAndPartition) -> Any:
+        if partition not in self._java_partitions:
+            self._java_partitions[partition] = self._jvm.org.apache.kafka.common.TopicPartition(
+                partition.topic, partition.partition
+            )
+        return self._java_partitions[partition]
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Talk to Kafka: one thread at a time, and each of Java's exceptions as one sentence."""
+        try:
+            with self._lock:
+                use_added_jars(self._spark)
+                yield
+        except Py4JJavaError as error:
+            raise explained(error, self.settings) from None
+
+
+def _topic_id_in(metadata: str) -> str | None:
+    """Return the topic's id that a committed offset's metadata holds."""
+    return metadata.removeprefix(_TOPIC_ID) if metadata.startswith(_TOPIC_ID) else None

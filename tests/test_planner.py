@@ -1,0 +1,265 @@
+"""Tests of where a stream begins and resumes, and of topics that are deleted and created again."""
+
+import json
+import time
+import uuid
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.admin import NewPartitions
+from processes import wait_until
+from pyspark.streaming import StreamingContext
+
+from helpers.streaming import (
+    KafkaUtils,
+    OffsetPlanner,
+    OffsetRange,
+    StreamError,
+    TopicAndPartition,
+    batches,
+    new_streaming_context,
+    run_stream,
+    stop_streaming,
+)
+from helpers.streaming.client import KafkaClient
+
+AGAIN = "was deleted and created again"
+
+
+@pytest.fixture
+def settings(kafka):
+    """A stream's settings: from the topic's end, in a new consumer group."""
+    return {
+        "bootstrap.servers": kafka.bootstrap_servers,
+        "group.id": f"group-{uuid.uuid4()}",
+        "auto.offset.reset": "latest",
+    }
+
+
+@pytest.fixture
+def one(kafka):
+    """A new topic with one partition."""
+    name = f"one-{uuid.uuid4()}"
+    kafka.create_topic(name, partitions=1)
+    return name
+
+
+def create_again(kafka, name, partitions=1):
+    """Delete a topic, and create one of the same name."""
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_topics([name])
+    wait_until(lambda: name not in kafka.topics())
+    kafka.create_topic(name, partitions=partitions)
+
+
+def send(kafka, topic, partition, values):
+    """Write records to a partition."""
+    with KafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+        wait_until(lambda: partition in (producer.partitions_for(topic) or ()))
+        for value in values:
+            producer.send(topic, value, partition=partition).get(10)
+
+
+def committed(spark, settings, partition):
+    """Return what the group has committed for a partition; None if nothing."""
+    client = KafkaClient(spark, settings)
+    found = client.committed([partition])
+    client.close()
+    return found[partition].offset if partition in found else None
+
+
+def collected(ssc, topic, settings, **options):
+    """Return a stream, and the list that it fills with values."""
+    values = []
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings, **options)
+    stream.foreachRDD(lambda rdd: values.extend(value for _, value in rdd.collect()))
+    return stream, values
+
+
+@pytest.mark.parametrize("reset", ["latest", "none"])
+def test_a_partition_added_while_the_stream_is_down_is_read_from_its_beginning(
+    spark, kafka, one, settings, reset
+):
+    """A topic that grows loses no records, whatever auto.offset.reset says."""
+    OffsetPlanner(spark, [one], settings).close()  # the group begins
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.create_partitions({one: NewPartitions(2)})
+    send(kafka, one, 1, [b"early"] * 3)
+    planner = OffsetPlanner(spark, [one], {**settings, "auto.offset.reset": reset})
+    assert planner.next_batch() == [OffsetRange(one, 1, 0, 3)]
+    planner.close()
+
+
+def test_a_new_topic_of_a_known_group_begins_where_it_is_told(spark, kafka, one, produce, settings):
+    """Only a topic that the group has read before has partitions that were added since."""
+    OffsetPlanner(spark, [one], settings).close()
+    other = f"other-{uuid.uuid4()}"
+    kafka.create_topic(other, partitions=1)
+    produce(other, [b"old"] * 4)
+    planner = OffsetPlanner(spark, [one, other], settings)
+    assert planner.positions()[TopicAndPartition(other, 0)] == 4
+    planner.close()
+
+
+def test_a_stream_with_a_checkpoint_begins_where_it_began_first(
+    spark, kafka, one, produce, settings, tmp_path
+):
+    """What arrives between a stream's start and its first batch is read after a crash as well."""
+    values = []
+
+    def set_up():
+        ssc = new_streaming_context(spark, 0.5)
+        without_group = {k: v for k, v in settings.items() if k != "group.id"}
+        stream = KafkaUtils.createDirectStream(ssc, [one], without_group)
+        stream.foreachRDD(lambda rdd: values.extend(value for _, value in rdd.collect()))
+        ssc.checkpoint(str(tmp_path))
+        return ssc
+
+    produce(one, [b"old"] * 5)
+    first = set_up()
+    first.start()
+    wait_until(lambda: list(tmp_path.glob("checkpoint-*")))
+    stop_streaming(first, gracefully=False)
+    produce(one, [b"new"] * 3)
+    again = StreamingContext.getOrCreate(str(tmp_path), lambda: pytest.fail("no checkpoint"))
+    again.start()
+    try:
+        wait_until(lambda: planned(tmp_path) == 3)
+    finally:
+        stop_streaming(again, gracefully=False)
+
+
+def planned(folder):
+    """Return how many records the plans of a checkpoint have, all of them after the old ones."""
+    plans = [json.loads(file.read_text()) for file in folder.glob("kafka-plans/*/*.json")]
+    ranges = [part for plan in plans for part in plan["ranges"]]
+    assert all(start >= 5 for _, _, start, *_ in ranges)
+    return sum(end - start for _, _, start, end, _ in ranges)
+
+
+def test_offsets_of_another_topic_of_the_same_name_are_refused(
+    spark, kafka, one, produce, settings
+):
+    """A local broker that is started again has other records at the same offsets."""
+    produce(one, [b"new"] * 10)
+    client = KafkaClient(spark, settings)
+    client.commit({TopicAndPartition(one, 0): 7}, {one: "the id of the topic before"})
+    client.close()
+    with pytest.raises(StreamError, match=f"{AGAIN}.*Begin with a new output.*or read the new"):
+        OffsetPlanner(spark, [one], settings)
+
+
+def test_kept_positions_of_another_topic_are_refused(spark, kafka, one, produce, settings):
+    """A checkpoint's, or a sink's, offsets are of one topic, not of a name."""
+    produce(one, [b"old"] * 5)
+    planner = OffsetPlanner(spark, [one], {**settings, "auto.offset.reset": "earliest"})
+    planner.next_batch()
+    kept, ids = planner.positions(), planner.topic_ids()
+    create_again(kafka, one)
+    produce(one, [b"new"] * 8)
+    with pytest.raises(StreamError, match=AGAIN):
+        planner.next_batch()
+    with pytest.raises(StreamError, match=AGAIN):
+        planner.commit(kept)
+    planner.close()
+    with pytest.raises(StreamError, match=AGAIN):
+        OffsetPlanner(spark, [one], settings, positions=kept, topic_ids=ids)
+
+
+def test_a_running_stream_stops_when_its_topic_is_created_again(
+    spark, kafka, one, produce, settings
+):
+    """The first records of the new topic must not be taken for done."""
+    produce(one, [b"old"] * 5)
+    ssc = new_streaming_context(spark, 0.5)
+    stream, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
+    made = []
+
+    def make_again():
+        if len(values) == 5 and stream.lag() == 0 and not made:
+            made.append(create_again(kafka, one))
+            produce(one, [b"new"] * 8)
+        return False
+
+    with pytest.raises(StreamError, match=f"{AGAIN}|doesn't exist"):
+        run_stream(ssc, until=make_again, timeout=300)
+    assert values == ["old"] * 5
+
+
+def test_an_idle_stream_keeps_its_offsets_alive(
+    spark, kafka, one, produce, settings, monkeypatch
+):
+    """Kafka forgets offsets that are not committed for a while, and a restart would begin anew."""
+    monkeypatch.setattr(batches, "RECOMMIT_SECONDS", 0.5)
+    produce(one, [b"x"] * 5)
+    ssc = new_streaming_context(spark, 0.5)
+    stream, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
+    partition, forgotten = TopicAndPartition(one, 0), []
+
+    def is_committed_again():
+        if len(values) == 5 and stream.lag() == 0 and not forgotten:
+            with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+                forgotten.append(admin.delete_groups([settings["group.id"]]))
+        return forgotten and committed(spark, settings, partition) == 5
+
+    run_stream(ssc, until=is_committed_again, timeout=300)
+
+
+def test_a_plan_that_cannot_be_written_is_written_later(
+    spark, kafka, one, produce, settings, tmp_path, caplog
+):
+    """A checkpoint's file system that fails for seconds costs time, but no records."""
+    ssc = new_streaming_context(spark, 0.5)
+    stream, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
+    ssc.checkpoint(str(tmp_path))
+    numbers = [b"%d" % number for number in range(30)]
+    away, back = [], []
+
+    def is_done():
+        plans = list(tmp_path.glob("kafka-plans/*"))
+        if plans and not away:  # a file stands where the folder was
+            plans[0].rename(tmp_path / "away")
+            plans[0].touch()
+            away.append(plans[0])
+            produce(one, numbers)
+        if away and not back and "tries again" in caplog.text:
+            away[0].unlink()
+            back.append((tmp_path / "away").rename(away[0]))
+        return back and len(values) >= len(numbers) and stream.lag() == 0
+
+    run_stream(ssc, until=is_done, timeout=120)
+    assert values == [number.decode() for number in numbers]
+    assert committed(spark, settings, TopicAndPartition(one, 0)) == len(numbers)
+
+
+def test_a_plan_that_is_never_written_stops_the_stream(
+    spark, kafka, one, produce, settings, tmp_path, monkeypatch
+):
+    """No later batch is committed past the records that have no plan."""
+    monkeypatch.setattr(batches, "AWAY_SECONDS", 1)
+    ssc = new_streaming_context(spark, 0.5)
+    _, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
+    (tmp_path / "kafka-plans").touch()  # no folder can be made here
+    ssc.checkpoint(str(tmp_path))
+    produce(one, [b"x"] * 5)
+    with pytest.raises(StreamError, match=r"the next batch can't be planned: .*kafka-plans"):
+        run_stream(ssc, until=lambda: False, timeout=300)
+    assert values == []
+    assert committed(spark, settings, TopicAndPartition(one, 0)) == 0
+
+
+def test_a_stream_that_runs_long_remembers_only_what_it_needs(
+    spark, one, produce, settings
+):
+    """A stream without a checkpoint has no plans to keep, whose list would grow for ever."""
+    ssc = new_streaming_context(spark, 0.2)
+    stream, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
+    deadline = time.monotonic() + 60
+
+    def three_batches():
+        if len(values) < 3 and stream.lag() == 0 and time.monotonic() < deadline:
+            produce(one, [b"x"])
+        return len(values) >= 3 and stream.lag() == 0
+
+    run_stream(ssc, until=three_batches, timeout=300)
+    assert not stream._batches._committed and not stream._batches._planned

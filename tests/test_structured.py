@@ -1,0 +1,304 @@
+"""Tests of KafkaQuery: Structured Streaming with the promises of the DStream."""
+
+import logging
+import threading
+import uuid
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from processes import wait_until
+from pyspark.sql import functions as F
+
+from helpers.broker import LocalKafka
+from helpers.streaming import (
+    KafkaQuery,
+    OffsetRange,
+    StreamError,
+    TopicAndPartition,
+    read_stream,
+    structured,
+)
+from helpers.streaming.structured import CheckpointOffsets
+
+AGAIN = "was deleted and created again"
+
+
+@pytest.fixture
+def settings(kafka):
+    """A query's settings: from the beginning."""
+    return {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
+
+
+@pytest.fixture
+def one(kafka):
+    """A new topic with one partition."""
+    name = f"one-{uuid.uuid4()}"
+    kafka.create_topic(name, partitions=1)
+    return name
+
+
+@pytest.fixture
+def query_of(spark, tmp_path):
+    """Make queries on one checkpoint, and close them at the end."""
+    queries = []
+
+    def make(topics, settings, **options):
+        queries.append(KafkaQuery(spark, topics, settings, str(tmp_path / "checkpoint"), **options))
+        return queries[-1]
+
+    yield make
+    for query in queries:
+        query.close()
+
+
+class Values:
+    """Collects the values of each batch, as a batch's function."""
+
+    def __init__(self):
+        self.batches = {}
+
+    def __call__(self, df, batch_id):
+        """Keep a batch's values, in the place of those of an earlier try."""
+        self.batches[batch_id] = [bytes(row.value) for row in df.orderBy("offset").collect()]
+
+    def all(self):
+        """Return the values of all batches."""
+        return [value for batch in self.batches.values() for value in batch]
+
+
+def test_a_query_resumes_where_its_checkpoint_ends(query_of, one, produce, settings):
+    """Each record is in one batch, also when the program is started again."""
+    values = Values()
+    for count in (5, 3):
+        produce(one, [b"%d" % number for number in range(count)])
+        query = query_of([one], settings)
+        query.foreachBatch(values)
+        query.run(timeout=120)
+        assert query.lag() == 0
+    assert values.all() == [b"0", b"1", b"2", b"3", b"4", b"0", b"1", b"2"]
+    assert query.ranges_of(1) == [OffsetRange(one, 0, 5, 8)]
+    assert query.ranges_of(1)[0].topic_id == query.topic_ids()[one]
+    with pytest.raises(StreamError, match="has no offsets/2"):
+        query.ranges_of(2)
+
+
+def test_a_service_runs_until_it_is_told_to_stop(query_of, one, produce, settings):
+    """A query with an interval takes what arrives, and finishes the batch that it is at."""
+    values = Values()
+    produce(one, [b"early"])
+    query = query_of([one], settings)
+    query.foreachBatch(values)
+
+    def is_done():
+        if len(values.all()) == 1:
+            produce(one, [b"late"])
+        return b"late" in values.all()
+
+    query.run(until=is_done, timeout=120, interval=0.2)
+    assert query.lag() == 0
+    with pytest.raises(TimeoutError, match="was not done after 1 s and was stopped"):
+        query.run(timeout=1, interval=0.2)
+
+
+def test_a_query_begins_where_it_began_first(query_of, one, produce, settings):
+    """What arrives before the first batch is read after a crash, with ``latest`` as well."""
+    produce(one, [b"old"] * 4)
+    query_of([one], {**settings, "auto.offset.reset": "latest"})  # dies before it runs
+    produce(one, [b"new"] * 2)
+    values = Values()
+    query = query_of([one], {**settings, "auto.offset.reset": "latest"})
+    query.foreachBatch(values)
+    query.run(timeout=120)
+    assert values.all() == [b"new"] * 2
+
+
+def test_a_batch_that_fails_once_is_tried_again(query_of, one, produce, settings):
+    """What fails for a moment stops neither of Spark's streams."""
+    produce(one, [b"x"] * 5)
+    values, failures = Values(), []
+
+    def fail_once(df, batch_id):
+        if not failures:
+            failures.append(batch_id)
+            raise OSError("the disk is away")
+        values(df, batch_id)
+
+    query = query_of([one], settings)
+    query.foreachBatch(fail_once)
+    query.run(timeout=120)
+    assert values.all() == [b"x"] * 5
+
+
+def test_a_batch_that_fails_twice_stops_the_query_with_the_reason(
+    query_of, one, produce, settings
+):
+    """The batch is not done, and comes again when the query does."""
+    produce(one, [b"x"] * 5)
+    query = query_of([one], settings)
+
+    def fail(df, batch_id):
+        raise ValueError("this cannot be scored")
+
+    query.foreachBatch(fail)
+    with pytest.raises(StreamError, match=r"the query stopped: .*this cannot be scored"):
+        query.run(timeout=120)
+    assert query.lag() == 5
+    values = Values()
+    query.foreachBatch(values)
+    query.run(timeout=120)
+    assert values.all() == [b"x"] * 5
+
+
+@pytest.fixture
+def half_deleted(kafka, query_of, one, produce, settings):
+    """A topic with a query of which 20 records were deleted after the query had read 10."""
+    query = query_of([one], settings)
+    produce(one, [b"%d" % number for number in range(10)])
+    query.foreachBatch(Values())
+    query.run(timeout=120)
+    produce(one, [b"%d" % number for number in range(10, 50)])
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_records({TopicPartition(one, 0): 30})
+    return one
+
+
+def test_a_query_resumes_after_retention_and_reports_what_is_lost(
+    query_of, half_deleted, settings, caplog
+):
+    """A query that was down for too long goes on, and says to the last event what is missing."""
+    values = Values()
+    query = query_of([half_deleted], settings)
+    query.foreachBatch(values)
+    with caplog.at_level(logging.WARNING):
+        query.run(timeout=120)
+    assert values.all() == [b"%d" % number for number in range(30, 50)]
+    losses = [text for text in caplog.messages if "are lost" in text]
+    assert len(losses) == 1 and losses[0].startswith("20 events of one-")
+    assert "(offsets 10 to 29)" in losses[0]
+
+
+def test_a_new_query_begins_at_what_retention_has_left(
+    spark, half_deleted, settings, tmp_path, caplog
+):
+    """A sink whose positions were deleted does not stop a query with a new checkpoint."""
+    values = Values()
+    positions = {TopicAndPartition(half_deleted, 0): 10}
+    query = KafkaQuery(spark, [half_deleted], settings, str(tmp_path / "new"), positions)
+    query.foreachBatch(values)
+    query.run(timeout=120)
+    query.close()
+    assert values.all() == [b"%d" % number for number in range(30, 50)]
+    assert "20 events of one-" in caplog.text
+
+
+def test_with_none_a_loss_is_an_error(query_of, half_deleted, settings):
+    """Those who can't go on without some events don't."""
+    query = query_of([half_deleted], {**settings, "auto.offset.reset": "none"})
+    query.foreachBatch(Values())
+    with pytest.raises(StreamError, match="the query stopped"):
+        query.run(timeout=120)
+
+
+def test_a_topic_that_was_created_again_is_refused(kafka, query_of, half_deleted, settings):
+    """A checkpoint's offsets are of one topic, not of a name."""
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_topics([half_deleted])
+    wait_until(lambda: half_deleted not in kafka.topics())
+    kafka.create_topic(half_deleted, partitions=1)
+    with pytest.raises(StreamError, match=AGAIN):
+        query_of([half_deleted], settings)
+
+
+def test_a_topic_that_is_created_again_stops_a_running_query(
+    kafka, query_of, one, produce, settings
+):
+    """The first records of the new topic are not taken for done."""
+    values, made = Values(), []
+    produce(one, [b"old"] * 5)
+    query = query_of([one], settings)
+    query.foreachBatch(values)
+
+    def make_again():
+        if len(values.all()) == 5 and not made:
+            with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+                admin.delete_topics([one])
+            wait_until(lambda: one not in kafka.topics())
+            kafka.create_topic(one, partitions=1)
+            made.append(produce(one, [b"new"] * 8))
+        return False
+
+    with pytest.raises(StreamError, match=f"{AGAIN}|doesn't exist|UnknownTopic"):
+        query.run(until=make_again, timeout=120, interval=0.2)
+    assert values.all() == [b"old"] * 5
+
+
+def test_a_query_with_two_sources_has_no_ranges(spark, kafka, produce, settings, tmp_path):
+    """A batch that is known by one source's offsets only would look stored when half of it is."""
+    names = [f"two-{uuid.uuid4()}" for _ in range(2)]
+    for name in names:
+        kafka.create_topic(name, partitions=1)
+        produce(name, [b"x"] * 5)
+    one, other = (read_stream(spark, [name], settings) for name in names)
+    checkpoint = str(tmp_path / "two")
+    query = one.union(other).agg(F.count("*")).writeStream.outputMode("complete").format("noop")
+    query = query.option("checkpointLocation", checkpoint).trigger(availableNow=True).start()
+    assert query.awaitTermination(120)
+    with pytest.raises(StreamError, match=r"has 2 sources.*read all topics in one source"):
+        CheckpointOffsets(spark, checkpoint).ranges_of(0)
+
+
+@pytest.fixture
+def own_kafka():
+    """A broker that the test may kill, with a topic of ten records."""
+    with LocalKafka() as broker:
+        broker.create_topic("events", partitions=1)
+        with KafkaProducer(bootstrap_servers=broker.bootstrap_servers) as producer:
+            for number in range(10):
+                producer.send("events", b"%d" % number).get(10)
+        yield broker
+
+
+IMPATIENT = {"request.timeout.ms": "2000", "default.api.timeout.ms": "2000"}
+
+
+def test_a_broker_that_comes_back_changes_no_total(query_of, own_kafka, caplog):
+    """A broker's restart costs time, but neither events nor the query."""
+    servers = {"bootstrap.servers": own_kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
+    query = query_of(["events"], {**servers, **IMPATIENT})
+    values, killed = Values(), []
+    query.foreachBatch(values)
+
+    def restart():
+        wait_until(lambda: "The query waits for" in caplog.text, 120)
+        own_kafka.start()
+        with KafkaProducer(bootstrap_servers=own_kafka.bootstrap_servers) as producer:
+            producer.send("events", b"10").get(30)
+
+    trouble = threading.Thread(target=restart)
+
+    def is_done():
+        if len(values.all()) == 10 and not killed:
+            killed.append(own_kafka.kill())
+            trouble.start()
+        return len(values.all()) == 11
+
+    query.run(until=is_done, timeout=300, interval=0.5)
+    trouble.join(60)
+    assert values.all() == [b"%d" % number for number in range(11)]
+
+
+def test_a_broker_that_stays_away_is_an_error_in_time(query_of, own_kafka, monkeypatch):
+    """A query without a broker does not hang, and says what it waited for."""
+    monkeypatch.setattr(structured, "AWAY_SECONDS", 1)
+    servers = {"bootstrap.servers": own_kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
+    query = query_of(["events"], {**servers, **IMPATIENT})
+    values, killed = Values(), []
+    query.foreachBatch(values)
+
+    def kill():
+        if values.all() and not killed:
+            killed.append(own_kafka.kill())
+        return False
+
+    with pytest.raises(StreamError, match="the broker has been away for 1 s"):
+        query.run(until=kill, timeout=300, interval=0.5)
