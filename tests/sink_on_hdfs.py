@@ -6,12 +6,12 @@ python sink_on_hdfs.py FOLDER
 import json
 import sys
 
-from test_sinks import stored, write
+from test_sinks import Sink, stored, write
 
 from helpers.files import JsonFolder, full_path
 from helpers.jars import fetch_jars
 from helpers.session import get_spark
-from helpers.sinks import ParquetSink, SinkError
+from helpers.sinks import SinkError
 
 # Hadoop in one Java process, for tests, and what it needs.
 HADOOP = (
@@ -55,11 +55,11 @@ def checkpointed(spark, checkpoint):
 def try_sink(spark, path):
     """Return what became of everything."""
     found = {"path": path}
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         write(sink, spark, 5, 15)
         try:
-            with ParquetSink(spark, path):
+            with Sink(spark, path):
                 pass
         except SinkError as error:
             found["second sink"] = str(error)

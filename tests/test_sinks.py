@@ -1,4 +1,4 @@
-"""Tests of helpers/sinks.py: each event once, whatever is done twice or is left half done."""
+"""Tests of helpers/sinks/: each event once, whatever is done twice or is left half done."""
 
 import json
 import logging
@@ -10,11 +10,11 @@ from kafka import KafkaConsumer
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
-from helpers import sinks
 from helpers.sinks import (
     BadRecordError,
     ParquetSink,
     SinkError,
+    lease,
     read_bad_records,
     read_scored,
     send_predictions,
@@ -45,10 +45,44 @@ def rows(spark, start, end, bad=(), topic="events"):
     )
 
 
+class Stream:
+    """A source of batches: what `begin` takes."""
+
+    def __init__(self):
+        self.ranges = {}  # by batch
+        self.ids = {"events": "id-1"}
+
+    def ranges_of(self, batch_id):
+        """Return a batch's ranges."""
+        return self.ranges[batch_id]
+
+    def topic_ids(self):
+        """Return the ids that the topics have now."""
+        return dict(self.ids)
+
+    def plan(self, start, end, topic="events"):
+        """Plan a batch; its id is the offset where it begins."""
+        part = OffsetRange(topic, 0, start, end, self.ids.get(topic))
+        self.ranges[start] = [part]
+        return start
+
+
+class Sink(ParquetSink):
+    """A sink that has begun with a stream of its own."""
+
+    def __init__(self, *arguments, stream=None, **options):
+        super().__init__(*arguments, **options)
+        self.stream = stream or Stream()
+
+    def __enter__(self):
+        super().__enter__()
+        self.begin(self.stream)
+        return self
+
+
 def write(sink, spark, start, end, bad=(), topic="events"):
     """Write the records of an offset range as a batch."""
-    sink.begin(lambda batch_id: [OffsetRange(topic, 0, start, end)])
-    sink.write(rows(spark, start, end, bad, topic), batch_id=start)
+    sink.write(rows(spark, start, end, bad, topic), sink.stream.plan(start, end, topic))
 
 
 def stored(spark, path):
@@ -65,13 +99,13 @@ def path(tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     """Have a dead writer be noticed sooner."""
-    monkeypatch.setattr(sinks, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(sinks, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.5)
 
 
 def test_what_is_stored_of_an_event(spark, path):
     """Otherwise results could not be joined with the events, or be traced back to the topic."""
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 2)
     row = read_scored(spark, path).orderBy("offset").collect()[1].asDict()
     assert row.pop("event_time").timestamp() == pytest.approx(1_700_000_000.001)
@@ -83,11 +117,11 @@ def test_what_is_stored_of_an_event(spark, path):
 
 def test_a_batch_that_comes_again_is_not_stored_again(spark, path):
     """Otherwise each crash would count some events twice."""
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         assert sink.has(0)
         write(sink, spark, 0, 10)
-    with ParquetSink(spark, path) as sink:  # after a restart
+    with Sink(spark, path) as sink:  # after a restart
         assert sink.positions() == {PARTITION: 10}
         write(sink, spark, 0, 10)
     assert stored(spark, path) == list(range(10))
@@ -95,7 +129,7 @@ def test_a_batch_that_comes_again_is_not_stored_again(spark, path):
 
 def test_of_a_batch_that_overlaps_only_the_rest_is_stored(spark, path):
     """Otherwise a lost checkpoint, and with it other batches, would count events twice."""
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         write(sink, spark, 5, 15)
         assert sink.positions() == {PARTITION: 15}
@@ -104,7 +138,7 @@ def test_of_a_batch_that_overlaps_only_the_rest_is_stored(spark, path):
 
 def test_a_gap_between_batches_is_told(spark, path, caplog):
     """Otherwise nobody would know that events are missing."""
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         write(sink, spark, 15, 20)
     assert "offsets 10 to 14 of events, partition 0, are in no batch" in caplog.text
@@ -112,7 +146,7 @@ def test_a_gap_between_batches_is_told(spark, path, caplog):
 
 def test_files_without_a_manifest_do_not_count_and_are_named(spark, path, caplog):
     """Otherwise a batch that a crash has interrupted would be read, and then again."""
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
     rows(spark, 10, 20).write.parquet(f"{path}/data/interrupted")
     with caplog.at_level(logging.WARNING):
@@ -123,10 +157,9 @@ def test_files_without_a_manifest_do_not_count_and_are_named(spark, path, caplog
 def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
     """Otherwise the folder would fill with files that nobody reads."""
     broken = rows(spark, 0, 10).withColumn("EventId", F.raise_error(F.lit("broken")).cast("long"))
-    with ParquetSink(spark, path) as sink:
-        sink.begin(lambda batch_id: [OffsetRange("events", 0, 0, 10)])
+    with Sink(spark, path) as sink:
         with pytest.raises(Exception, match="broken"):
-            sink.write(broken, 0)
+            sink.write(broken, sink.stream.plan(0, 10))
         assert list((tmp_path / "scored" / "data").iterdir()) == []
         assert not sink.has(0)
         write(sink, spark, 0, 10)
@@ -135,23 +168,23 @@ def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
 
 def test_a_second_sink_on_a_path_is_refused(spark, path, impatient):
     """Otherwise two jobs would store the same events."""
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         with (
             pytest.raises(SinkError, match=r"another job writes to .*scored: end it, or give"),
-            ParquetSink(spark, path),
+            Sink(spark, path),
         ):
             pass
         write(sink, spark, 0, 10)
-    with ParquetSink(spark, path) as sink:  # the path is free again
+    with Sink(spark, path) as sink:  # the path is free again
         assert sink.positions() == {PARTITION: 10}
 
 
 def test_a_sink_whose_job_died_is_taken_over(spark, path, impatient):
     """Otherwise a job could not go on after a crash."""
-    dead = ParquetSink(spark, path)
+    dead = Sink(spark, path)
     dead.__enter__()
-    dead._writer._closed.set()  # it no longer shows that it lives
-    with ParquetSink(spark, path) as sink:
+    dead._lease._closed.set()  # it no longer shows that it lives
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         # It was not dead, only slow: now it is late.
         with pytest.raises(SinkError, match="another job writes to"):
@@ -161,11 +194,11 @@ def test_a_sink_whose_job_died_is_taken_over(spark, path, impatient):
 
 def test_a_late_sink_cannot_commit_over_another(spark, path, impatient, monkeypatch):
     """Otherwise a job that wakes up between its last look and its commit would count twice."""
-    late = ParquetSink(spark, path)
+    late = Sink(spark, path)
     late.__enter__()
-    late._writer._closed.set()
-    monkeypatch.setattr(late._writer, "check", lambda: None)
-    with ParquetSink(spark, path) as sink:
+    late._lease._closed.set()
+    monkeypatch.setattr(late._lease, "check", lambda: None)
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
     with pytest.raises(SinkError, match="another job writes to"):
         write(late, spark, 0, 10)
@@ -174,7 +207,7 @@ def test_a_late_sink_cannot_commit_over_another(spark, path, impatient, monkeypa
 
 def test_nothing_stays_behind_a_sink(spark, path, tmp_path):
     """Otherwise the next job would wait for one that has ended."""
-    with ParquetSink(spark, path):
+    with Sink(spark, path):
         assert list((tmp_path / "scored" / "writer").glob("*.json"))
     assert not list((tmp_path / "scored" / "writer").glob("*.json"))
 
@@ -182,7 +215,7 @@ def test_nothing_stays_behind_a_sink(spark, path, tmp_path):
 def test_a_bad_record_stops_a_strict_sink(spark, path):
     """Otherwise those who can't go on without one event would go on."""
     message = r"events, partition 0, offset 3 is no event: it is no JSON\. To go on"
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         with pytest.raises(BadRecordError, match=message):
             write(sink, spark, 0, 10, bad=[3, 7])
         assert sink.positions() == {}
@@ -191,7 +224,7 @@ def test_a_bad_record_stops_a_strict_sink(spark, path):
 
 def test_bad_records_are_skipped_and_kept(spark, path):
     """Otherwise they would vanish."""
-    with ParquetSink(spark, path, on_bad_record="skip") as sink:
+    with Sink(spark, path, on_bad_record="skip") as sink:
         write(sink, spark, 0, 10, bad=[3, 7])
     assert stored(spark, path) == [0, 1, 2, 4, 5, 6, 8, 9]
     kept = read_bad_records(spark, path).orderBy("offset").collect()
@@ -204,7 +237,7 @@ def test_a_dead_letter_has_all_that_the_record_was(spark, kafka, path):
     """Otherwise it could not be mended and sent back, or its cause be found."""
     topic = f"events-{uuid.uuid4()}"
     settings = {"bootstrap.servers": kafka.bootstrap_servers, "group.id": "not for a producer"}
-    with ParquetSink(spark, path, "dead-letter", settings) as sink:
+    with Sink(spark, path, "dead-letter", settings) as sink:
         write(sink, spark, 0, 10, bad=[3], topic=topic)
     (letter,) = consume(kafka, f"{topic}.dead-letter", 1)
     assert (letter.key, letter.value) == (b"key", b"\xffrubbish")
@@ -240,7 +273,7 @@ def consume(kafka, topic, count):
 
 def test_a_sink_can_be_moved(spark, path, tmp_path):
     """Otherwise results could not be archived."""
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
     shutil.move(path, tmp_path / "archive")
     assert stored(spark, str(tmp_path / "archive")) == list(range(10))
@@ -274,9 +307,9 @@ def test_a_folder_that_is_no_sink_is_refused(spark, tmp_path):
 )
 def test_results_that_mean_something_else_are_refused(spark, path, other, reason):
     """Otherwise ids would be read as null, or signal be counted with background."""
-    with ParquetSink(spark, path) as sink:
+    with Sink(spark, path) as sink:
         write(sink, spark, 0, 1)
-    with pytest.raises(SinkError, match=reason), ParquetSink(spark, path, **other):
+    with pytest.raises(SinkError, match=reason), Sink(spark, path, **other):
         pass
 
 
@@ -284,3 +317,113 @@ def test_a_sink_that_knows_no_stream_is_refused(spark, path):
     """Otherwise it could not know which offsets it has."""
     with ParquetSink(spark, path) as sink, pytest.raises(SinkError, match="call `begin`"):
         sink.write(rows(spark, 0, 1), 0)
+
+
+def test_a_topic_that_was_created_again_is_refused(spark, path):
+    """Its first records have the offsets of the old topic's, and would pass for stored."""
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+        assert sink.topic_ids() == {"events": "id-1"}
+    again = Stream()
+    again.ids["events"] = "id-2"
+    message = r"topic events was deleted and created again since the last batch in .*scored.*"
+    message += r"new output path, or .* ParquetSink\(\.\.\., from_beginning=True\)"
+    with ParquetSink(spark, path) as sink:
+        with pytest.raises(SinkError, match=message):
+            sink.positions(again.topic_ids())
+        with pytest.raises(SinkError, match=message):
+            sink.begin(again)
+
+
+def test_a_topic_that_is_created_again_while_the_stream_runs_is_refused(spark, path):
+    """A batch may have been planned with the old topic and read from the new one."""
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+        batch = sink.stream.plan(10, 20)
+        sink.stream.ids["events"] = "id-2"
+        with pytest.raises(SinkError, match="topic events was deleted while a batch of it was"):
+            sink.write(rows(spark, 10, 20), batch)
+        new = sink.stream.plan(20, 30)
+        with pytest.raises(SinkError, match="topic events was deleted and created again"):
+            sink.has(new)
+    assert stored(spark, path) == list(range(10))
+
+
+def test_a_new_topic_can_be_stored_from_its_beginning(spark, path):
+    """The old topic's events stay, and other topics go on where they were."""
+    stream = Stream()
+    stream.ids["others"] = "id-of-others"
+    with Sink(spark, path, stream=stream) as sink:
+        write(sink, spark, 0, 10)
+        write(sink, spark, 50, 60, topic="others")
+    stream.ids["events"] = "id-2"
+    others = TopicAndPartition("others", 0)
+    for _ in range(2):  # when it starts again, it goes on
+        with ParquetSink(spark, path, from_beginning=True) as sink:
+            with pytest.raises(SinkError, match="pass Kafka's ids of the topics to `positions`"):
+                sink.positions()
+            done = sink.topic_ids()["events"] == "id-2"
+            assert sink.positions(stream.ids) == {PARTITION: 5 if done else 0, others: 60}
+            sink.begin(stream)
+            sink.write(rows(spark, 0, 5), stream.plan(0, 5))
+            sink.write(rows(spark, 50, 60, topic="others"), stream.plan(50, 60, "others"))
+    assert stored(spark, path) == sorted([*range(10), *range(5), *range(50, 60)])
+
+
+def test_results_without_topic_ids_are_continued(spark, path):
+    """An older kit wrote none; the next batch brings them."""
+    old = Stream()
+    old.ids = {}
+    with Sink(spark, path, stream=old) as sink:
+        write(sink, spark, 0, 10)
+        assert sink.topic_ids() == {}
+    with Sink(spark, path) as sink:
+        assert sink.positions() == {PARTITION: 10}
+        write(sink, spark, 10, 20)
+        assert sink.topic_ids() == {"events": "id-1"}
+
+
+def test_a_second_stream_is_refused(spark, path):
+    """Its offsets would be compared with those of the first one."""
+    with Sink(spark, path) as sink:
+        with pytest.raises(SinkError, match="takes the batches of another stream already"):
+            sink.begin(Stream())
+        write(sink, spark, 0, 10)
+    with sink:  # opened once more, it can serve another one
+        assert sink.positions() == {PARTITION: 10}
+
+
+@pytest.mark.parametrize(
+    "ranges, reason",
+    [
+        ([], "batch 7 has no offset ranges"),
+        ([(0, 0, 5), (0, 5, 9)], "batch 7 has two offset ranges of events, partition 0"),
+        ([(0, 0, 9), (0, 5, 9)], "batch 7 has two offset ranges of events, partition 0"),
+        ([(0, 5, 5)], "batch 7 has offsets 5 to 5 of events, partition 0"),
+        ([(0, 5, 3)], "batch 7 has offsets 5 to 3 of events, partition 0"),
+    ],
+)
+def test_a_batch_whose_ranges_make_no_sense_is_refused(spark, path, ranges, reason):
+    """A batch that the stream doesn't know is not one that is stored."""
+    with Sink(spark, path) as sink:
+        sink.stream.ranges[7] = [OffsetRange("events", *part) for part in ranges]
+        for use in (lambda: sink.has(7), lambda: sink.write(rows(spark, 0, 9), 7)):
+            with pytest.raises(SinkError, match=reason):
+                use()
+        with pytest.raises(KeyError):
+            sink.has(8)
+    assert stored(spark, path) == []
+
+
+def test_a_sink_that_is_not_open_is_refused(spark, path):
+    """Nothing would protect its path from another sink."""
+    sink = Sink(spark, path)
+    uses = (lambda: sink.positions(), lambda: sink.has(0), lambda: sink.begin(Stream()),
+            lambda: write(sink, spark, 0, 10), lambda: sink.topic_ids())  # fmt: skip
+    for use in uses:
+        with pytest.raises(SinkError, match="is not open: use it in a `with` block"):
+            use()
+    with sink:
+        write(sink, spark, 0, 10)
+    with pytest.raises(SinkError, match="is not open"):
+        write(sink, spark, 10, 20)

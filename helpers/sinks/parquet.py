@@ -1,4 +1,4 @@
-"""Where scored events go: Parquet files, each event once whatever dies, and topics of Kafka.
+"""Scored events as Parquet files, each event once whatever dies.
 
 `ParquetSink` writes each batch in two steps. Spark writes the files; nobody reads them yet. Then a
 manifest, which names the batch's files and its offset ranges, gets its name in one step of the file
@@ -14,12 +14,9 @@ nothing, and one that dies after it finds the batch done: the sink itself says w
 from __future__ import annotations
 
 import logging
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, replace
 
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, Observation, SparkSession
@@ -28,18 +25,15 @@ from pyspark.sql import functions as F
 from helpers.files import JsonFolder, folder_names, remove_folder
 from helpers.higgs import EVENT_ID
 from helpers.records import MODEL_VERSION, observed, vector_entries
+from helpers.sinks.dead_letters import send_dead_letters
+from helpers.sinks.errors import BadRecordError, SinkError, taken_over
+from helpers.sinks.lease import Lease
+from helpers.sinks.progress import Progress, Source, check_ranges
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
-from helpers.streaming.settings import modern_settings, use_added_jars
 
 _LOGGER = logging.getLogger(__name__)
 
-DEAD_LETTERS = ".dead-letter"  # what the name of a topic's dead letters ends in
 ON_BAD_RECORD = ("dead-letter", "skip", "stop")
-
-# How often a writer shows that it lives, and how long the next one watches for that. A writer that
-# is only slow, and taken for dead, does no harm: the manifest that it can't write stops it.
-HEARTBEAT_SECONDS = 1.0
-PATIENCE_SECONDS = 5.0
 
 # What the files have. `bad` is what a bad record was, and why it is bad.
 _STORED = (
@@ -49,16 +43,6 @@ _STORED = (
     "bad struct<key: binary, value: binary, reason: string>"
 )
 _MANIFEST = "batch bigint, event_id string, folder string, files array<string>"
-
-_WRITER = "writer"
-
-
-class SinkError(RuntimeError):
-    """Nothing is written, or may be read; the message says why and what helps."""
-
-
-class BadRecordError(SinkError):
-    """A batch has a record that is no event, and the sink was told to stop then."""
 
 
 class ParquetSink:
@@ -83,21 +67,29 @@ class ParquetSink:
         The column that identifies an event, an integer.
     signal_index : int
         Which class is signal.
+    from_beginning : bool
+        What to do with a topic that was deleted and created again since the path's last batch.
+        False: refuse it, because its offsets name other records now. True: forget the offsets of
+        the old topic, and store the new one from its beginning, beside the old one's events.
 
     Raises
     ------
     SinkError
-        If another sink is open on the path, or what is there has another `event_id` or
-        `signal_index`.
+        If another sink is open on the path, or the results there have another `event_id` or
+        `signal_index`, or are of a topic that was created again.
     ValueError
         If `on_bad_record` is no such thing, or dead letters have no settings.
 
     Examples
     --------
     >>> path = str(getfixture("tmp_path") / "scored")
-    >>> ranges = [OffsetRange("events", 0, 0, 1)]
+    >>> class OneEvent:
+    ...     def ranges_of(self, batch_id):
+    ...         return [OffsetRange("events", 0, 0, 1, "id-of-topic")]
+    ...     def topic_ids(self):
+    ...         return {"events": "id-of-topic"}
     >>> with ParquetSink(spark, path) as sink:
-    ...     sink.begin(lambda batch_id: ranges)
+    ...     sink.begin(OneEvent())
     ...     sink.write(scored, batch_id=7)
     ...     sink.has(batch_id=7), sink.positions()
     (True, {TopicAndPartition(topic='events', partition=0): 1})
@@ -113,6 +105,7 @@ class ParquetSink:
         settings: Mapping[str, str] | None = None,
         event_id: str = EVENT_ID,
         signal_index: int = 0,
+        from_beginning: bool = False,
     ) -> None:
         if on_bad_record not in ON_BAD_RECORD:
             raise ValueError(
@@ -123,45 +116,85 @@ class ParquetSink:
         self._spark, self.path = spark, path.rstrip("/")
         self._on_bad_record, self._settings = on_bad_record, settings
         self._meaning = {"event_id": event_id, "signal_index": signal_index}
-        self._writer: _Writer | None = None
+        self._from_beginning = from_beginning
+        self._lease: Lease | None = None
         self._commits: JsonFolder | None = None
         self._number = -1  # of the last batch
-        self._positions: dict[TopicAndPartition, int] = {}
-        self._ranges_of: Callable[[int], list[OffsetRange]] | None = None
+        self._progress = Progress()
+        self._source: Source | None = None
+        self._ids_at_begin: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"ParquetSink({self.path!r}, on_bad_record={self._on_bad_record!r})"
 
     def __enter__(self) -> ParquetSink:
-        self._writer = _Writer(self._spark, self.path)
+        lease = Lease(self._spark, self.path)
         try:
             self._read_last_commit()
         except BaseException:
-            self._writer.close()
+            lease.close()
             raise
+        self._lease, self._source = lease, None
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._writer.close()
+        lease, self._lease = self._lease, None
+        lease.close()
 
-    def begin(self, ranges_of: Callable[[int], list[OffsetRange]]) -> None:
-        """Take a stream's batches from now on.
+    def begin(self, source: Source) -> None:
+        """Take the batches of a stream from now on; a sink serves one stream.
 
         Parameters
         ----------
-        ranges_of : callable
-            Takes a batch's id, and returns its offset ranges: `KafkaDirectStream.ranges_of`, or a
+        source : Source
+            Knows the offset ranges of the stream's batches: a `KafkaDirectStream`, or
             `CheckpointRanges` for Structured Streaming.
-        """
-        self._ranges_of = ranges_of
 
-    def positions(self) -> dict[TopicAndPartition, int]:
-        """Return where a stream is to go on: behind the last batch, in each partition it had."""
-        return dict(self._positions)
+        Raises
+        ------
+        SinkError
+            If the sink has a stream already, or a topic was deleted and created again.
+        """
+        self._check_open()
+        if self._source is not None:
+            raise SinkError(
+                f"{self.path} takes the batches of another stream already: give each stream a "
+                "sink with a path of its own."
+            )
+        topic_ids = source.topic_ids()
+        self._progress = self._progress_in(topic_ids)
+        self._source, self._ids_at_begin = source, topic_ids
+
+    def positions(self, topic_ids: Mapping[str, str] | None = None) -> dict[TopicAndPartition, int]:
+        """Return where a stream resumes: behind the last batch, in each partition it had.
+
+        Parameters
+        ----------
+        topic_ids : mapping of str to str, optional
+            Kafka's ids of the stream's topics now, by topic name. With `from_beginning` they are
+            needed, since a topic that was created again begins at offset 0.
+
+        Raises
+        ------
+        SinkError
+            If a topic was deleted and created again, or `from_beginning` is set without the ids.
+        """
+        self._check_open()
+        if topic_ids is None and self._from_beginning:
+            raise SinkError(
+                "with from_beginning, the positions depend on which topics were created again: "
+                "pass Kafka's ids of the topics to `positions`."
+            )
+        return dict(self._progress_in(topic_ids or {}).positions)
+
+    def topic_ids(self) -> dict[str, str]:
+        """Return Kafka's ids of the topics whose events are stored, by topic name."""
+        self._check_open()
+        return dict(self._progress.topic_ids)
 
     def has(self, batch_id: int) -> bool:
-        """Tell whether all records of a batch are in the sink, so that it needn't be scored."""
-        return not self._left(self._ranges(batch_id))
+        """Tell whether all records of a batch are stored, so that it needn't be scored."""
+        return not self._progress.left(self._ranges(batch_id))
 
     def write(self, scored: DataFrame, batch_id: int) -> None:
         """Write what the sink doesn't have yet of a batch; in one Spark action.
@@ -183,7 +216,7 @@ class ParquetSink:
             If another sink has taken the path over.
         """
         ranges = self._ranges(batch_id)
-        left = self._left(ranges)
+        left = self._progress.left(ranges)
         if not left:
             return
         self._tell_of_gaps(left)
@@ -193,7 +226,8 @@ class ParquetSink:
             counts = self._write_files(_only(scored, left, ranges), number, folder)
             if counts["bad"]:
                 self._treat_bad_records(folder, counts["bad"])
-            self._writer.check()
+            self._check_topics(left)
+            self._lease.check()
         except BaseException:
             remove_folder(self._spark, f"{self.path}/data/{folder}")
             raise
@@ -212,29 +246,63 @@ class ParquetSink:
                         "choose another path for these, or the model that they are from."
                     )
             self._number = last["batch"]
-            self._positions = {
+            positions = {
                 TopicAndPartition(topic, partition): offset
                 for topic, partition, offset in last["positions"]
             }
+            # An older kit wrote no ids: the next batch of each topic brings its id.
+            self._progress = Progress(positions, last.get("topic_ids", {}))
+
+    def _check_open(self) -> None:
+        if self._lease is None:
+            raise SinkError(f"the sink {self.path} is not open: use it in a `with` block.")
+
+    def _progress_in(self, topic_ids: Mapping[str, str]) -> Progress:
+        """Return the progress in topics with these ids; raise if it is of other topics."""
+        if self._from_beginning:
+            return self._progress.restarted(topic_ids)
+        self._refuse(self._progress.changed(topic_ids))
+        return self._progress
+
+    def _refuse(self, changed: list[str]) -> None:
+        """Raise `SinkError` if there are topics whose offsets have another meaning now."""
+        if changed:
+            raise SinkError(
+                f"topic {changed[0]} was deleted and created again since the last batch in "
+                f"{self.path}, or is another cluster's: its offsets now name other records. Give "
+                "a new output path, or store the new topic from its beginning with "
+                "ParquetSink(..., from_beginning=True)."
+            )
 
     def _ranges(self, batch_id: int) -> list[OffsetRange]:
-        if self._ranges_of is None:
-            raise SinkError("the sink knows no stream: call `begin` with the stream's ranges_of.")
-        return self._ranges_of(batch_id)
+        """Return a batch's ranges with their topics' ids; raise if it can't have them."""
+        self._check_open()
+        if self._source is None:
+            raise SinkError("the sink has no stream: call `begin` with the stream.")
+        ranges = [
+            replace(part, topic_id=part.topic_id or self._ids_at_begin.get(part.topic))
+            for part in self._source.ranges_of(batch_id)
+        ]
+        check_ranges(ranges, batch_id)
+        self._refuse(self._progress.changed({part.topic: part.topic_id for part in ranges}))
+        return ranges
 
-    def _left(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
-        """Return ranges without what is in the sink."""
-        left = []
+    def _check_topics(self, ranges: Iterable[OffsetRange]) -> None:
+        """Raise `SinkError` if a topic has gone since its ranges were planned."""
+        now = self._source.topic_ids()
         for part in ranges:
-            start = max(part.fromOffset, self._positions.get(part.topicAndPartition(), 0))
-            if start < part.untilOffset:
-                left.append(OffsetRange(part.topic, part.partition, start, part.untilOffset))
-        return left
+            if part.topic_id and now.get(part.topic) != part.topic_id:
+                raise SinkError(
+                    f"topic {part.topic} was deleted while a batch of it was read, so the batch "
+                    "may lack records and is not stored. Start the stream again, with a new "
+                    "output path, or with ParquetSink(..., from_beginning=True) if the topic was "
+                    "created again."
+                )
 
     def _tell_of_gaps(self, ranges: Iterable[OffsetRange]) -> None:
         """Warn of offsets that no batch has, and none will have."""
         for part in ranges:
-            expected = self._positions.get(part.topicAndPartition(), part.fromOffset)
+            expected = self._progress.positions.get(part.topicAndPartition(), part.fromOffset)
             if part.fromOffset > expected:
                 _LOGGER.warning(
                     "offsets %s to %s of %s, partition %s, are in no batch of %s: the stream began "
@@ -287,8 +355,7 @@ class ParquetSink:
         self, number: int, ranges: list[OffsetRange], folder: str, counts: dict[str, int]
     ) -> None:
         """Have the batch count: write its manifest, in one step."""
-        positions = dict(self._positions)
-        positions |= {part.topicAndPartition(): part.untilOffset for part in ranges}
+        progress = self._progress.after(ranges)
         names = folder_names(self._spark, f"{self.path}/data/{folder}")
         manifest = {
             "batch": number,
@@ -296,19 +363,20 @@ class ParquetSink:
             "folder": folder,
             "files": [name for name in names if name.endswith(".parquet")],
             "ranges": [astuple(part) for part in ranges],
-            "positions": [[*astuple(part), offset] for part, offset in positions.items()],
+            "positions": [[*astuple(part), end] for part, end in progress.positions.items()],
+            "topic_ids": progress.topic_ids,
             **counts,
         }
         name = f"{number:020d}"
         try:
             self._commits.write(name, manifest)
         except FileExistsError:
-            raise _taken_over(self.path) from None
+            raise taken_over(self.path) from None
         except Py4JJavaError:
             # A file system that doesn't answer may have done what it was asked.
             if name not in self._commits.names() or self._commits.read(name)["folder"] != folder:
                 raise
-        self._number, self._positions = number, positions
+        self._number, self._progress = number, progress
 
 
 def read_scored(spark: SparkSession, path: str) -> DataFrame:
@@ -388,146 +456,6 @@ def _read_committed(spark: SparkSession, path: str) -> DataFrame:
     return spark.read.schema(stored).parquet(*files)
 
 
-def send_dead_letters(bad: DataFrame, settings: Mapping[str, str]) -> None:
-    """Send bad records to their topics' dead letters, with their keys and bytes.
-
-    A batch that is done again sends its dead letters again; the headers tell which are the same.
-
-    Parameters
-    ----------
-    bad : pyspark.sql.DataFrame
-        With ``topic``, ``partition``, ``offset``, ``event_time`` and ``bad``, a struct of ``key``,
-        ``value`` and ``reason``.
-    settings : mapping
-        Settings of a Kafka client by Kafka's names.
-    """
-    headers = {
-        "topic": F.col("topic"),
-        "partition": F.col("partition"),
-        "offset": F.col("offset"),
-        "timestamp": F.unix_millis("event_time"),
-        "reason": F.col("bad.reason"),
-    }
-    fields = [
-        F.struct(F.lit(name).alias("key"), value.cast("string").cast("binary").alias("value"))
-        for name, value in headers.items()
-    ]
-    letters = bad.select(
-        F.concat("topic", F.lit(DEAD_LETTERS)).alias("topic"),
-        F.col("bad.key").alias("key"),
-        F.col("bad.value").alias("value"),
-        F.array(*fields).alias("headers"),
-    )
-    _send(letters.coalesce(1), settings)
-
-
-def send_predictions(scored: DataFrame, settings: Mapping[str, str], topic: str) -> None:
-    """Send predictions to a topic of Kafka, each keyed by its event's id.
-
-    **At least once:** a batch that is done again is sent again, and a reader has to expect an event
-    twice. Its headers say which record it was scored from, and so which ones are the same.
-
-    Parameters
-    ----------
-    scored : pyspark.sql.DataFrame
-        As for `ParquetSink.write`; bad records are not sent.
-    settings : mapping
-        Settings of a Kafka client by Kafka's names.
-    topic : str
-        Where to.
-
-    Examples
-    --------
-    >>> send_predictions(scored, {"bootstrap.servers": kafka.bootstrap_servers}, "predictions")
-    """
-    headers = [
-        F.struct(F.lit(name).alias("key"), F.col(name).cast("string").cast("binary").alias("value"))
-        for name in ("topic", "partition", "offset")
-    ]
-    content = F.struct(
-        EVENT_ID,
-        vector_entries(F.col("prediction")).alias("probabilities"),
-        F.col("prediction_index").cast("int").alias("predicted_index"),
-    )
-    messages = scored.where("bad IS NULL").select(
-        F.lit(topic).alias("topic"),
-        F.col(EVENT_ID).cast("string").alias("key"),
-        F.to_json(content).alias("value"),
-        F.array(*headers).alias("headers"),
-    )
-    _send(messages, settings)
-
-
-class _Writer:
-    """The claim of one sink on a path: a file that changes as long as the sink is open.
-
-    Raises
-    ------
-    SinkError
-        If another sink is open on the path.
-    """
-
-    def __init__(self, spark: SparkSession, path: str) -> None:
-        self._path, self._id = path, str(uuid.uuid4())
-        self._folder = JsonFolder(spark, f"{path}/writer")
-        self._closed = threading.Event()
-        self._wait_for_a_dead_one()
-        try:
-            self._folder.write(_WRITER, {"id": self._id})
-        except FileExistsError:
-            raise _taken_over(path) from None
-        self._thread = threading.Thread(target=self._show_life, name="sink-heartbeat", daemon=True)
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise `SinkError` if another sink has taken this one for dead."""
-        if not self._is_mine():
-            raise _taken_over(self._path)
-
-    def close(self) -> None:
-        """Give the path free."""
-        self._closed.set()
-        self._thread.join()
-        if self._is_mine():
-            self._folder.delete(_WRITER)
-
-    def _wait_for_a_dead_one(self) -> None:
-        """Remove the claim of a sink that shows no life for a while; raise if it does."""
-        seen = self._folder.changed_at(_WRITER)
-        if seen is None:
-            return
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while (now := self._folder.changed_at(_WRITER)) == seen:
-            if time.monotonic() > deadline:
-                self._folder.delete(_WRITER)
-                return
-            time.sleep(HEARTBEAT_SECONDS / 4)
-        if now is not None:
-            raise _taken_over(self._path)
-
-    def _is_mine(self) -> bool:
-        try:
-            return self._folder.read(_WRITER)["id"] == self._id
-        except FileNotFoundError:
-            return False
-
-    def _show_life(self) -> None:
-        while not self._closed.wait(HEARTBEAT_SECONDS):
-            try:
-                self._folder.touch(_WRITER)
-            except Exception as error:  # the sink goes on without, until its next batch checks
-                if not self._closed.is_set():
-                    _LOGGER.warning("the claim on %s can't be renewed: %s", self._path, error)
-                return
-
-
-def _taken_over(path: str) -> SinkError:
-    return SinkError(
-        f"another job writes to {path}: end it, or give this one another path. Nothing of this "
-        "batch counts."
-    )
-
-
 def _only(scored: DataFrame, left: list[OffsetRange], ranges: list[OffsetRange]) -> DataFrame:
     """Return the records of the ranges that are left of a batch."""
     if left == ranges:
@@ -540,16 +468,3 @@ def _only(scored: DataFrame, left: list[OffsetRange], ranges: list[OffsetRange])
             & (F.col("offset") >= part.fromOffset)
         )
     return scored.where(condition)
-
-
-def _send(messages: DataFrame, settings: Mapping[str, str]) -> None:
-    """Write records to Kafka with Spark's own sink."""
-    spark = messages.sparkSession
-    use_added_jars(spark)
-    known = set(spark._jvm.org.apache.kafka.clients.producer.ProducerConfig.configNames())
-    options: dict[str, Any] = {
-        f"kafka.{name}": value
-        for name, value in modern_settings(settings).items()
-        if name in known and not name.endswith(".serializer")
-    }
-    messages.write.format("kafka").options(**options).save()

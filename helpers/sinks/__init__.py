@@ -1,0 +1,23 @@
+"""Where scored events go: Parquet files, each event once whatever dies, and topics of Kafka.
+
+`ParquetSink` stores the batches of a stream, and `read_scored` reads them. Bad records and
+predictions can go to Kafka.
+"""
+
+from helpers.sinks.dead_letters import DEAD_LETTERS, send_dead_letters, send_predictions
+from helpers.sinks.errors import BadRecordError, SinkError
+from helpers.sinks.parquet import ON_BAD_RECORD, ParquetSink, read_bad_records, read_scored
+from helpers.sinks.progress import Source
+
+__all__ = [
+    "DEAD_LETTERS",
+    "ON_BAD_RECORD",
+    "BadRecordError",
+    "ParquetSink",
+    "SinkError",
+    "Source",
+    "read_bad_records",
+    "read_scored",
+    "send_dead_letters",
+    "send_predictions",
+]

@@ -1,0 +1,28 @@
+"""The errors of a sink."""
+
+from __future__ import annotations
+
+
+class SinkError(RuntimeError):
+    """Nothing is written, or can be read; the message says why and what helps."""
+
+
+class BadRecordError(SinkError):
+    """A batch has a record that is not an event, and the sink was told to stop then."""
+
+
+def taken_over(path: str) -> SinkError:
+    """Return the error of a sink whose path belongs to another one.
+
+    Examples
+    --------
+    >>> raise taken_over("scored")
+    Traceback (most recent call last):
+    ...
+    helpers.sinks.errors.SinkError: another job writes to scored: end it, or give this one another
+    path. Nothing of this batch is committed.
+    """
+    return SinkError(
+        f"another job writes to {path}: end it, or give this one another path. Nothing of this "
+        "batch is committed."
+    )

@@ -1,0 +1,117 @@
+"""How far a sink has come: which offsets it has, and of which topics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from helpers.sinks.errors import SinkError
+from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+
+
+class Source(Protocol):
+    """Where a sink's batches come from.
+
+    A DStream is one (`KafkaDirectStream`), and so is the checkpoint of a query
+    (`CheckpointRanges`).
+    """
+
+    def ranges_of(self, batch_id: int) -> list[OffsetRange]:
+        """Return the offset ranges of a batch; raise an exception if the batch is unknown."""
+
+    def topic_ids(self) -> dict[str, str]:
+        """Ask Kafka which ids the source's topics have now, and return them by topic name."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The next offset of each partition that a sink has records of, and the ids of their topics.
+
+    A topic that is deleted and created again keeps its name and gets another id. An offset of the
+    old topic says nothing about the new one.
+
+    Attributes
+    ----------
+    positions : dict of TopicAndPartition to int
+        The next offset of each partition.
+    topic_ids : dict of str to str
+        Kafka's ids of the topics by their names. It lacks topics whose batches were written by an
+        older kit, until their next batch.
+
+    Examples
+    --------
+    >>> progress = Progress().after([OffsetRange("events", 0, 0, 10, "id-1")])
+    >>> progress.left([OffsetRange("events", 0, 5, 15, "id-1")])
+    [OffsetRange(topic='events', partition=0, fromOffset=10, untilOffset=15)]
+    >>> progress.changed({"events": "id-2"})
+    ['events']
+    """
+
+    positions: dict[TopicAndPartition, int] = field(default_factory=dict)
+    topic_ids: dict[str, str] = field(default_factory=dict)
+
+    def changed(self, topic_ids: Mapping[str, str | None]) -> list[str]:
+        """Return the topics that have another id than when their last batch was stored."""
+        return [
+            topic
+            for topic, topic_id in topic_ids.items()
+            if topic_id and self.topic_ids.get(topic, topic_id) != topic_id
+        ]
+
+    def restarted(self, topic_ids: Mapping[str, str]) -> Progress:
+        """Return the progress with changed topics at their beginnings, under their new ids."""
+        changed = self.changed(topic_ids)
+        positions = {
+            part: 0 if part.topic in changed else offset for part, offset in self.positions.items()
+        }
+        new_ids = {topic: topic_ids[topic] for topic in changed}
+        return Progress(positions, self.topic_ids | new_ids)
+
+    def left(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
+        """Return ranges without the offsets that are stored already."""
+        left = []
+        for part in ranges:
+            start = max(part.fromOffset, self.positions.get(part.topicAndPartition(), 0))
+            if start < part.untilOffset:
+                left.append(replace(part, fromOffset=start))
+        return left
+
+    def after(self, ranges: Iterable[OffsetRange]) -> Progress:
+        """Return the progress when ranges are stored as well."""
+        ranges = list(ranges)
+        positions = {part.topicAndPartition(): part.untilOffset for part in ranges}
+        topic_ids = {part.topic: part.topic_id for part in ranges if part.topic_id}
+        return Progress(self.positions | positions, self.topic_ids | topic_ids)
+
+
+def check_ranges(ranges: list[OffsetRange], batch_id: int) -> None:
+    """Raise `SinkError` if a batch can't have these ranges.
+
+    Examples
+    --------
+    >>> check_ranges([], batch_id=7)
+    Traceback (most recent call last):
+    ...
+    helpers.sinks.errors.SinkError: batch 7 has no offset ranges, so nobody knows which records it
+    has: `begin` must get the source that the batch is from.
+    """
+    if not ranges:
+        raise SinkError(
+            f"batch {batch_id} has no offset ranges, so nobody knows which records it has: `begin` "
+            "must get the source that the batch is from."
+        )
+    seen: set[TopicAndPartition] = set()
+    for part in ranges:
+        name = f"{part.topic}, partition {part.partition}"
+        if part.topicAndPartition() in seen:
+            raise SinkError(
+                f"batch {batch_id} has two offset ranges of {name}: a sink takes the batches of "
+                "one source, each partition once."
+            )
+        if not 0 <= part.fromOffset < part.untilOffset:
+            raise SinkError(
+                f"batch {batch_id} has offsets {part.fromOffset} to {part.untilOffset} of {name}: "
+                "a range ends after its beginning."
+            )
+        seen.add(part.topicAndPartition())
