@@ -363,7 +363,7 @@ def vector_entries(vector: Column) -> Column:
 
 
 def printable(text: str) -> str:
-    """Return a text that came from outside as a log or a page may show it, on one line.
+    r"""Return a text that came from outside as a log or a page may show it, on one line.
 
     Parameters
     ----------
@@ -373,8 +373,8 @@ def printable(text: str) -> str:
 
     Examples
     --------
-    >>> printable("mass\\x1b[2J\\u202e")
-    'mass\\\\x1b[2J\\\\u202e'
+    >>> printable("mass\x1b[2J\u202e")
+    'mass\\x1b[2J\\u202e'
     """
     if text.isprintable():
         return text

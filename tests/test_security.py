@@ -4,7 +4,7 @@ import logging
 import ssl
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
 from processes import run_python
@@ -30,10 +30,10 @@ def java_reads(spark, text):
 
 
 FILES = [
-    "a=b", "a = b", "a:b", "a b", "a\tb", "  a  =  b  ", "a", "a=", "=b", "a==b", "a = = b", "a:=b",
-    "# a=b", "! a=b", "  # a=b", "a=b#c", "a=b \\\n   c", "a=b\\\\\nc=d", "a=b\\\\\\\nc=d", "a\\ b=c",
-    "a\\=b=c", "a\\:b c", "a=\\u00fc\\t\\n\\x", "a=\\ud83d\\ude00", "a=b\r\nc=d\re=f", "a=b\\\r\n c",
-    "a=1\na=2", "\\\na=b", "a=b\\", "a=\\\n#b", "#a\\\nb=c", "a=b\\\n\nc=d", "\fa\f=\fb", "a=\xfc",
+    "a=b", "a:b", "a b", "a\tb", "  a  =  b  ", "a", "a=", "=b", "a==b", "a = = b", "a:=b",
+    "# a=b", "! a=b", "  # a=b", "a=b#c", "a=b \\\n   c", "a=b\\\\\nc=d", "a=b\\\\\\\nc=d",
+    "a\\ b=c", "a\\=b=c", "a\\:b c", "a=\\u00fc\\t\\n\\x", "a=\\ud83d\\ude00", "a=b\r\nc=d\re=f",
+    "a=b\\\r\n c", "a=1\na=2", "\\\na=b", "a=b\\", "a=\\\n#b", "#a\\\nb=c", "a=b\\\n\nc=d", "\fa\f=\fb", "a=\xfc",
     'sasl.jaas.config=x required username="u" \\\n  password="p\\"w";', "\\\n\\\n#a", "a\\\n =b",
 ]  # fmt: skip
 
@@ -44,6 +44,7 @@ def test_a_config_file_is_read_as_java_reads_it(spark, text):
     assert dict(_properties(text)) == java_reads(spark, text)
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet="ab=: \t\f\\#!\n\r", max_size=30))
 def test_any_config_file_is_read_as_java_reads_it(spark, text):
     """A file of Kafka's own tools means the same here, however it is written."""
@@ -94,7 +95,8 @@ def test_whatever_kafka_calls_a_password_is_a_secret(spark):
 
 
 @pytest.mark.parametrize(
-    "text", ["sasl.jaas.config=xyz", "ssl.key.password=xyz", "ssl.keystore.key=xyz", "a=PRIVATE KEY"]
+    "text",
+    ["sasl.jaas.config=xyz", "ssl.key.password=xyz", "ssl.keystore.key=xyz", "a=PRIVATE KEY"],
 )
 def test_a_secret_on_the_command_line_is_refused(text):
     """The message names the remedy, and doesn't repeat the secret."""
@@ -105,7 +107,7 @@ def test_a_secret_on_the_command_line_is_refused(text):
 
 def test_settings_become_arguments_of_the_client_that_knows_them():
     """One file is enough for a producer and a consumer."""
-    settings = {
+    given_settings = {
         "bootstrap.servers": "a:1, b:2", "acks": "all", "compression.type": "none",
         "linger.ms": "5", "enable.idempotence": "true", "group.id": "g", "max.poll.records": "7",
         "security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "client.id": "c",
@@ -117,12 +119,12 @@ def test_settings_become_arguments_of_the_client_that_knows_them():
         "sasl_mechanism": "PLAIN", "client_id": "c", "sasl_plain_username": "me",
         "sasl_plain_password": 'a"b c', "send_buffer_bytes": 4096,
     }  # fmt: skip
-    assert python_settings(settings) == common
-    assert python_settings(settings, KafkaProducer) == {
+    assert python_settings(given_settings) == common
+    assert python_settings(given_settings, KafkaProducer) == {
         **common, "acks": "all", "compression_type": None, "linger_ms": 5,
         "enable_idempotence": True,
     }  # fmt: skip
-    assert python_settings(settings, KafkaConsumer) == {
+    assert python_settings(given_settings, KafkaConsumer) == {
         **common, "group_id": "g", "max_poll_records": 7, "isolation_level": "read_committed",
     }  # fmt: skip
 
