@@ -366,6 +366,27 @@ def vector_entries(vector: Column) -> Column:
     return functions.when(is_dense, dense["values"]).when(sparse, vector_to_array(vector))
 
 
+def printable(text: str) -> str:
+    r"""Return a text that came from outside as a log or a page may show it, on one line.
+
+    Parameters
+    ----------
+    text : str
+        Whatever a record has: control characters, line breaks, marks that turn the direction of
+        writing, and halves of characters are escaped.
+
+    Examples
+    --------
+    >>> printable("mass\x1b[2J\u202e")
+    'mass\\x1b[2J\\u202e'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def _metadata(schema: StructType) -> dict[str, list[str]]:
     """Return what a column of events says of itself: the names of its features, in their order."""
     return {"features": schema.names[1:]}
@@ -434,7 +455,7 @@ class _Parser:
                     continue
                 names = dict.fromkeys(name[:_NAME_LENGTH] for name in surplus)
                 new = [name for name in names if name not in told][: _NAMES_TOLD - len(told)]
-                unused[index] = new or None
+                unused[index] = [printable(name) for name in new] or None
                 told.update(new)
             pack_into(table, index * size, *numbers)
         return self._as_arrow(table, reasons, unused, values)
@@ -539,5 +560,5 @@ def _quoted(value: object) -> str:
     """Return a JSON value as a short text."""
     if isinstance(value, list | dict):
         return "an array" if isinstance(value, list) else "an object"
-    text = orjson.dumps(value).decode()
+    text = printable(orjson.dumps(value).decode())
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."

@@ -383,3 +383,22 @@ def test_signal_is_the_class_that_is_said(spark, signal_index, signal):
     counts = Observation()
     observe_records(spark.createDataFrame(rows, columns), counts, signal_index).collect()
     assert (counts.get["events"], counts.get["signal"]) == (3, signal)
+
+
+@pytest.mark.parametrize("character", ["\x1b[2J", "\n", "\r", "\x7f", "\x9b", "\u202e", "\u2028"])
+def test_what_a_record_says_reaches_no_terminal_raw(spark, event_values, character):
+    """Names and values of a record can't clear a screen, forge a line, or turn the writing."""
+    event = orjson.loads(event_values[0])
+    name = f"a{character}b"
+    values = [
+        orjson.dumps({**event, name: 1}),
+        orjson.dumps({**event, "DER_mass_MMC": name}),
+        orjson.dumps(name),
+        b'{"a": 1, %s: 2, %s: 3}' % ((orjson.dumps(name),) * 2),
+    ]
+    records = spark.createDataFrame([(value,) for value in values], "value binary")
+    texts = []
+    for row in parse_events(records).select("event.reason", "event.unused").collect():
+        texts += [row.reason] if row.reason else row.unused
+    assert len(texts) == 4
+    assert all(text.isprintable() and "a" in text and "b" in text for text in texts)

@@ -291,7 +291,7 @@ def test_an_offset_that_the_topic_does_not_have_is_named(ssc, topic, produce, se
     """Otherwise a stream on a topic that was made anew would fail at each batch, or wait."""
     partition = produce(topic, numbers(5))[0].partition
     start = {TopicAndPartition(topic, partition): 70}
-    with pytest.raises(StreamError, match="created again.*from offset 70, but ends at 5"):
+    with pytest.raises(StreamError, match=r"created again.*from offset 70, but ends at 5"):
         KafkaUtils.createDirectStream(ssc, [topic], settings, fromOffsets=start)
 
 

@@ -1,0 +1,179 @@
+"""Settings of Kafka's clients: in a file, as Java reads them, and as kafka-python takes them."""
+
+import logging
+import ssl
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kafka import KafkaConsumer, KafkaProducer
+from processes import run_python
+
+from helpers.security import (
+    _properties,
+    client_settings,
+    is_secret,
+    make_certificate,
+    python_settings,
+    read_config,
+    setting_option,
+)
+
+PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
+
+
+def java_reads(spark, text):
+    """Return what Java's Properties find in a text."""
+    found = spark._jvm.java.util.Properties()
+    found.load(spark._jvm.java.io.StringReader(text))
+    return {name: found.getProperty(name) for name in found.stringPropertyNames()}
+
+
+FILES = [
+    "a=b", "a:b", "a b", "a\tb", "  a  =  b  ", "a", "a=", "=b", "a==b", "a = = b", "a:=b",
+    "# a=b", "! a=b", "  # a=b", "a=b#c", "a=b \\\n   c", "a=b\\\\\nc=d", "a=b\\\\\\\nc=d",
+    "a\\ b=c", "a\\=b=c", "a\\:b c", "a=\\u00fc\\t\\n\\x", "a=\\ud83d\\ude00", "a=b\r\nc=d\re=f",
+    "a=b\\\r\n c", "a=1\na=2", "\\\na=b", "a=b\\", "a=\\\n#b", "#a\\\nb=c", "a=b\\\n\nc=d", "\fa\f=\fb", "a=\xfc",
+    'sasl.jaas.config=x required username="u" \\\n  password="p\\"w";', "\\\n\\\n#a", "a\\\n =b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_config_file_is_read_as_java_reads_it(spark, text):
+    """A file of Kafka's own tools means the same here."""
+    assert dict(_properties(text)) == java_reads(spark, text)
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet="ab=: \t\f\\#!\n\r", max_size=30))
+def test_any_config_file_is_read_as_java_reads_it(spark, text):
+    """A file of Kafka's own tools means the same here, however it is written."""
+    found, expected = dict(_properties(text)), java_reads(spark, text)
+    for settings in (found, expected):
+        settings.pop("", None)  # Java finds one after a backslash at the end
+    assert found == expected
+
+
+def test_a_config_file_that_java_refuses_is_refused(tmp_path):
+    """A broken escape is one sentence with the file's name."""
+    (tmp_path / "c.properties").write_text("a=\\u12x4")
+    with pytest.raises(ValueError, match=r"c\.properties: \\u is not followed by four hexa"):
+        read_config(tmp_path / "c.properties")
+
+
+def test_a_file_with_secrets_that_others_can_read_is_warned_of(tmp_path, caplog):
+    """As ssh does, with the command that helps; without secrets it is nobody's business."""
+    file = tmp_path / "c.properties"
+    for text, mode, warned in [
+        ("ssl.key.password=x", 0o644, True),
+        ("ssl.key.password=x", 0o600, False),
+        ("client.id=x", 0o644, False),
+    ]:
+        file.write_text(text)
+        file.chmod(mode)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            read_config(file)
+        assert (f"chmod 600 {file}" in caplog.text) == warned
+
+
+def test_whatever_kafka_calls_a_password_is_a_secret(spark):
+    """The kit's list of secrets has all of Kafka's."""
+    clients = spark._jvm.org.apache.kafka.clients
+    password = spark._jvm.org.apache.kafka.common.config.ConfigDef.Type.PASSWORD
+    for config in (
+        clients.consumer.ConsumerConfig,
+        clients.producer.ProducerConfig,
+        clients.admin.AdminClientConfig,
+    ):
+        keys = config.configDef().configKeys()
+        secret = [name for name in keys if keys[name].type().equals(password)]
+        assert "sasl.jaas.config" in secret
+        assert [name for name in secret if not is_secret(name)] == [
+            "ssl.keystore.certificate.chain", "ssl.truststore.certificates",
+        ]  # what everybody may know, whatever their type is
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sasl.jaas.config=xyz", "ssl.key.password=xyz", "ssl.keystore.key=xyz", "a=PRIVATE KEY"],
+)
+def test_a_secret_on_the_command_line_is_refused(text):
+    """The message names the remedy, and doesn't repeat the secret."""
+    with pytest.raises(Exception, match="--kafka-config") as refused:
+        setting_option(text)
+    assert text.partition("=")[2] not in str(refused.value)
+
+
+def test_settings_become_arguments_of_the_client_that_knows_them():
+    """One file is enough for a producer and a consumer."""
+    given_settings = {
+        "bootstrap.servers": "a:1, b:2", "acks": "all", "compression.type": "none",
+        "linger.ms": "5", "enable.idempotence": "true", "group.id": "g", "max.poll.records": "7",
+        "security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "client.id": "c",
+        "sasl.jaas.config": f'{PLAIN} required username=me password="a\\"b c";',
+        "send.buffer.bytes": "4096", "isolation.level": "read_committed",
+    }  # fmt: skip
+    common = {
+        "bootstrap_servers": ["a:1", "b:2"], "security_protocol": "SASL_PLAINTEXT",
+        "sasl_mechanism": "PLAIN", "client_id": "c", "sasl_plain_username": "me",
+        "sasl_plain_password": 'a"b c', "send_buffer_bytes": 4096,
+    }  # fmt: skip
+    assert python_settings(given_settings) == common
+    assert python_settings(given_settings, KafkaProducer) == {
+        **common, "acks": "all", "compression_type": None, "linger_ms": 5,
+        "enable_idempotence": True,
+    }  # fmt: skip
+    assert python_settings(given_settings, KafkaConsumer) == {
+        **common, "group_id": "g", "max_poll_records": 7, "isolation_level": "read_committed",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"no.such": "x"}, "no setting 'no.such': leave it out"),
+        ({"ssl.no.such": "x"}, "no setting 'ssl.no.such': leave it out"),
+        ({"selector": "x"}, "no setting 'selector'"),
+        ({"key.serializer": "x"}, "no setting 'key.serializer'"),
+        ({"linger.ms": "soon"}, "'linger.ms' is 'soon': it must be a whole number"),
+        ({"enable.idempotence": "1"}, "must be true or false"),
+        ({"ssl.truststore.type": "JKS"}, "is JKS, which kafka-python can't read: convert it"),
+        ({"ssl.keystore.key": "-----BEGIN X-----a-----END X-----"}, "can't be read"),
+    ],
+)
+def test_what_kafka_python_cannot_take_is_named(settings, reason):
+    """A setting that has no effect would be a surprise later."""
+    with pytest.raises(ValueError, match=reason):
+        python_settings(settings, KafkaProducer)
+
+
+def test_keys_in_the_settings_are_loaded(tmp_path):
+    """PEM on one line, as properties files have it, works as a file does."""
+    openssl = "from subprocess import run; import sys; run(sys.argv[1:], check=True)"
+    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
+    run = run_python(
+        "-c", openssl, "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj",
+        "/CN=x", "-keyout", str(key), "-out", str(chain),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    one_line = {path: " ".join(path.read_text().split("\n")) for path in (key, chain)}
+    context = python_settings(
+        {
+            "ssl.keystore.type": "PEM", "ssl.keystore.key": one_line[key],
+            "ssl.keystore.certificate.chain": one_line[chain],
+            "ssl.truststore.certificates": one_line[chain], "ssl.truststore.type": "PEM",
+            "ssl.endpoint.identification.algorithm": "",
+        }
+    )["ssl_context"]  # fmt: skip
+    assert isinstance(context, ssl.SSLContext) and not context.check_hostname
+    assert [ca["subject"] for ca in context.get_ca_certs()] == [((("commonName", "x"),),)]
+
+
+def test_a_users_settings_are_enough(tmp_path):
+    """What a secured broker hands out is what a client takes."""
+    make_certificate(tmp_path, "swordfish")
+    settings = client_settings("127.0.0.1:9092", tmp_path / "certificate.pem", "reader", "secret")
+    arguments = python_settings(settings, KafkaProducer)
+    assert arguments["sasl_plain_password"] == "secret"
+    assert arguments["ssl_context"].check_hostname
