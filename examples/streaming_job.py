@@ -12,7 +12,6 @@ takes the settings of its Spark from spark-submit. Started again, it goes on whe
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import signal
 import sys
@@ -125,7 +124,7 @@ class Job:
             self._spark, [self._options.topic], self._settings, self._options.checkpoint,
             positions, RECORDS_PER_BATCH,
         )  # fmt: skip
-        with contextlib.closing(query):
+        with query:
             missing = [
                 part for part, end in query.finished().items() if positions.get(part, 0) < end
             ]

@@ -39,12 +39,11 @@ def main(engine: str, servers: str, topic: str, folder: str, point: str) -> None
             stream.foreachBatch(process)
             run_stream(ssc, until=lambda: stream.lag() == 0, timeout=120)
         else:
-            query = KafkaQuery(
-                spark, [topic], settings, f"{folder}/checkpoint", sink.positions(), max_offsets=100
-            )
-            sink.begin(query)
-            query.foreachBatch(process)
-            query.run(timeout=120)
+            checkpoint, positions = f"{folder}/checkpoint", sink.positions()
+            with KafkaQuery(spark, [topic], settings, checkpoint, positions, 100) as query:
+                sink.begin(query)
+                query.foreachBatch(process)
+                query.run(timeout=120)
     print("done", flush=True)
 
 

@@ -183,10 +183,9 @@ def test_a_new_query_begins_at_what_retention_has_left(
     """A sink whose positions were deleted does not stop a query with a new checkpoint."""
     values = Values()
     positions = {TopicAndPartition(half_deleted, 0): 10}
-    query = KafkaQuery(spark, [half_deleted], settings, str(tmp_path / "new"), positions)
-    query.foreachBatch(values)
-    query.run(timeout=120)
-    query.close()
+    with KafkaQuery(spark, [half_deleted], settings, str(tmp_path / "new"), positions) as query:
+        query.foreachBatch(values)
+        query.run(timeout=120)
     assert values.all() == [b"%d" % number for number in range(30, 50)]
     assert "20 events of one-" in caplog.text
 

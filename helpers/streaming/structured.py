@@ -77,11 +77,11 @@ class KafkaQuery:
     Examples
     --------
     >>> settings = {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
-    >>> query = KafkaQuery(spark, ["events"], settings, str(getfixture("tmp_path")))
-    >>> query.foreachBatch(lambda df, batch_id: print(df.count(), "records"))
-    >>> query.run(timeout=120)
+    >>> with KafkaQuery(spark, ["events"], settings, str(getfixture("tmp_path"))) as query:
+    ...     query.foreachBatch(lambda df, batch_id: print(df.count(), "records"))
+    ...     query.run(timeout=120)
+    ...     query.lag()
     100 records
-    >>> query.lag()
     0
     """
 
@@ -109,6 +109,12 @@ class KafkaQuery:
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> KafkaQuery:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def foreachBatch(  # noqa: N802 (Spark's name)
         self, function: Callable[[DataFrame, int], None]
@@ -203,7 +209,7 @@ class KafkaQuery:
         return sum(end - done.get(part, 0) for part, end in self._client.ends(partitions).items())
 
     def close(self) -> None:
-        """Close the connections to Kafka."""
+        """Close the connections to Kafka, as the end of a ``with`` block does."""
         self._client.close()
 
     def _find_starts(
