@@ -39,6 +39,7 @@ from helpers.streaming import (
     new_streaming_context,
     run_stream,
 )
+from helpers.streaming.running import java_watched
 from helpers.transformers import EventNormalizer, LabelIndexTransformer, ModelPredictor
 
 # What a batch may have: enough to be fast, few enough to be done in seconds. spark-submit's own
@@ -194,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     stop_at_signals(stopping)
     try:
         check_address(options.bootstrap_servers)
-        run(options, stopping)
+        with java_watched():
+            run(options, stopping)
     except (JarsError, SessionError, SinkError, StreamError, OSError, ValueError) as error:
         return fail(str(error))
     return 0

@@ -1,5 +1,6 @@
 """Trouble from outside the stream: brokers that go away, and topics that may not be read."""
 
+import re
 import threading
 import time
 import uuid
@@ -7,7 +8,7 @@ import uuid
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
-from processes import wait_until
+from processes import run_python, wait_until
 from pyspark.sql import functions as F
 
 from helpers.broker import LocalKafka
@@ -165,6 +166,36 @@ def test_a_deadline_that_passes_while_the_broker_is_away_names_the_broker(
     own_kafka.kill()
     with pytest.raises(TimeoutError, match=r"was stopped.*Its broker gives no answer"):
         run_stream(ssc, until=lambda: False, timeout=25)
+
+
+STREAM_IN_LITTLE_MEMORY = """
+import sys
+from helpers.session import get_spark
+from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
+
+spark = get_spark(cores=1, memory="500m", config={"spark.ui.enabled": "false"})
+ssc = new_streaming_context(spark, 0.5)
+settings = {"bootstrap.servers": sys.argv[1], "auto.offset.reset": "earliest"}
+stream = KafkaUtils.createDirectStream(ssc, [sys.argv[2]], settings)
+stream.foreachBatch(lambda df, batch_id: df.write.format("noop").mode("overwrite").save())
+run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
+"""
+
+
+def test_a_java_that_runs_out_of_memory_is_named(kafka, topic):
+    """Whoever reads 'connection refused' would look for the fault in the network."""
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, compression_type="gzip",
+        max_request_size=2**26,
+    ) as producer:  # fmt: skip
+        for _ in range(40):
+            producer.send(topic, bytes(30_000_000), key=b"same").get(30)
+    run = run_python(
+        "-c", STREAM_IN_LITTLE_MEMORY, kafka.bootstrap_servers, topic, seconds=600
+    )
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert re.search(r"StreamError: Java ran out of memory.*get_spark\(memory=", last), run.stderr
 
 
 def test_a_topic_that_may_not_be_seen_is_an_error_at_once(spark, kafka, topic, produce, forbid):

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError, Py4JJavaError
+from pyspark import SparkContext
 from pyspark.sql import SparkSession
 from pyspark.streaming import StreamingContext
 
+from helpers.session import log_file
 from helpers.streaming.batches import Batches, batches_of
 from helpers.streaming.errors import StreamError, summary
+
+# How long Java may take to end, once it has stopped answering.
+END_SECONDS = 10
 
 # How long a graceful stop waits for the batches that are planned.
 FINISH_SECONDS = 60
@@ -74,7 +80,7 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
     deadline = time.monotonic() + timeout
     streams = batches_of(ssc)
     done = False
-    with interrupt_noted() as interrupted:
+    with java_watched(), interrupt_noted() as interrupted:
         try:
             ssc.start()
             while not (done := until()) and not interrupted.is_set():
@@ -130,6 +136,25 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
 
 
 @contextlib.contextmanager
+def java_watched() -> Iterator[None]:
+    """Raise `StreamError` with the reason if Java dies within a ``with`` block.
+
+    Python notices only that a connection is refused.
+
+    Examples
+    --------
+    >>> with java_watched():
+    ...     pass
+    """
+    try:
+        yield
+    except (Py4JError, ConnectionError) as error:
+        if isinstance(error, Py4JJavaError) or not _java_has_ended():
+            raise
+        raise StreamError(_how_java_ended()) from None
+
+
+@contextlib.contextmanager
 def interrupt_noted() -> Iterator[threading.Event]:
     """Set an event at the first Ctrl-C, which must not break into an exchange with Java.
 
@@ -153,6 +178,34 @@ def interrupt_noted() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+def _java_has_ended() -> bool:
+    """Return whether the Java that this process has started is gone."""
+    process = getattr(SparkContext._gateway, "proc", None)
+    if process is None:  # spark-submit started it, and this process after it
+        return False
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _how_java_ended() -> str:
+    """Return why Java ended, as far as its log says, and what helps."""
+    log = log_file().read_text(errors="replace") if log_file().exists() else ""
+    if "OutOfMemoryError" in log:
+        return (
+            "Java ran out of memory and ended; what was committed is kept. Give it more, by "
+            'get_spark(memory="4g") or spark-submit --driver-memory 4g, or smaller batches, by '
+            "spark.streaming.kafka.maxRatePerPartition or max.poll.records. "
+            f"Its log is {log_file()}."
+        )
+    return (
+        f"Java ended by itself; what was committed is kept. Its log, {log_file()}, has the reason; "
+        "where it has none, the system may have ended it to free memory."
+    )
 
 
 def _is_of_pyspark(handler: object) -> bool:

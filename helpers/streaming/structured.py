@@ -34,7 +34,7 @@ from helpers.streaming.errors import (
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import source_options
-from helpers.streaming.running import FINISH_SECONDS, interrupt_noted
+from helpers.streaming.running import FINISH_SECONDS, interrupt_noted, java_watched
 from helpers.streaming.settings import modern_settings
 
 _LOGGER = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class KafkaQuery:
             If a batch fails twice, or the broker is away for more than 60 s.
         """
         deadline = time.monotonic() + timeout
-        with interrupt_noted() as interrupted:
+        with java_watched(), interrupt_noted() as interrupted:
             self._away_since = None
             query = self._start(interval)
             try:
