@@ -133,12 +133,34 @@ def test_what_is_deleted_after_it_was_planned_is_left_out(
     planner.close()
 
 
+def test_a_batch_whose_records_are_all_deleted_is_empty(
+    ssc, kafka, produce, one, settings, caplog
+):
+    """A stream does not stop, at each start, for records that never come back."""
+    produce(one, [b"old"] * 50)
+    stream = KafkaUtils.createDirectStream(ssc, [one], settings)
+    counts, deleted = [], []
+
+    def process(df, batch_id):
+        if not deleted:  # after the batch was planned: it fails, and is read once more
+            with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+                deleted.append(admin.delete_records({TopicPartition(one, 0): 50}))
+            raise OSError("for a moment")
+        counts.append(df.count())
+
+    stream.foreachBatch(process)
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
+    assert counts == [0]
+    assert "50 events of one-" in caplog.text
+
+
 def test_a_group_with_live_members_is_refused(ssc, kafka, produce, one, settings):
     """Otherwise Kafka would refuse each commit, after each batch was scored."""
     produce(one, [b"x"])
     with KafkaConsumer(
         one, bootstrap_servers=kafka.bootstrap_servers, group_id=settings["group.id"],
         client_id="dashboard", consumer_timeout_ms=1_000,
+        metadata_max_age_ms=500,  # it joins before it knows the topic, at times
     ) as consumer:  # fmt: skip
         wait_until(lambda: consumer.poll(timeout_ms=200) or consumer.assignment())
         with pytest.raises(StreamError, match=r"has live members \(dashboard.*use another group"):

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -444,11 +444,14 @@ class Batches:
                 self._ending.wait(RETRY_SECONDS)
 
     def _read(self, ranges: list[OffsetRange]) -> DataFrame:
-        """Return the records of planned ranges, as far as they are still there."""
+        """Return the records of planned ranges that retention has left."""
+        left = ranges
         # A broker that is away will be waited for by the tasks that read.
         with contextlib.suppress(BrokerAwayError):
-            ranges = self._planner.without_deleted(ranges)
-        return self._reader.read(ranges)
+            left = self._planner.without_deleted(ranges)
+        if not left:  # a range without records is a DataFrame without rows
+            left = [replace(ranges[0], fromOffset=ranges[0].untilOffset)]
+        return self._reader.read(left)
 
     def _last_try(
         self, function: Callable[[DataFrame, int], None], ranges: list[OffsetRange], batch_id: int
