@@ -536,9 +536,15 @@ def test_records_outside_their_batch_are_refused(spark, path):
     assert stored(spark, path) == [*range(10), *range(12, 15)]
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"PAR1")])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (Path.unlink, "driver and all executors must reach the same files"),
+        (lambda file: file.write_bytes(b"PAR1"), "a file that Spark has just written can't be rea"),
+    ],
+)
 def test_a_batch_whose_files_are_not_all_there_is_not_stored(
-    spark, path, tmp_path, monkeypatch, damage
+    spark, path, tmp_path, monkeypatch, damage, reason
 ):
     """An executor that doesn't share the driver's folder writes where nobody finds it."""
     data = tmp_path / "scored" / "data"
@@ -552,7 +558,7 @@ def test_a_batch_whose_files_are_not_all_there_is_not_stored(
     with Sink(spark, path) as sink:
         with monkeypatch.context() as failing:
             failing.setattr(ParquetSink, "_write_files", lose_one)
-            with pytest.raises(SinkError, match="driver and all executors must reach the same"):
+            with pytest.raises(SinkError, match=reason):
                 write(sink, spark, 0, 10)
         assert not sink.has(0)
         write(sink, spark, 0, 10)

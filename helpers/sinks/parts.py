@@ -7,9 +7,11 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 
 from helpers.files import flush_folder, folder_names, folder_size, remove_folder
+from helpers.session import root_cause
 from helpers.sinks.commits import Part
 from helpers.sinks.errors import SinkError
 
@@ -116,11 +118,13 @@ def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
     of_path, open_file = parquet.util.HadoopInputFile.fromPath, parquet.ParquetFileReader.open
     count = 0
     for file in files:
-        reader = open_file(of_path(hadoop_path(file), configuration))
         try:
-            count += reader.getRecordCount()
-        finally:
-            reader.close()
+            reader = open_file(of_path(hadoop_path(file), configuration))
+        except Py4JJavaError as error:
+            reason = root_cause(error).getMessage()
+            raise SinkError(f"a file that Spark has just written can't be read: {reason}") from None
+        count += reader.getRecordCount()
+        reader.close()
     return count
 
 
