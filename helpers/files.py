@@ -1,10 +1,14 @@
-"""Small files on any file system that Spark's Hadoop client knows: there whole, or not at all."""
+"""Small files on any file system that Spark's Hadoop client knows: there whole, or not at all.
+
+On this machine's file system they are flushed to the disk, so that they outlast a power cut.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from py4j.java_gateway import JavaObject
@@ -30,7 +34,7 @@ class JsonFolder:
     """A folder of JSON files, each written once.
 
     A file is written under another name and then renamed, which is one step of the file system: a
-    reader sees all of it or nothing, and a file that is there is never replaced.
+    reader sees all of it or nothing, and an existing file is never replaced.
 
     Parameters
     ----------
@@ -57,7 +61,8 @@ class JsonFolder:
         self._spark = spark
         path, self._files = _file_system(spark, folder)
         self._folder = self._files.makeQualified(path)
-        self._files.mkdirs(self._folder)
+        self._local = _local_path(self._folder)
+        self._make()
         # Its rename refuses where a file is; that of FileSystem may replace it.
         self._context = self._jvm.org.apache.hadoop.fs.FileContext.getFileContext(
             self._folder.toUri(), spark._jsc.hadoopConfiguration()
@@ -93,16 +98,20 @@ class JsonFolder:
             file.hsync()
         finally:
             file.close()
+        if self._local:  # where Hadoop's hsync reaches the system's cache only
+            _flush(_local_path(draft))
         try:
             self._publish(draft, self._path(f"{name}.json"))
         except Py4JJavaError as error:
             if not _is_taken(error):
                 raise
-            raise FileExistsError(f"{self.uri}/{name}.json is there already") from None
+            raise FileExistsError(f"{self.uri}/{name}.json exists already") from None
         finally:
             # A draft that stays harms nobody, and its loss must not hide what went wrong before.
             with contextlib.suppress(Py4JJavaError):
                 self._files.delete(draft, False)
+        if self._local:
+            _flush(self._local)  # the name
 
     def read(self, name: str) -> Any:
         """Return the content of a file.
@@ -113,11 +122,11 @@ class JsonFolder:
             If there is none of that name.
         """
         if not self._files.exists(self._path(f"{name}.json")):
-            raise FileNotFoundError(f"{self.uri}/{name}.json is not there")
+            raise FileNotFoundError(f"{self.uri}/{name}.json doesn't exist")
         return json.loads(read_file(self._spark, f"{self.uri}/{name}.json"))
 
     def delete(self, name: str) -> None:
-        """Remove a file; without effect if it isn't there."""
+        """Remove a file; without effect if it doesn't exist."""
         self._files.delete(self._path(f"{name}.json"), False)
 
     def changed_at(self, name: str) -> int | None:
@@ -128,13 +137,25 @@ class JsonFolder:
         return self._files.getFileStatus(path).getModificationTime()
 
     def touch(self, name: str) -> None:
-        """Have a file's time of change be now."""
+        """Set a file's time of change to now."""
         now = self._jvm.java.lang.System.currentTimeMillis()
         self._files.setTimes(self._path(f"{name}.json"), now, -1)
 
+    def _make(self) -> None:
+        """Make the folder, and those that it is in."""
+        missing = []
+        if self._local:
+            above = Path(self._local)
+            while not above.exists():
+                missing.append(above)
+                above = above.parent
+        self._files.mkdirs(self._folder)
+        for folder in missing:
+            _flush(folder.parent)
+
     def _publish(self, draft: JavaObject, path: JavaObject) -> None:
         """Give a file its name in one step that fails where the name is taken."""
-        if self._folder.toUri().getScheme() == "file":
+        if self._local:
             # Hadoop's rename looks first and then renames, between which others may do the same.
             with contextlib.suppress(_CannotLinkError):
                 return self._link(draft, path)
@@ -172,12 +193,11 @@ def full_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
     >>> full_path(spark, "/tmp/scored")
     'file:/tmp/scored'
     """
-    hadoop_path, files = _file_system(spark, os.fspath(path))
-    return files.makeQualified(hadoop_path).toString()
+    return _qualified(spark, os.fspath(path)).toString()
 
 
 def folder_names(spark: SparkSession, folder: str) -> list[str]:
-    """Return the names of what is in a folder, sorted; none if there is no such folder.
+    """Return the names of the files and folders in a folder, sorted; none if it doesn't exist.
 
     Examples
     --------
@@ -187,7 +207,49 @@ def folder_names(spark: SparkSession, folder: str) -> list[str]:
     path, files = _file_system(spark, folder)
     if not files.exists(path):
         return []
-    return sorted(found.getPath().getName() for found in files.listStatus(path))
+    # As one text, because a question to Java for each name would take a second per thousand names.
+    found = spark._jvm.org.apache.hadoop.fs.FileUtil.stat2Paths(files.listStatus(path))
+    paths = spark._jvm.scala.Predef.genericWrapArray(found).mkString("\0").split("\0")
+    return sorted(path.rpartition("/")[2] for path in paths if path)
+
+
+def flush_folder(spark: SparkSession, folder: str, inside: str) -> None:
+    """Flush a folder's files and names to the disk, if they are on this machine's file system.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client is used.
+    folder : str
+        The folder; it has files only.
+    inside : str
+        A folder above it: the names in it, and in those between, are flushed too.
+
+    Examples
+    --------
+    >>> flush_folder(spark, str(getfixture("tmp_path")), str(getfixture("tmp_path").parent))
+    """
+    local, outermost = (_local_path(_qualified(spark, name)) for name in (folder, inside))
+    if local is None:
+        return
+    for file in local.iterdir():
+        _flush(file)
+    while local != outermost.parent:
+        _flush(local)
+        local = local.parent
+
+
+def folder_size(spark: SparkSession, folder: str) -> int:
+    """Return how many bytes the files in a folder have.
+
+    Examples
+    --------
+    >>> _ = (getfixture("tmp_path") / "note").write_text("42")
+    >>> folder_size(spark, str(getfixture("tmp_path")))
+    2
+    """
+    path, files = _file_system(spark, folder)
+    return files.getContentSummary(path).getLength()
 
 
 def read_file(spark: SparkSession, name: str) -> str:
@@ -208,7 +270,7 @@ def read_file(spark: SparkSession, name: str) -> str:
 
 
 def remove_folder(spark: SparkSession, folder: str) -> None:
-    """Remove a folder with all that is in it; without effect if it isn't there."""
+    """Remove a folder with its content; without effect if it doesn't exist."""
     path, files = _file_system(spark, folder)
     files.delete(path, True)
 
@@ -217,3 +279,24 @@ def _file_system(spark: SparkSession, name: str) -> tuple[JavaObject, JavaObject
     """Return Hadoop's path and file system for a name."""
     path = spark._jvm.org.apache.hadoop.fs.Path(name)
     return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
+
+
+def _qualified(spark: SparkSession, name: str) -> JavaObject:
+    """Return Hadoop's path for a name, with its file system."""
+    path, files = _file_system(spark, name)
+    return files.makeQualified(path)
+
+
+def _local_path(path: JavaObject) -> Path | None:
+    """Return the path on this machine's file system; None if it is on another one."""
+    uri = path.toUri()
+    return Path(uri.getPath()) if uri.getScheme() == "file" else None
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -22,6 +22,7 @@ import math
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,6 +44,9 @@ from helpers.records import COUNTS_SECONDS, observed
 
 # How many batches the table in a notebook shows: the last ones.
 ROWS_SHOWN = 20
+
+# How many batches a monitor keeps for its table and plot: the last ones. The totals are of all.
+BATCHES_KEPT = 1_000
 
 # How many names of unused fields it tells, and how many characters of each.
 NAMES_SHOWN = 20
@@ -106,6 +110,8 @@ class Batch:
 class Monitor:
     """Counts a stream's batches, and shows them while it runs.
 
+    It keeps the last 1,000 batches, and the totals of all.
+
     One thread may add batches (Spark calls a batch's function in a thread of its own) while another
     asks for the table or the plot.
 
@@ -121,7 +127,8 @@ class Monitor:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # of all below
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, Batch] = {}  # the last ones
+        self._totals: Counter[str] = Counter()  # of all
         self._lag: Callable[[int], int | None] | None = None
         self._held: dict[int, Batch] | None = None  # until Spark reports them, if it is to do so
         self._display: _Table | _Lines | None = None
@@ -143,7 +150,8 @@ class Monitor:
         >>> monitor.begin(lag=lambda batch_id: 0)
         """
         with self._lock:
-            self._batches, self._unused, self._lag = {}, set(), lag
+            self._batches, self._totals = {}, Counter()
+            self._unused, self._lag = set(), lag
             self._display = _open_display()
 
     @contextlib.contextmanager
@@ -243,19 +251,17 @@ class Monitor:
 
     def progressed(self, progress: StreamingQueryProgress) -> None:
         """Add a batch that was held for what Spark says of it; the listener calls this."""
+        planned_at = round(datetime.fromisoformat(progress.timestamp).timestamp() * 1000)
         with self._lock:
-            batch = self._held.pop(progress.batchId, None) if self._held is not None else None
-        if batch is None:  # one without records
-            return
-        planned_at = datetime.fromisoformat(progress.timestamp)
-        self.add(
-            dataclasses.replace(
-                batch,
-                planned_at=round(planned_at.timestamp() * 1000),
-                seconds=progress.durationMs["triggerExecution"] / 1000,
-                lag=_left(progress.sources[0]),
-            )
-        )
+            held = self._held or {}
+            # Spark goes on to a batch when those before it are done: it has dropped their reports.
+            ids = sorted(batch_id for batch_id in held if batch_id <= progress.batchId)
+            batches = [dataclasses.replace(held.pop(i), planned_at=planned_at) for i in ids]
+        for batch in batches:
+            if batch.batch_id == progress.batchId:
+                seconds = progress.durationMs["triggerExecution"] / 1000
+                batch = dataclasses.replace(batch, seconds=seconds, lag=_left(progress.sources[0]))
+            self.add(batch)
 
     def _add_or_hold(self, batch: Batch) -> None:
         """Add a batch now, or when Spark has reported its progress."""
@@ -266,7 +272,7 @@ class Monitor:
         self.add(batch)
 
     def add(self, batch: Batch) -> None:
-        """Add a batch, in the place of one with the same id, and show it.
+        """Add a batch, in the place of one with the same id that is kept, and show it.
 
         Examples
         --------
@@ -275,19 +281,26 @@ class Monitor:
         22:13:20         0       0    3      0.5         0    -
         """
         with self._lock:
+            self._totals.update(_counts(batch))
+            if (replaced := self._batches.get(batch.batch_id)) is not None:
+                self._totals.subtract(_counts(replaced))
             self._batches[batch.batch_id] = batch
+            if len(self._batches) > BATCHES_KEPT:
+                del self._batches[min(self._batches)]
             if self._display is None:
                 self._display = _open_display()
-            self._display.show(batch, self.batches, self._unused)
+            self._display.show(batch, self)
 
     @property
     def batches(self) -> list[Batch]:
-        """The batches in the order of their times."""
+        """The last batches, 1,000 at most, in the order of their times."""
         with self._lock:
             return [self._batches[batch_id] for batch_id in sorted(self._batches)]
 
     def table(self) -> pd.DataFrame:
-        """Return a row a batch: time (UTC), the counts, seconds, events_per_second, and lag.
+        """Return a row per batch: time (UTC), the counts, seconds, events_per_second, and lag.
+
+        It has the last 1,000 batches.
 
         Examples
         --------
@@ -298,8 +311,12 @@ class Monitor:
         batches = self.batches
         times = pd.to_datetime([batch.time for batch in batches], unit="ms", utc=True)
         kinds = {
-            "events": "int64", "signal": "int64", "bad": "int64", "seconds": "float64",
-            "events_per_second": "float64", "lag": "Int64",  # the one that knows missing numbers
+            "events": "int64",
+            "signal": "int64",
+            "bad": "int64",
+            "seconds": "float64",
+            "events_per_second": "float64",
+            "lag": "Int64",  # the one that knows missing numbers
         }
         columns = {
             name: pd.array([getattr(batch, name) for batch in batches], dtype=kind)
@@ -308,29 +325,37 @@ class Monitor:
         return pd.DataFrame({"time": times, **columns})
 
     def totals(self) -> dict[str, int]:
-        """Return the sums of events, signal and bad, and the number of batches.
+        """Return the sums of events, signal and bad, and the number of batches, of all batches.
 
         Examples
         --------
         >>> Monitor().totals()
         {'events': 0, 'signal': 0, 'bad': 0, 'batches': 0}
         """
-        batches = self.batches
-        sums = {
-            name: sum(getattr(batch, name) for batch in batches)
-            for name in ("events", "signal", "bad")
-        }
-        return {**sums, "batches": len(batches)}
+        with self._lock:
+            return {name: self._totals[name] for name in ("events", "signal", "bad", "batches")}
+
+    def contents(self) -> dict[str, str]:
+        """Return the table of the last batches for a notebook, as HTML and as text.
+
+        Examples
+        --------
+        >>> print(Monitor().contents()["text/plain"])
+        time (UTC)     events     signal      bad  seconds   events/s          lag
+        total               0          0        0      0.0          -
+        """
+        with self._lock:
+            return _both_kinds(self.batches, self._totals, self._unused)
 
     def plot(self) -> Figure:
-        """Return a figure of the batches: events and seconds, the share of signal, and the lag.
+        """Return a figure of the last 1,000 batches: events, seconds, share of signal, and lag.
 
         As the value of a notebook's cell it is shown; elsewhere, write it to a file with `savefig`.
 
         Returns
         -------
         matplotlib.figure.Figure
-            Three panels over the seconds since the first batch.
+            Three panels over the seconds since the first of these batches.
 
         Raises
         ------
@@ -354,9 +379,11 @@ class Monitor:
         # Otherwise a notebook shows it twice: as the cell's value, and as a figure that is open.
         plt.close(figure)
         _plot_events(events, since_first, table)
-        _plot_share(share, since_first, table)
+        earlier = {name: self.totals()[name] - table[name].sum() for name in ("events", "signal")}
+        _plot_share(share, since_first, table, earlier)
         _plot_lag(lag, since_first, table)
-        lag.set_xlabel("seconds since the first batch")
+        shown = f" of the last {len(table):,}" if self.totals()["batches"] > len(table) else ""
+        lag.set_xlabel(f"seconds since the first batch{shown}")
         figure.align_ylabels()
         return figure
 
@@ -409,11 +436,11 @@ class _Table:
     """The table in a notebook, below the cell that makes it, wherever it is changed from."""
 
     def __init__(self) -> None:
-        self._handle = display(_both_kinds([], set()), raw=True, display_id=True)
+        self._handle = display(Monitor().contents(), raw=True, display_id=True)
 
-    def show(self, batch: Batch, batches: list[Batch], unused: set[str]) -> None:
+    def show(self, batch: Batch, monitor: Monitor) -> None:
         """Show the last batches instead of those before."""
-        self._handle.update(_both_kinds(batches, unused), raw=True)
+        self._handle.update(monitor.contents(), raw=True)
 
 
 class _Lines:
@@ -422,7 +449,7 @@ class _Lines:
     def __init__(self) -> None:
         self._begun = False
 
-    def show(self, batch: Batch, batches: list[Batch], unused: set[str]) -> None:
+    def show(self, batch: Batch, monitor: Monitor) -> None:
         """Print a batch, the first below a heading."""
         if not self._begun:
             print(_line(_HEADINGS), flush=True)
@@ -498,11 +525,16 @@ def _figures(batch: Batch) -> tuple[str, ...]:
     return (*counts, f"{batch.seconds:,.1f}", _UNKNOWN if math.isnan(rate) else f"{rate:,.0f}")
 
 
-def _total_cells(batches: Sequence[Batch]) -> tuple[str, ...]:
-    """Return the sums over batches as texts, in the order of the headings."""
+def _counts(batch: Batch) -> dict[str, float]:
+    """Return what a batch adds to the totals."""
     names = ("events", "signal", "bad", "seconds")
-    sums = {name: sum(getattr(batch, name) for batch in batches) for name in names}
-    return ("total", *_figures(Batch(0, **sums)), "")
+    return {"batches": 1, **{name: getattr(batch, name) for name in names}}
+
+
+def _total_cells(totals: Counter[str]) -> tuple[str, ...]:
+    """Return the totals as texts, in the order of the headings."""
+    names = ("events", "signal", "bad", "seconds")
+    return ("total", *_figures(Batch(0, **{name: totals[name] for name in names})), "")
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -511,13 +543,13 @@ def _line(cells: Sequence[str]) -> str:
     return "  ".join([cells[0].ljust(_WIDTHS[0]), *numbers]).rstrip()
 
 
-def _both_kinds(batches: Sequence[Batch], unused: set[str]) -> dict[str, str]:
+def _both_kinds(batches: Sequence[Batch], totals: Counter[str], unused: set[str]) -> dict[str, str]:
     """Return the table for notebooks, as HTML and as text."""
     rows = [_cells(batch) for batch in batches[-ROWS_SHOWN:]]
-    total = _total_cells(batches)
+    total = _total_cells(totals)
     notes = []
-    if len(batches) > ROWS_SHOWN:
-        notes.append(f"the last {ROWS_SHOWN} of {len(batches):,} batches; the total is of all")
+    if totals["batches"] > ROWS_SHOWN:
+        notes.append(f"the last {ROWS_SHOWN} of {totals['batches']:,} batches; the total is of all")
     if unused:
         notes.append(_about_unused(unused))
     text = "\n".join([*map(_line, (_HEADINGS, *rows, total)), *notes])
@@ -555,9 +587,11 @@ def _plot_events(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> Non
     seconds.set_ylim(bottom=0)
 
 
-def _plot_share(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
+def _plot_share(
+    axes: Axes, since_first: pd.Series, table: pd.DataFrame, earlier: dict[str, int]
+) -> None:
     """Draw how many percent of the events are signal, of all up to each batch."""
-    sums = table[["events", "signal"]].cumsum()
+    sums = table[["events", "signal"]].cumsum() + pd.Series(earlier)
     share = 100 * sums["signal"] / sums["events"]
     axes.plot(since_first, share, color=_GREEN, **_POINTS)
     axes.set_ylabel("signal so far, %")

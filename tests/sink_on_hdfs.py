@@ -8,10 +8,11 @@ import sys
 
 from test_sinks import Sink, stored, write
 
-from helpers.files import JsonFolder, full_path
+from helpers.files import full_path
 from helpers.jars import fetch_jars
 from helpers.session import get_spark
 from helpers.sinks import SinkError
+from helpers.sinks.commits import CommitLog
 
 # Hadoop in one Java process, for tests, and what it needs.
 HADOOP = (
@@ -63,9 +64,10 @@ def try_sink(spark, path):
                 pass
         except SinkError as error:
             found["second sink"] = str(error)
+    log = CommitLog(spark, path)
     try:
-        JsonFolder(spark, f"{path}/commits").write(f"{0:020d}", {})
-    except FileExistsError as error:
+        log.write(log.last())
+    except SinkError as error:
         found["second manifest"] = str(error)
     return {**found, "offsets": stored(spark, path)}
 

@@ -16,7 +16,7 @@ def folder(spark, tmp_path):
 def test_a_file_is_never_replaced(folder):
     """Otherwise two jobs could commit a batch of the same number, and one would be lost."""
     folder.write("0", {"writer": "first"})
-    with pytest.raises(FileExistsError, match=r"files/0\.json is there already"):
+    with pytest.raises(FileExistsError, match=r"files/0\.json exists already"):
         folder.write("0", {"writer": "second"})
     assert folder.read("0") == {"writer": "first"}
 

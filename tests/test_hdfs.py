@@ -18,5 +18,5 @@ def test_a_sink_on_hdfs_keeps_its_promises(tmp_path):
     assert found["path"].startswith("hdfs://")
     assert found["offsets"] == list(range(15))
     assert "another job writes to hdfs://" in found["second sink"]
-    assert "is there already" in found["second manifest"]
+    assert "another job writes to hdfs://" in found["second manifest"]
     assert found["checkpoint"] == found["path"].replace("scored", "checkpoint")

@@ -3,6 +3,7 @@
 import io
 import sys
 import warnings
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -194,6 +195,44 @@ def test_a_batch_that_is_repeated_is_counted_once():
     monitor.add(Batch(NOON, 10, 7, 0, 1.0, 20))
     assert monitor.totals() == {"events": 20, "signal": 13, "bad": 0, "batches": 2}
     assert [batch.batch_id for batch in monitor.batches] == [NOON, NOON + 1_000]
+
+
+def test_a_long_stream_keeps_the_last_batches_and_the_totals_of_all(capsys, monkeypatch):
+    """A stream of a week must not fill the memory, nor a batch take longer for each one before."""
+    monkeypatch.setattr(helpers.monitor, "BATCHES_KEPT", 10)
+    monitor = Monitor()
+    for number in range(25):
+        monitor.add(Batch(NOON + number * 1_000, 4, 3, 1, 0.5))
+    monitor.add(Batch(NOON + 24_000, 5, 5, 0, 0.5))  # done again
+    monitor.add(Batch(NOON + 20_000, 4, 3, 1, 0.5))
+    totals = {"events": 101, "signal": 77, "bad": 24, "batches": 25}
+    assert monitor.totals() == totals
+    assert len(monitor.batches) == len(monitor.table()) == 10
+    assert monitor.batches[0].batch_id == NOON + 15_000
+    share = monitor.plot().axes[1]
+    assert share.lines[0].get_ydata() == pytest.approx([75] * 9 + [100 * 77 / 101])
+    assert monitor.plot().axes[2].get_xlabel().endswith("the first batch of the last 10")
+    assert "the last 20 of 25 batches; the total is of all" in monitor.contents()["text/plain"]
+    monitor.begin()
+    assert monitor.totals()["batches"] == 0
+
+
+def test_a_batch_whose_report_spark_has_dropped_is_counted(spark, capsys):
+    """Spark drops reports when there are too many; counts must not wait for them for ever."""
+    monitor = Monitor()
+    progress = SimpleNamespace(
+        batchId=2, timestamp="2024-01-01T12:00:00.000Z", durationMs={"triggerExecution": 250},
+        sources=[SimpleNamespace(description="RateStream")],
+    )  # fmt: skip
+    with monitor.follow(spark):
+        for batch_id in (0, 1, 2, 3):
+            with monitor.batch(batch_id) as counts:
+                observe(spark.range(10), counts).collect()
+        monitor.progressed(progress)
+        assert [batch.batch_id for batch in monitor.batches] == [0, 1, 2]
+        assert [batch.time for batch in monitor.batches] == [NOON] * 3
+        assert monitor.batches[2].seconds == 0.25
+    assert monitor.totals()["events"] == 30
 
 
 def test_begin_forgets_earlier_batches(capsys):

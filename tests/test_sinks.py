@@ -1,12 +1,16 @@
 """Tests of helpers/sinks/: each event once, whatever is done twice or is left half done."""
 
+import itertools
 import json
-import logging
+import os
 import shutil
+import threading
 import uuid
+from pathlib import Path
 
 import pytest
 from kafka import KafkaConsumer
+from processes import wait_until
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
@@ -144,14 +148,22 @@ def test_a_gap_between_batches_is_told(spark, path, caplog):
     assert "offsets 10 to 14 of events, partition 0, are in no batch" in caplog.text
 
 
-def test_files_without_a_manifest_do_not_count_and_are_named(spark, path, caplog):
-    """Otherwise a batch that a crash has interrupted would be read, and then again."""
+def test_files_without_a_manifest_do_not_count_and_the_next_sink_removes_them(
+    spark, path, tmp_path
+):
+    """Files of a batch that a crash has interrupted are not read, and don't stay for ever."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
-    rows(spark, 10, 20).write.parquet(f"{path}/data/interrupted")
-    with caplog.at_level(logging.WARNING):
-        assert stored(spark, path) == list(range(10))
-    assert "1 of the batches" in caplog.text and "interrupted" in caplog.text
+    data = tmp_path / "scored" / "data"
+    interrupted = [f"{data}/interrupted", f"{data}/merged-interrupted"]
+    for folder in interrupted:
+        rows(spark, 10, 20).write.parquet(folder)
+    assert stored(spark, path) == list(range(10))
+    with Sink(spark, path) as sink:
+        assert len(list(data.iterdir())) == 3  # the sink that died may only be late
+        write(sink, spark, 10, 20)
+        assert len(list(data.iterdir())) == 1
+    assert stored(spark, path) == list(range(20))
 
 
 def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
@@ -160,7 +172,7 @@ def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
     with Sink(spark, path) as sink:
         with pytest.raises(Exception, match="broken"):
             sink.write(broken, sink.stream.plan(0, 10))
-        assert list((tmp_path / "scored" / "data").iterdir()) == []
+        assert list((tmp_path / "scored" / "data").glob("*/*")) == []
         assert not sink.has(0)
         write(sink, spark, 0, 10)
     assert stored(spark, path) == list(range(10))
@@ -205,11 +217,88 @@ def test_a_late_sink_cannot_commit_over_another(spark, path, impatient, monkeypa
     assert stored(spark, path) == list(range(10))
 
 
-def test_nothing_stays_behind_a_sink(spark, path, tmp_path):
-    """Otherwise the next job would wait for one that has ended."""
+def test_nobody_waits_for_a_sink_that_has_ended(spark, path, monkeypatch):
+    """The next job begins at once."""
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 3600)
+    for _ in range(3):
+        with Sink(spark, path) as sink:
+            assert sink.positions() == {}
+
+
+def test_a_failed_heartbeat_is_not_the_last_one(spark, path, impatient, caplog):
+    """A file system that was away for a moment must not make a healthy sink look dead."""
+    failures = itertools.count()
+
+    def touch_when_back(name):
+        if next(failures) < 3:
+            raise OSError("the file system is away")
+        touch(name)
+
+    with Sink(spark, path) as sink:
+        claims = sink._lease._claims
+        touch, claims.touch = claims.touch, touch_when_back
+        name = claims.names()[-1]
+        before = claims.changed_at(name)
+        wait_until(lambda: claims.changed_at(name) > before)
+        with pytest.raises(SinkError, match="another job writes to"), Sink(spark, path):
+            pass
+        write(sink, spark, 0, 10)
+    assert caplog.text.count("can't be renewed, and is tried again: the file system is away") == 1
+
+
+def test_of_many_that_find_a_sink_dead_one_takes_its_path(spark, path, impatient):
+    """Two that both see the dead one's claim must not remove each other's."""
+    dead = Sink(spark, path)
+    dead.__enter__()
+    dead._lease._closed.set()
+    opened, refused, done = [], [], threading.Event()
+
+    def open_sink():
+        try:
+            with ParquetSink(spark, path) as sink:
+                opened.append(sink)
+                done.wait(60)
+                sink._lease.check()
+        except SinkError:
+            refused.append(path)
+
+    threads = [threading.Thread(target=open_sink) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(refused) == 3)
+    done.set()
+    for thread in threads:
+        thread.join(60)
+    assert (len(opened), len(refused)) == (1, 3)
+    with pytest.raises(SinkError, match="another job writes to"):
+        write(dead, spark, 0, 10)
+
+
+def test_who_waited_too_long_takes_nothing_from_a_healthy_sink(spark, path, monkeypatch):
+    """A job that slept after it had found a dead one may find that others came and went."""
+    dead = Sink(spark, path)
+    dead.__enter__()
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0)
     with Sink(spark, path):
-        assert list((tmp_path / "scored" / "writer").glob("*.json"))
-    assert not list((tmp_path / "scored" / "writer").glob("*.json"))
+        pass
+    with Sink(spark, path) as healthy:
+        with monkeypatch.context() as late:
+            late.setattr(lease.Lease, "_last_free", lambda self: 0)  # what it saw before it slept
+            with pytest.raises(SinkError, match="another job writes to"), Sink(spark, path):
+                pass
+        write(healthy, spark, 0, 10)
+    dead.__exit__()
+    assert stored(spark, path) == list(range(10))
+
+
+def test_a_sink_can_be_closed_when_its_file_system_is_away(spark, path, impatient, caplog):
+    """What went wrong before must be seen, not the claim that can't be released."""
+    with pytest.raises(RuntimeError, match="the network died"), Sink(spark, path) as sink:
+        sink._lease._claims.names = lambda: 1 / 0
+        raise RuntimeError("the network died")
+    assert "can't be released, so the next job there waits" in caplog.text
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
 
 
 def test_a_bad_record_stops_a_strict_sink(spark, path):
@@ -427,3 +516,94 @@ def test_a_sink_that_is_not_open_is_refused(spark, path):
         write(sink, spark, 0, 10)
     with pytest.raises(SinkError, match="is not open"):
         write(sink, spark, 10, 20)
+
+
+def test_records_outside_their_batch_are_refused(spark, path):
+    """A batch that isn't the one the source names would be stored under its offsets."""
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+        batch = sink.stream.plan(10, 20)
+        for others in (rows(spark, 15, 25), rows(spark, 5, 12), rows(spark, 10, 20, topic="else")):
+            with pytest.raises(SinkError, match="records are not in the offset ranges of their"):
+                sink.write(others, batch)
+        message = "1 records are not .* such as events partition 0 offset 20: write the records"
+        with pytest.raises(SinkError, match=message):
+            sink.write(rows(spark, 11, 21), batch)
+        sink.write(rows(spark, 12, 15), batch)  # the others were compacted away
+        assert sink.positions() == {PARTITION: 20}
+        sink.write(rows(spark, 20, 20), sink.stream.plan(20, 30))  # all of them were
+        assert sink.positions() == {PARTITION: 30}
+    assert stored(spark, path) == [*range(10), *range(12, 15)]
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (Path.unlink, "driver and all executors must reach the same files"),
+        (lambda file: file.write_bytes(b"PAR1"), "a file that Spark has just written can't be rea"),
+    ],
+)
+def test_a_batch_whose_files_are_not_all_there_is_not_stored(
+    spark, path, tmp_path, monkeypatch, damage, reason
+):
+    """An executor that doesn't share the driver's folder writes where nobody finds it."""
+    data = tmp_path / "scored" / "data"
+    write_files = ParquetSink._write_files
+
+    def lose_one(sink, *arguments):
+        counts = write_files(sink, *arguments)
+        damage(max(data.rglob("*.parquet"), key=lambda file: file.stat().st_size))
+        return counts
+
+    with Sink(spark, path) as sink:
+        with monkeypatch.context() as failing:
+            failing.setattr(ParquetSink, "_write_files", lose_one)
+            with pytest.raises(SinkError, match=reason):
+                write(sink, spark, 0, 10)
+        assert not sink.has(0)
+        write(sink, spark, 0, 10)
+    assert stored(spark, path) == list(range(10))
+
+
+def test_all_of_a_batch_is_on_the_disk_before_it_counts(spark, path, tmp_path, monkeypatch):
+    """After a power cut, a manifest must not name files that are empty."""
+    flushed, fsync, scored = [], os.fsync, tmp_path / "scored"
+
+    def note(descriptor):
+        fsync(descriptor)
+        manifests = len(list((scored / "commits").glob("*.json")))
+        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), manifests))
+
+    with Sink(spark, path) as sink:
+        monkeypatch.setattr(os, "fsync", note)
+        write(sink, spark, 0, 10)
+    before = {name for name, manifests in flushed if not manifests}
+    files = {str(file) for file in (scored / "data").rglob("*.parquet")}
+    folders = {str(scored / "data"), *(str(f) for f in (scored / "data").glob("**/"))}
+    assert files and files | folders <= {name.rstrip("/") for name in before}
+    assert any(name.endswith(".draft") for name in before)
+    assert (str(scored / "commits"), 1) in flushed
+
+
+def test_a_batch_needs_no_new_code(spark, path):
+    """Java would compile it, 20 ms for each piece, and never run it at full speed."""
+    metrics = spark._jvm.org.apache.spark.metrics.source.CodegenMetrics
+    batches = [rows(spark, start, start + 10).cache() for start in (0, 10, 20)]
+    compiled = []
+    with Sink(spark, path) as sink:
+        for number, batch in enumerate(batches):
+            batch.count()
+            before = metrics.METRIC_COMPILATION_TIME().getCount()
+            sink.write(batch, sink.stream.plan(10 * number, 10 * number + 10))
+            compiled.append(metrics.METRIC_COMPILATION_TIME().getCount() - before)
+            batch.unpersist()
+    assert compiled[1:] == [0, 0]
+
+
+def test_one_batch_after_another_has_its_number(spark, path):
+    """Events can be grouped by their batches."""
+    with Sink(spark, path) as sink:
+        for start in (0, 10):
+            write(sink, spark, start, start + 10)
+    found = read_scored(spark, path).select("batch", "offset").collect()
+    assert {(row.batch, row.offset) for row in found} == {(n // 10, n) for n in range(20)}

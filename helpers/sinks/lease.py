@@ -1,11 +1,16 @@
-"""The claim of one sink on its path."""
+"""The claim of one sink on its path.
+
+Claims are numbered files, and the highest number owns the path. A claim is only made, never taken
+from somebody: 1. wait until the last claim is closed, or hasn't changed for a while; 2. write the
+next one, which fails if another sink did so first; 3. remove those below. So two sinks that find
+the same one dead can't both own the path, and one that wakes up late finds a higher number.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-import uuid
 
 from pyspark.sql import SparkSession
 
@@ -14,72 +19,116 @@ from helpers.sinks.errors import taken_over
 
 _LOGGER = logging.getLogger(__name__)
 
-# How often a writer shows that it lives, and how long the next one watches for that. A writer that
-# is only slow, and taken for dead, does no harm: the manifest that it can't write stops it.
+# How often a sink renews its claim, and how long the next one watches for that. A sink that is only
+# slow, and held for dead, does no harm: it finds the higher claim, or its manifest's name taken.
 HEARTBEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
 
-_WRITER = "writer"
-
 
 class Lease:
-    """The claim of one sink on a path: a file that changes as long as the sink is open.
+    """The claim of a sink on a path, renewed as long as the sink is open.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client is used.
+    path : str
+        The sink's path.
 
     Raises
     ------
     SinkError
         If another sink is open on the path.
+
+    Examples
+    --------
+    >>> lease = Lease(spark, str(getfixture("tmp_path") / "scored"))
+    >>> lease.check()
+    >>> lease.close()
     """
 
     def __init__(self, spark: SparkSession, path: str) -> None:
-        self._path, self._id = path, str(uuid.uuid4())
-        self._folder = JsonFolder(spark, f"{path}/writer")
+        self._path = path
+        self._claims = JsonFolder(spark, f"{path}/writer")
+        self._number = self._claim()
         self._closed = threading.Event()
-        self._wait_for_a_dead_one()
-        try:
-            self._folder.write(_WRITER, {"id": self._id})
-        except FileExistsError:
-            raise taken_over(path) from None
-        self._thread = threading.Thread(target=self._show_life, name="sink-heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="sink-heartbeat", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `SinkError` if another sink has taken this one for dead."""
-        if not self._is_mine():
+        """Raise `SinkError` if another sink has claimed the path since."""
+        if self._numbers()[-1:] != [self._number]:
             raise taken_over(self._path)
 
     def close(self) -> None:
-        """Give the path free."""
+        """Release the path."""
         self._closed.set()
         self._thread.join()
-        if self._is_mine():
-            self._folder.delete(_WRITER)
-
-    def _wait_for_a_dead_one(self) -> None:
-        """Remove the claim of a sink that shows no life for a while; raise if it does."""
-        seen = self._folder.changed_at(_WRITER)
-        if seen is None:
-            return
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while (now := self._folder.changed_at(_WRITER)) == seen:
-            if time.monotonic() > deadline:
-                self._folder.delete(_WRITER)
-                return
-            time.sleep(HEARTBEAT_SECONDS / 4)
-        if now is not None:
-            raise taken_over(self._path)
-
-    def _is_mine(self) -> bool:
         try:
-            return self._folder.read(_WRITER)["id"] == self._id
-        except FileNotFoundError:
-            return False
+            if self._numbers()[-1:] == [self._number]:
+                self._claims.write(_name(self._number + 1), {"open": False})
+                self._claims.delete(_name(self._number))
+        except Exception as error:  # whatever ends the sink is more important
+            _LOGGER.warning(
+                "the claim on %s can't be released, so the next job there waits %.0f s: %s",
+                self._path, PATIENCE_SECONDS, error,
+            )  # fmt: skip
 
-    def _show_life(self) -> None:
+    def _claim(self) -> int:
+        """Write a claim above the last one, once that is free, and return its number."""
+        number = self._last_free() + 1
+        try:
+            self._claims.write(_name(number), {"open": True})
+        except FileExistsError:
+            raise taken_over(self._path) from None
+        *lower, highest = self._numbers()
+        if highest != number:  # while this one waited, others came and went
+            self._claims.delete(_name(number))
+            raise taken_over(self._path)
+        for old in lower:
+            self._claims.delete(_name(old))
+        return number
+
+    def _last_free(self) -> int:
+        """Return the number of the last claim when it is closed or dead; raise if it is alive."""
+        seen, deadline = None, time.monotonic() + PATIENCE_SECONDS
+        while True:
+            number = max(self._numbers(), default=-1)
+            if number < 0 or not self._is_open(number):
+                return number
+            # The time of change is compared with itself only: clocks may differ.
+            now = number, self._claims.changed_at(_name(number))
+            if seen not in (None, now):
+                raise taken_over(self._path)
+            if time.monotonic() > deadline:
+                return number
+            seen = now
+            time.sleep(HEARTBEAT_SECONDS / 4)
+
+    def _is_open(self, number: int) -> bool:
+        try:
+            return self._claims.read(_name(number))["open"]
+        except FileNotFoundError:  # there is a higher one by now
+            return True
+
+    def _numbers(self) -> list[int]:
+        return [int(name) for name in self._claims.names() if name.isdigit()]
+
+    def _renew(self) -> None:
+        """Show that the sink is alive, until it is closed, whatever fails meanwhile."""
+        failing = False
         while not self._closed.wait(HEARTBEAT_SECONDS):
             try:
-                self._folder.touch(_WRITER)
-            except Exception as error:  # the sink goes on without, until its next batch checks
-                if not self._closed.is_set():
-                    _LOGGER.warning("the claim on %s can't be renewed: %s", self._path, error)
-                return
+                self._claims.touch(_name(self._number))
+                failing = False
+            except Exception as error:
+                if not failing:
+                    _LOGGER.warning(
+                        "the claim on %s can't be renewed, and is tried again: %s",
+                        self._path, error,
+                    )  # fmt: skip
+                failing = True
+
+
+def _name(number: int) -> str:
+    return f"{number:020d}"

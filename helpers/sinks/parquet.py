@@ -1,33 +1,47 @@
 """Scored events as Parquet files, each event once whatever dies.
 
-`ParquetSink` writes each batch in two steps. Spark writes the files; nobody reads them yet. Then a
-manifest, which names the batch's files and its offset ranges, gets its name in one step of the file
-system that fails where the name is taken. The batch counts from that step on, and `read_scored`
-reads what manifests name and nothing else. So a driver that dies before that step has written
-nothing, and one that dies after it finds the batch done: the sink itself says where to go on.
+A batch is stored in these steps:
 
-    <path>/data/00000000000000000007-<id>/   files of the batch with this number
-    <path>/commits/00000000000000000007.json  its manifest
-    <path>/writer/writer.json                 who writes; it changes as long as the writer lives
+1. Spark writes its files, and counts the records. Nobody reads the files yet.
+2. The driver finds the files, with as many rows, and flushes them to the disk.
+3. Bad records are treated as the sink was told.
+4. The topics are still the same ones, and the path is still this sink's.
+5. A manifest, which names all files that count and the next offsets, gets its name in one step of
+   the file system that fails where the name is taken.
+
+The batch counts from step 5 on, and `read_scored` reads what the last manifest names and nothing
+else. So a driver that dies before it has written nothing, and one that dies after it finds the
+batch done: the sink itself says where to resume.
+
+When the files of a hundred batches have come together they are merged into one, and a hundred of
+those again, by a manifest of its own. The files that were merged stay for an hour.
+
+    <path>/data/00000000000000000000/00000000000000000007-<id>/   files of the batch with number 7
+    <path>/data/merged-00000000000000000000-<id>/   files of a hundred batches from number 0 on
+    <path>/commits/00000000000000000107.json   the manifest with this number
+    <path>/writer/00000000000000000003.json    the third sink here; renewed while it is open
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
-import uuid
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, replace
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
-from helpers.files import JsonFolder, folder_names, remove_folder
+from helpers.files import folder_names, remove_folder
 from helpers.higgs import EVENT_ID
 from helpers.records import MODEL_VERSION, observed, vector_entries
+from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
 from helpers.sinks.dead_letters import send_dead_letters
-from helpers.sinks.errors import BadRecordError, SinkError, taken_over
+from helpers.sinks.errors import BadRecordError, SinkError
 from helpers.sinks.lease import Lease
+from helpers.sinks.parts import finished_part, merge, read_parts
 from helpers.sinks.progress import Progress, Source, check_ranges
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
@@ -35,14 +49,9 @@ _LOGGER = logging.getLogger(__name__)
 
 ON_BAD_RECORD = ("dead-letter", "skip", "stop")
 
-# What the files have. `bad` is what a bad record was, and why it is bad.
-_STORED = (
-    "{event_id} bigint, probability_0 double, probability_1 double, predicted_index int, "
-    "model_version string, "
-    "topic string, partition int, offset bigint, event_time timestamp, batch bigint, "
-    "bad struct<key: binary, value: binary, reason: string>"
-)
-_MANIFEST = "batch bigint, event_id string, folder string, files array<string>"
+# A batch's ranges by "topic/partition": where they begin, from where on they are left to be stored,
+# where they end; and the batch's number.
+_BOUNDS = "map<string, struct<first: bigint, left: bigint, end: bigint, batch: bigint>>"
 
 
 class ParquetSink:
@@ -118,9 +127,10 @@ class ParquetSink:
         self._meaning = {"event_id": event_id, "signal_index": signal_index}
         self._from_beginning = from_beginning
         self._lease: Lease | None = None
-        self._commits: JsonFolder | None = None
-        self._number = -1  # of the last batch
-        self._progress = Progress()
+        self._commits: CommitLog | None = None
+        self._state = State()
+        self._tidy_from = 0  # the number of a manifest
+        self._has_leftovers = True
         self._source: Source | None = None
         self._ids_at_begin: dict[str, str] = {}
 
@@ -130,11 +140,11 @@ class ParquetSink:
     def __enter__(self) -> ParquetSink:
         lease = Lease(self._spark, self.path)
         try:
-            self._read_last_commit()
+            self._open()
         except BaseException:
             lease.close()
             raise
-        self._lease, self._source = lease, None
+        self._lease = lease
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -162,7 +172,7 @@ class ParquetSink:
                 "sink with a path of its own."
             )
         topic_ids = source.topic_ids()
-        self._progress = self._progress_in(topic_ids)
+        self._state = replace(self._state, progress=self._progress_in(topic_ids))
         self._source, self._ids_at_begin = source, topic_ids
 
     def positions(self, topic_ids: Mapping[str, str] | None = None) -> dict[TopicAndPartition, int]:
@@ -190,11 +200,11 @@ class ParquetSink:
     def topic_ids(self) -> dict[str, str]:
         """Return Kafka's ids of the topics whose events are stored, by topic name."""
         self._check_open()
-        return dict(self._progress.topic_ids)
+        return dict(self._state.progress.topic_ids)
 
     def has(self, batch_id: int) -> bool:
         """Tell whether all records of a batch are stored, so that it needn't be scored."""
-        return not self._progress.left(self._ranges(batch_id))
+        return not self._state.progress.left(self._ranges(batch_id))
 
     def write(self, scored: DataFrame, batch_id: int) -> None:
         """Write what the sink doesn't have yet of a batch; in one Spark action.
@@ -216,42 +226,41 @@ class ParquetSink:
             If another sink has taken the path over.
         """
         ranges = self._ranges(batch_id)
-        left = self._progress.left(ranges)
+        left = self._state.progress.left(ranges)
         if not left:
             return
         self._tell_of_gaps(left)
-        number = self._number + 1
-        folder = f"{number:020d}-{uuid.uuid4()}"
+        folder = self._state.new_folder()
         try:
-            counts = self._write_files(_only(scored, left, ranges), number, folder)
+            counts = self._write_files(self._bounded(scored, ranges, left), folder)
+            part = finished_part(
+                self._spark, self.path, folder, counts["rows"], self._state.number + 1
+            )
             if counts["bad"]:
-                self._treat_bad_records(folder, counts["bad"])
+                self._treat_bad_records(part)
             self._check_topics(left)
             self._lease.check()
         except BaseException:
-            remove_folder(self._spark, f"{self.path}/data/{folder}")
+            with contextlib.suppress(Exception):  # which must not hide the first one
+                remove_folder(self._spark, f"{self.path}/data/{folder}")
             raise
-        self._commit(number, left, folder, counts)
+        self._commit(part, left, counts)
+        if self._has_leftovers:
+            self._remove_leftovers()
+        self._tidy()
 
-    def _read_last_commit(self) -> None:
+    def _open(self) -> None:
         """Find out how far an earlier sink has come."""
-        self._commits = JsonFolder(self._spark, f"{self.path}/commits")
-        names = self._commits.names()
-        if names:
-            last = self._commits.read(names[-1])
-            for name, value in self._meaning.items():
-                if last.get(name, value) != value:  # an older kit wrote no signal_index
-                    raise SinkError(
-                        f"{self.path} has results with {name} {last[name]!r}, not {value!r}: "
-                        "choose another path for these, or the model that they are from."
-                    )
-            self._number = last["batch"]
-            positions = {
-                TopicAndPartition(topic, partition): offset
-                for topic, partition, offset in last["positions"]
-            }
-            # An older kit wrote no ids: the next batch of each topic brings its id.
-            self._progress = Progress(positions, last.get("topic_ids", {}))
+        self._commits = CommitLog(self._spark, self.path)
+        last = self._commits.last()
+        for name, value in self._meaning.items():
+            if last.meaning.get(name, value) != value:  # an older kit wrote no signal_index
+                raise SinkError(
+                    f"{self.path} has results with {name} {last.meaning[name]!r}, not {value!r}: "
+                    "choose another path for these, or the model that they are from."
+                )
+        self._state = replace(last, meaning=self._meaning)
+        self._source, self._tidy_from, self._has_leftovers = None, 0, True
 
     def _check_open(self) -> None:
         if self._lease is None:
@@ -260,9 +269,9 @@ class ParquetSink:
     def _progress_in(self, topic_ids: Mapping[str, str]) -> Progress:
         """Return the progress in topics with these ids; raise if it is of other topics."""
         if self._from_beginning:
-            return self._progress.restarted(topic_ids)
-        self._refuse(self._progress.changed(topic_ids))
-        return self._progress
+            return self._state.progress.restarted(topic_ids)
+        self._refuse(self._state.progress.changed(topic_ids))
+        return self._state.progress
 
     def _refuse(self, changed: list[str]) -> None:
         """Raise `SinkError` if there are topics whose offsets have another meaning now."""
@@ -284,7 +293,7 @@ class ParquetSink:
             for part in self._source.ranges_of(batch_id)
         ]
         check_ranges(ranges, batch_id)
-        self._refuse(self._progress.changed({part.topic: part.topic_id for part in ranges}))
+        self._refuse(self._state.progress.changed({part.topic: part.topic_id for part in ranges}))
         return ranges
 
     def _check_topics(self, ranges: Iterable[OffsetRange]) -> None:
@@ -302,7 +311,7 @@ class ParquetSink:
     def _tell_of_gaps(self, ranges: Iterable[OffsetRange]) -> None:
         """Warn of offsets that no batch has, and none will have."""
         for part in ranges:
-            expected = self._progress.positions.get(part.topicAndPartition(), part.fromOffset)
+            expected = self._state.progress.positions.get(part.topicAndPartition(), part.fromOffset)
             if part.fromOffset > expected:
                 _LOGGER.warning(
                     "offsets %s to %s of %s, partition %s, are in no batch of %s: the stream began "
@@ -310,10 +319,36 @@ class ParquetSink:
                     expected, part.fromOffset - 1, part.topic, part.partition, self.path,
                 )  # fmt: skip
 
-    def _write_files(self, scored: DataFrame, number: int, folder: str) -> dict[str, int]:
-        """Write a batch's files, and return how many records it has, and how many bad ones."""
+    def _bounded(
+        self, scored: DataFrame, ranges: list[OffsetRange], left: list[OffsetRange]
+    ) -> DataFrame:
+        """Return the records that are left of a batch, each with its partition's bounds."""
+        starts = {part.topicAndPartition(): part.fromOffset for part in left}
+        bounds = {
+            f"{part.topic}/{part.partition}": {
+                "first": part.fromOffset,
+                "left": starts.get(part.topicAndPartition(), part.untilOffset),
+                "end": part.untilOffset,
+                "batch": self._state.number + 1,
+            }
+            for part in ranges
+        }
+        # As a map, since numbers would be a part of the code that Spark generates, and Java would
+        # have to compile that for each batch.
+        known = F.from_json(F.lit(json.dumps(bounds)), _BOUNDS)
+        key = F.concat_ws("/", "topic", "partition")
+        scored = scored.withColumn("bounds", F.try_element_at(known, key))
+        if left == ranges:
+            return scored
+        return scored.where("bounds IS NULL OR offset >= bounds.left")
+
+    def _write_files(self, scored: DataFrame, folder: str) -> dict[str, int]:
+        """Write a batch's files; return how many rows, events and bad records they have."""
         counts = Observation()
         prediction = vector_entries(F.col("prediction"))
+        place = F.concat_ws(
+            " ", "topic", F.lit("partition"), "partition", F.lit("offset"), "offset"
+        )
         version = F.col(MODEL_VERSION) if MODEL_VERSION in scored.columns else F.lit(None)
         stored = scored.select(
             self._meaning["event_id"],
@@ -325,20 +360,34 @@ class ParquetSink:
             "partition",
             "offset",
             F.col("timestamp").alias("event_time"),
-            F.lit(number).cast("bigint").alias("batch"),
+            F.col("bounds.batch").alias("batch"),
             "bad",
-        ).observe(counts, F.count("predicted_index").alias("events"), F.count("bad").alias("bad"))
-        stored.write.parquet(f"{self.path}/data/{folder}")
+            F.expr("NOT ifnull(offset >= bounds.first AND offset < bounds.end, false)").alias(
+                "outside"
+            ),
+        ).observe(
+            counts,
+            F.count(F.lit(1)).alias("rows"),
+            F.count("predicted_index").alias("events"),
+            F.count("bad").alias("bad"),
+            F.count_if("outside").alias("outside"),
+            F.min(F.when(F.col("outside"), place)).alias("one_outside"),
+        )
+        stored.drop("outside").write.parquet(f"{self.path}/data/{folder}")
         found = observed(counts)
         if found is None:
-            raise SinkError("Spark has written a batch without counting it: it doesn't count.")
+            raise SinkError("Spark has written a batch without counting it, so it is not stored.")
+        if outside := found.pop("outside"):
+            raise SinkError(
+                f"{outside} records are not in the offset ranges of their batch, such as "
+                f"{found['one_outside']}: write the records that the batch's function got."
+            )
+        del found["one_outside"]
         return found
 
-    def _treat_bad_records(self, folder: str, count: int) -> None:
+    def _treat_bad_records(self, part: Part) -> None:
         """Do with a batch's bad records what the sink was told."""
-        files = self._spark.read.schema(_STORED.format(event_id=self._meaning["event_id"])).parquet(
-            f"{self.path}/data/{folder}"
-        )
+        files = read_parts(self._spark, self.path, [part], self._meaning["event_id"])
         bad = files.where("bad IS NOT NULL")
         if self._on_bad_record == "stop":
             first = bad.orderBy("topic", "partition", "offset").first()
@@ -349,34 +398,45 @@ class ParquetSink:
             )
         if self._on_bad_record == "dead-letter":
             send_dead_letters(bad, self._settings)
-        _LOGGER.info("%s bad records: %s", count, self._on_bad_record)
 
-    def _commit(
-        self, number: int, ranges: list[OffsetRange], folder: str, counts: dict[str, int]
-    ) -> None:
-        """Have the batch count: write its manifest, in one step."""
-        progress = self._progress.after(ranges)
-        names = folder_names(self._spark, f"{self.path}/data/{folder}")
-        manifest = {
-            "batch": number,
-            **self._meaning,
-            "folder": folder,
-            "files": [name for name in names if name.endswith(".parquet")],
-            "ranges": [astuple(part) for part in ranges],
-            "positions": [[*astuple(part), end] for part, end in progress.positions.items()],
-            "topic_ids": progress.topic_ids,
-            **counts,
-        }
-        name = f"{number:020d}"
+    def _commit(self, part: Part, ranges: list[OffsetRange], counts: dict[str, int]) -> None:
+        """Make the batch count: write its manifest, in one step."""
+        state = self._state.with_batch(part, self._state.progress.after(ranges))
+        self._commits.write(state, {"ranges": [astuple(part) for part in ranges], **counts})
+        self._state = state
+
+    def _tidy(self) -> None:
+        """Merge the files of many batches into one if there are enough, and remove old ones."""
+        state = self._state
+        group, now = state.mergeable(), time.time()
+        if state.number < self._tidy_from or not group:
+            return
         try:
-            self._commits.write(name, manifest)
-        except FileExistsError:
-            raise taken_over(self.path) from None
-        except Py4JJavaError:
-            # A file system that doesn't answer may have done what it was asked.
-            if name not in self._commits.names() or self._commits.read(name)["folder"] != folder:
-                raise
-        self._number, self._progress = number, progress
+            for folder in state.outdated(now):
+                self._remove(folder)
+            part = merge(self._spark, self.path, group, self._meaning["event_id"])
+            self._lease.check()
+            state = state.merged(group, part, now)
+            self._commits.write(state)
+            self._state = state
+        except Exception:  # nothing is lost: the small files still count
+            self._tidy_from = state.number + FAN_IN
+            _LOGGER.warning("the small files in %s can't be merged now", self.path, exc_info=True)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what earlier sinks left half done.
+
+        Not before a batch is stored: until then, an earlier one that is only late could still
+        store the files.
+        """
+        with contextlib.suppress(Exception):  # the next sink tries it again
+            for folder in folder_names(self._spark, f"{self.path}/data"):
+                if folder not in self._state.folders():
+                    self._remove(folder)
+        self._has_leftovers = False
+
+    def _remove(self, folder: str) -> None:
+        remove_folder(self._spark, f"{self.path}/data/{folder}")
 
 
 def read_scored(spark: SparkSession, path: str) -> DataFrame:
@@ -401,11 +461,6 @@ def read_scored(spark: SparkSession, path: str) -> DataFrame:
     ------
     SinkError
         If there is no sink at the path.
-
-    Warns
-    -----
-    A warning in the log names the folders that are left out: batches that a crash has interrupted,
-    and the one that is being written now.
     """
     return _read_committed(spark, path).where("bad IS NULL").drop("bad")
 
@@ -436,35 +491,9 @@ def read_bad_records(spark: SparkSession, path: str) -> DataFrame:
 
 
 def _read_committed(spark: SparkSession, path: str) -> DataFrame:
-    """Return the records in the files that manifests name, and tell what is left out."""
+    """Return the records in the files that the last manifest names."""
     path = path.rstrip("/")
     if "commits" not in folder_names(spark, path):
         raise SinkError(f"{path} is not the folder of a ParquetSink: check the path.")
-    manifests = spark.read.schema(_MANIFEST).json(f"{path}/commits").collect()
-    committed = {manifest.folder for manifest in manifests}
-    left_out = sorted(set(folder_names(spark, f"{path}/data")) - committed)
-    if left_out:
-        _LOGGER.warning(
-            "%s of the batches in %s/data are left out, for no manifest names them; they were "
-            "interrupted, or are being written: %s",
-            len(left_out), path, ", ".join(left_out),
-        )  # fmt: skip
-    files = [f"{path}/data/{found.folder}/{name}" for found in manifests for name in found.files]
-    stored = _STORED.format(event_id=manifests[0].event_id if manifests else EVENT_ID)
-    if not files:
-        return spark.createDataFrame([], stored)
-    return spark.read.schema(stored).parquet(*files)
-
-
-def _only(scored: DataFrame, left: list[OffsetRange], ranges: list[OffsetRange]) -> DataFrame:
-    """Return the records of the ranges that are left of a batch."""
-    if left == ranges:
-        return scored
-    condition = F.lit(False)
-    for part in left:
-        condition |= (
-            (F.col("topic") == part.topic)
-            & (F.col("partition") == part.partition)
-            & (F.col("offset") >= part.fromOffset)
-        )
-    return scored.where(condition)
+    state = CommitLog(spark, path).last()
+    return read_parts(spark, path, state.parts, state.meaning.get("event_id", EVENT_ID))

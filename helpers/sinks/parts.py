@@ -1,0 +1,140 @@
+"""The Parquet files of a sink: read, checked, merged."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import DataFrame, SparkSession
+
+from helpers.files import flush_folder, folder_names, folder_size, remove_folder
+from helpers.session import root_cause
+from helpers.sinks.commits import Part
+from helpers.sinks.errors import SinkError
+
+# What the files have. `bad` is what a bad record was, and why it is bad.
+_STORED = (
+    "{event_id} bigint, probability_0 double, probability_1 double, predicted_index int, "
+    "model_version string, "
+    "topic string, partition int, offset bigint, event_time timestamp, batch bigint, "
+    "bad struct<key: binary, value: binary, reason: string>"
+)
+
+# How large a merged file becomes.
+_FILE_SIZE = 64 * 1024**2
+
+
+def read_parts(spark: SparkSession, path: str, parts: Iterable[Part], event_id: str) -> DataFrame:
+    """Return the rows of a sink's files.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session to read with.
+    path : str
+        The sink's path.
+    parts : iterable of Part
+        The files.
+    event_id : str
+        The column that identifies an event.
+    """
+    stored = _STORED.format(event_id=event_id)
+    files = [f"{path}/data/{part.folder}/{name}" for part in parts for name in part.files]
+    if not files:
+        return spark.createDataFrame([], stored)
+    with _listed_by_the_driver(spark):
+        return spark.read.schema(stored).parquet(*files)
+
+
+def finished_part(spark: SparkSession, path: str, folder: str, rows: int, first: int) -> Part:
+    """Return the files that Spark has written, once they are complete and on the disk.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session that has written them.
+    path : str
+        The sink's path.
+    folder : str
+        The files' folder in ``data``.
+    rows : int
+        How many rows Spark counted when it wrote them.
+    first : int
+        The number of their first batch.
+
+    Raises
+    ------
+    SinkError
+        If the files don't hold these rows.
+    """
+    uri = f"{path}/data/{folder}"
+    files = [name for name in folder_names(spark, uri) if name.endswith(".parquet")]
+    found = _count_rows(spark, [f"{uri}/{name}" for name in files])
+    if found != rows:
+        raise SinkError(
+            f"Spark has written {rows} records to {uri}, but the driver finds {found} there. The "
+            "driver and all executors must reach the same files: give a path on a file system "
+            "that they share, such as hdfs:."
+        )
+    flush_folder(spark, uri, inside=f"{path}/data")
+    return Part(first, 0, folder, files, rows, folder_size(spark, uri))
+
+
+def merge(spark: SparkSession, path: str, group: list[Part], event_id: str) -> Part:
+    """Write the rows of several parts into one, and return it.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session to do it with.
+    path : str
+        The sink's path.
+    group : list of Part
+        Parts of one level.
+    event_id : str
+        The column that identifies an event.
+    """
+    first, level = group[0].first, group[0].level + 1
+    folder = f"merged-{first:020d}-{uuid.uuid4()}"
+    files = max(1, sum(part.size for part in group) // _FILE_SIZE)
+    rows = read_parts(spark, path, group, event_id)
+    try:
+        rows.coalesce(files).write.parquet(f"{path}/data/{folder}")
+        part = finished_part(spark, path, folder, sum(part.rows for part in group), first)
+    except BaseException:
+        with contextlib.suppress(Exception):  # which must not hide the first one
+            remove_folder(spark, f"{path}/data/{folder}")
+        raise
+    return replace(part, level=level)
+
+
+def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
+    """Return how many rows Parquet files have, as they say themselves."""
+    jvm, configuration = spark._jvm, spark._jsc.hadoopConfiguration()
+    hadoop_path, parquet = jvm.org.apache.hadoop.fs.Path, jvm.org.apache.parquet.hadoop
+    of_path, open_file = parquet.util.HadoopInputFile.fromPath, parquet.ParquetFileReader.open
+    count = 0
+    for file in files:
+        try:
+            reader = open_file(of_path(hadoop_path(file), configuration))
+        except Py4JJavaError as error:
+            reason = root_cause(error).getMessage()
+            raise SinkError(f"a file that Spark has just written can't be read: {reason}") from None
+        count += reader.getRecordCount()
+        reader.close()
+    return count
+
+
+@contextlib.contextmanager
+def _listed_by_the_driver(spark: SparkSession) -> Iterator[None]:
+    """Let Spark look for files by itself instead of with a job that has a task for each file."""
+    name = "spark.sql.sources.parallelPartitionDiscovery.threshold"
+    before = spark.conf.get(name)
+    spark.conf.set(name, "1000000")
+    try:
+        yield
+    finally:
+        spark.conf.set(name, before)

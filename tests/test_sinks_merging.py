@@ -1,0 +1,187 @@
+"""What many batches leave behind: few files, one manifest that counts, and each event once."""
+
+import json
+import statistics
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from test_sinks import PARTITION, Sink, stored, write
+
+from helpers.sinks import SinkError, commits, read_scored
+from helpers.sinks.commits import CommitLog, Part, State
+from helpers.sinks.progress import Progress
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a sink is to be."""
+    return str(tmp_path / "scored")
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Let five batches be merged instead of a hundred, and few manifests stay."""
+    monkeypatch.setattr(commits, "FAN_IN", 5)
+    monkeypatch.setattr(commits, "MANIFESTS_KEPT", 2)
+
+
+def files_of(tmp_path):
+    """Return the Parquet files in a sink."""
+    return list((tmp_path / "scored" / "data").rglob("*.parquet"))
+
+
+def test_small_files_are_merged_while_the_sink_is_in_use(spark, path, tmp_path, often):
+    """Each event stays in it once, for readers that began before, too."""
+    readers = []
+    with Sink(spark, path) as sink:
+        for start in range(0, 240, 10):
+            write(sink, spark, start, start + 10)
+            readers.append((start + 10, read_scored(spark, path)))
+        assert sink.positions() == {PARTITION: 240}
+    for end, reader in readers:
+        assert sorted(row.offset for row in reader.collect()) == list(range(end))
+    state = CommitLog(spark, path).last()
+    assert len(state.parts) < 12 and max(part.level for part in state.parts) == 2
+    assert sum(part.rows for part in state.parts) == 240
+    assert len(list((tmp_path / "scored" / "commits").glob("*.json"))) == 2
+    batches = {row.batch for row in read_scored(spark, path).collect()}
+    assert len(batches) == 24
+
+
+def test_merged_files_are_removed_after_a_while(spark, path, tmp_path, often, monkeypatch):
+    """The disk must not hold each event twice for ever."""
+    monkeypatch.setattr(commits, "KEPT_SECONDS", 0)
+    with Sink(spark, path) as sink:
+        for start in range(0, 120, 10):
+            write(sink, spark, start, start + 10)
+    state = CommitLog(spark, path).last()
+    there = {folder.name for folder in (tmp_path / "scored" / "data").iterdir()}
+    assert there == state.folders() and len(state.replaced) <= 5
+    assert stored(spark, path) == list(range(120))
+
+
+def test_readers_see_each_event_once_while_files_are_merged(spark, path, often):
+    """A reader gets the files before the merge or after it, never both or none."""
+    counts, ended = [], threading.Event()
+
+    def read():
+        while not ended.is_set():
+            found = stored(spark, path)
+            counts.append(len(found))
+            assert found == list(range(len(found)))
+
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+        reader = threading.Thread(target=read)
+        reader.start()
+        for start in range(10, 150, 10):
+            write(sink, spark, start, start + 10)
+        ended.set()
+        reader.join(60)
+    assert counts == sorted(counts) and counts[-1] >= 10
+
+
+def test_files_that_cannot_be_merged_still_count(spark, path, often, monkeypatch, caplog):
+    """The stream goes on, and tries it again later."""
+    with Sink(spark, path) as sink:
+        with monkeypatch.context() as failing:
+            failing.setattr("helpers.sinks.parquet.merge", lambda *_: 1 / 0)
+            for start in range(0, 50, 10):
+                write(sink, spark, start, start + 10)
+        assert "can't be merged now" in caplog.text
+        assert stored(spark, path) == list(range(50))
+        sink._tidy_from = 0
+        write(sink, spark, 50, 60)
+    assert CommitLog(spark, path).last().parts[0].level == 1
+    assert stored(spark, path) == list(range(60))
+
+
+def test_a_late_sink_cannot_commit_where_a_manifest_was_removed(spark, path, often, monkeypatch):
+    """The name is free again, but the number is not the last one."""
+    log = CommitLog(spark, path)
+    late = replace(log.last(), number=1)
+    with Sink(spark, path) as sink:
+        for start in range(0, 60, 10):
+            write(sink, spark, start, start + 10)
+    with pytest.raises(SinkError, match="another job writes to"):
+        log.write(late)
+    assert stored(spark, path) == list(range(60))
+
+
+def test_the_results_of_an_older_kit_are_continued(spark, path, tmp_path, often):
+    """Its manifests named their own files only."""
+    with Sink(spark, path) as sink:
+        for start in range(0, 20, 10):
+            write(sink, spark, start, start + 10)
+    parts = CommitLog(spark, path).last().parts
+    for number, part in enumerate(parts):
+        (tmp_path / "scored" / "data" / part.folder).rename(
+            tmp_path / "scored" / "data" / f"{number:020d}-old"
+        )
+        (tmp_path / "scored" / "commits" / f"{number:020d}.json").write_text(json.dumps({
+            "batch": number, "event_id": "EventId", "folder": f"{number:020d}-old",
+            "files": part.files, "ranges": [["events", 0, 10 * number, 10 * number + 10]],
+            "positions": [["events", 0, 10 * number + 10]], "events": 10, "bad": 0,
+        }))  # fmt: skip
+    assert stored(spark, path) == list(range(20))
+    with Sink(spark, path) as sink:
+        assert sink.positions() == {PARTITION: 20}
+        for start in range(20, 60, 10):
+            write(sink, spark, start, start + 10)
+    assert stored(spark, path) == list(range(60))
+
+
+def after_long_run(one, batches):
+    """Return what is stored after so many batches, a second apart, with files like a given one."""
+    state = State(meaning={"event_id": "EventId", "signal_index": 0})
+    for number in range(batches):
+        progress = Progress({PARTITION: 10 * (number + 1)}, {"events": "id-1"})
+        part = replace(one, first=state.number + 1, folder=f"{state.number + 1}")
+        state = state.with_batch(part, progress)
+        if group := state.mergeable() if number % 10 == 0 else None:
+            folder, rows = f"merged-{state.number}", sum(part.rows for part in group)
+            part = Part(group[0].first, group[0].level + 1, folder, one.files, rows, one.size)
+            state = state.merged(group, part, now=number)
+    return state
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_batches_open_in_seconds(spark, path, tmp_path):
+    """A day and a half at a batch per second must not make the results slow to read."""
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+    (one,) = CommitLog(spark, path).last().parts
+    state = after_long_run(one, 100_000)
+    assert sum(part.rows for part in state.parts) == 1_000_000
+    data = tmp_path / "scored" / "data"
+    for part in state.parts:
+        (data / part.folder).mkdir()
+        for name in one.files:
+            (data / part.folder / name).hardlink_to(data / one.folder / name)
+    CommitLog(spark, path).write(state)
+
+    started = time.monotonic()
+    scored = read_scored(spark, path)
+    opening = time.monotonic() - started
+    started = time.monotonic()
+    assert scored.count() == 10 * len(state.parts)
+    counting = time.monotonic() - started
+
+    def seconds_a_batch(sink, start):
+        started = time.monotonic()
+        write(sink, spark, start, start + 10)
+        return time.monotonic() - started
+
+    with Sink(spark, str(tmp_path / "new")) as sink:
+        new = [seconds_a_batch(sink, start) for start in range(0, 200, 10)][10:]
+    with Sink(spark, path) as sink:
+        end = sink.positions()[PARTITION]
+        old = [seconds_a_batch(sink, start) for start in range(end, end + 200, 10)][10:]
+    print(
+        f"{len(state.parts)} parts: open {opening:.2f} s, count {counting:.2f} s, a batch "
+        f"{statistics.median(old):.3f} s, of a new sink {statistics.median(new):.3f} s"
+    )
+    assert opening < 3
+    assert statistics.median(old) < 1.5 * statistics.median(new) + 0.1
