@@ -131,8 +131,8 @@ def serving_model(make_serving_model: Callable) -> ServingModel:
 
 
 _WITH_SPARK = (
-    "files", "higgs", "monitor", "records", "serving", "sinks", "streaming", "training",
-    "transformers",
+    "dead_letters", "files", "higgs", "monitor", "records", "serving", "sinks", "streaming",
+    "training", "transformers",
 )  # fmt: skip
 
 
@@ -166,9 +166,10 @@ def names_in_docstrings(
         save_serving_model(model, doctest_namespace["model_path"])
         rows = request.getfixturevalue("spark").createDataFrame(generate_events(3, seed=1))
         doctest_namespace["events"] = rows_to_events(rows, model.schema)
-    if module == "sinks" and "scored" in words:
+    if module in ("sinks", "dead_letters") and "scored" in words:
         doctest_namespace["scored"] = _scored_event(spark)
-    if module not in ("streaming", "sinks") or not words & {"kafka", "ssc", "stream"}:
+    needs_kafka = module in ("streaming", "sinks", "dead_letters")
+    if not needs_kafka or not words & {"kafka", "ssc", "stream"}:
         yield
         return
     kafka = doctest_namespace["kafka"] = request.getfixturevalue("kafka")

@@ -25,12 +25,14 @@ from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
 from helpers.broker import check_address
+from helpers.dead_letters import prepare_dead_letters
 from helpers.files import full_path
 from helpers.higgs import EVENT_ID
 from helpers.jars import JarsError
 from helpers.model import build_model
 from helpers.monitor import Monitor
 from helpers.records import keep_bad_records, observe_records, parse_events
+from helpers.security import config_option, setting_option
 from helpers.serving import ModelFile
 from helpers.session import SessionError, get_spark
 from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError
@@ -205,10 +207,10 @@ def kafka_settings(options: argparse.Namespace) -> dict[str, str]:
     {'auto.offset.reset': 'earliest', 'isolation.level': 'read_committed', 'group.id': 'g',
      'bootstrap.servers': 'h:9092'}
     """
-    given = dict(option.split("=", 1) for option in options.kafka_option)
     return {
         # What a producer has taken back, such as a replay that was interrupted, is not scored.
-        "auto.offset.reset": "earliest", "isolation.level": "read_committed", **given,
+        "auto.offset.reset": "earliest", "isolation.level": "read_committed",
+        **options.kafka_config, **dict(options.kafka_option),
         "bootstrap.servers": options.bootstrap_servers,
     }  # fmt: skip
 
@@ -241,6 +243,8 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
     stop_at_signals(stopping)  # once more, for PySpark has its own reaction to Ctrl-C
     try:
         settings = kafka_settings(options)
+        if options.on_bad_record == "dead-letter":
+            prepare_dead_letters(spark, [options.topic], settings)
         with ParquetSink(
             spark, options.output, options.on_bad_record, settings, event_id, signal_index
         ) as sink:
@@ -284,9 +288,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--available-now", action="store_true", help="score what is there, and end")
     add("--on-bad-record", choices=ON_BAD_RECORD, default="dead-letter",
         help="what to do with records that are no events; default: %(default)s")  # fmt: skip
-    add("--kafka-option", action="append", default=[], metavar="K=V", type=_setting,
-        help="a setting of Kafka's clients, such as security.protocol=SASL_SSL; as many as needed",
-        )  # fmt: skip
+    add("--kafka-config", default={}, metavar="FILE", type=config_option,
+        help="settings of Kafka's clients in its properties format, passwords among them")
+    add("--kafka-option", action="append", default=[], metavar="K=V", type=setting_option,
+        help="one more of these settings, such as client.id=scoring; as many as needed")
     options = parser.parse_args(arguments)
     if options.engine == "structured" and not options.checkpoint:
         parser.error("--engine structured needs a --checkpoint")
@@ -298,12 +303,6 @@ def _seconds(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
-
-
-def _setting(text: str) -> str:
-    if "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text} is not of the form K=V")
-    return text
 
 
 if __name__ == "__main__":

@@ -19,21 +19,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple
-from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
+from helpers.dead_letters import send_dead_letters
 from helpers.files import JsonFolder, folder_names, remove_folder
 from helpers.higgs import EVENT_ID
 from helpers.records import MODEL_VERSION, observed, vector_entries
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
-from helpers.streaming.settings import modern_settings, use_added_jars
 
 _LOGGER = logging.getLogger(__name__)
 
-DEAD_LETTERS = ".dead-letter"  # what the name of a topic's dead letters ends in
 ON_BAD_RECORD = ("dead-letter", "skip", "stop")
 
 # How often a writer shows that it lives, and how long the next one watches for that. A writer that
@@ -192,7 +190,7 @@ class ParquetSink:
         try:
             counts = self._write_files(_only(scored, left, ranges), number, folder)
             if counts["bad"]:
-                self._treat_bad_records(folder, counts["bad"])
+                self._treat_bad_records(folder, counts["bad"], ranges)
             self._writer.check()
         except BaseException:
             remove_folder(self._spark, f"{self.path}/data/{folder}")
@@ -266,7 +264,7 @@ class ParquetSink:
             raise SinkError("Spark has written a batch without counting it: it doesn't count.")
         return found
 
-    def _treat_bad_records(self, folder: str, count: int) -> None:
+    def _treat_bad_records(self, folder: str, count: int, ranges: list[OffsetRange]) -> None:
         """Do with a batch's bad records what the sink was told."""
         files = self._spark.read.schema(_STORED.format(event_id=self._meaning["event_id"])).parquet(
             f"{self.path}/data/{folder}"
@@ -280,7 +278,8 @@ class ParquetSink:
                 "dead-letter or skip."
             )
         if self._on_bad_record == "dead-letter":
-            send_dead_letters(bad, self._settings)
+            topic_ids = {part.topic: part.topic_id for part in ranges}
+            send_dead_letters(bad, self._settings, topic_ids)
         _LOGGER.info("%s bad records: %s", count, self._on_bad_record)
 
     def _commit(
@@ -388,76 +387,6 @@ def _read_committed(spark: SparkSession, path: str) -> DataFrame:
     return spark.read.schema(stored).parquet(*files)
 
 
-def send_dead_letters(bad: DataFrame, settings: Mapping[str, str]) -> None:
-    """Send bad records to their topics' dead letters, with their keys and bytes.
-
-    A batch that is done again sends its dead letters again; the headers tell which are the same.
-
-    Parameters
-    ----------
-    bad : pyspark.sql.DataFrame
-        With ``topic``, ``partition``, ``offset``, ``event_time`` and ``bad``, a struct of ``key``,
-        ``value`` and ``reason``.
-    settings : mapping
-        Settings of a Kafka client by Kafka's names.
-    """
-    headers = {
-        "topic": F.col("topic"),
-        "partition": F.col("partition"),
-        "offset": F.col("offset"),
-        "timestamp": F.unix_millis("event_time"),
-        "reason": F.col("bad.reason"),
-    }
-    fields = [
-        F.struct(F.lit(name).alias("key"), value.cast("string").cast("binary").alias("value"))
-        for name, value in headers.items()
-    ]
-    letters = bad.select(
-        F.concat("topic", F.lit(DEAD_LETTERS)).alias("topic"),
-        F.col("bad.key").alias("key"),
-        F.col("bad.value").alias("value"),
-        F.array(*fields).alias("headers"),
-    )
-    _send(letters.coalesce(1), settings)
-
-
-def send_predictions(scored: DataFrame, settings: Mapping[str, str], topic: str) -> None:
-    """Send predictions to a topic of Kafka, each keyed by its event's id.
-
-    **At least once:** a batch that is done again is sent again, and a reader has to expect an event
-    twice. Its headers say which record it was scored from, and so which ones are the same.
-
-    Parameters
-    ----------
-    scored : pyspark.sql.DataFrame
-        As for `ParquetSink.write`; bad records are not sent.
-    settings : mapping
-        Settings of a Kafka client by Kafka's names.
-    topic : str
-        Where to.
-
-    Examples
-    --------
-    >>> send_predictions(scored, {"bootstrap.servers": kafka.bootstrap_servers}, "predictions")
-    """
-    headers = [
-        F.struct(F.lit(name).alias("key"), F.col(name).cast("string").cast("binary").alias("value"))
-        for name in ("topic", "partition", "offset")
-    ]
-    content = F.struct(
-        EVENT_ID,
-        vector_entries(F.col("prediction")).alias("probabilities"),
-        F.col("prediction_index").cast("int").alias("predicted_index"),
-    )
-    messages = scored.where("bad IS NULL").select(
-        F.lit(topic).alias("topic"),
-        F.col(EVENT_ID).cast("string").alias("key"),
-        F.to_json(content).alias("value"),
-        F.array(*headers).alias("headers"),
-    )
-    _send(messages, settings)
-
-
 class _Writer:
     """The claim of one sink on a path: a file that changes as long as the sink is open.
 
@@ -540,16 +469,3 @@ def _only(scored: DataFrame, left: list[OffsetRange], ranges: list[OffsetRange])
             & (F.col("offset") >= part.fromOffset)
         )
     return scored.where(condition)
-
-
-def _send(messages: DataFrame, settings: Mapping[str, str]) -> None:
-    """Write records to Kafka with Spark's own sink."""
-    spark = messages.sparkSession
-    use_added_jars(spark)
-    known = set(spark._jvm.org.apache.kafka.clients.producer.ProducerConfig.configNames())
-    options: dict[str, Any] = {
-        f"kafka.{name}": value
-        for name, value in modern_settings(settings).items()
-        if name in known and not name.endswith(".serializer")
-    }
-    messages.write.format("kafka").options(**options).save()
