@@ -72,6 +72,7 @@ class Deliveries:
         self.failed = 0
         self.error: Exception | str = "no answer"  # why the last event failed
         self._settled_at = time.monotonic()  # when there was an outcome, or nothing to wait for
+        self._failing_since: float | None = None
         self._lock = threading.Lock()  # outcomes come in the client's thread, and in this one
         threading.Thread(target=self._report, name="report", daemon=True).start()
 
@@ -96,14 +97,25 @@ class Deliveries:
         """Return for how many seconds there was no outcome, while events were on their way."""
         return time.monotonic() - self._settled_at if self.on_the_way() else 0
 
+    def failing(self) -> float:
+        """Return for how many seconds events have failed, and none was acknowledged."""
+        since = self._failing_since
+        return 0 if since is None else time.monotonic() - since
+
+    def begin_again(self) -> None:
+        """Forget the failures of a producer that was replaced, but not their number."""
+        self._failing_since = None
+
     def _succeed(self, _: object) -> None:
         with self._lock:
             self.acknowledged += 1
+            self._failing_since = None
             self._settled_at = time.monotonic()
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
             self.failed += 1
+            self._failing_since = self._failing_since or time.monotonic()
             if not isinstance(error, IllegalStateError):  # what a closed producer says of the rest
                 self.error = error
             self._settled_at = time.monotonic()
@@ -269,10 +281,10 @@ class Sender:
         ProducerError
             If the topic can't be written to; in a loop only if that is so from the beginning.
         """
-        while self._deliveries.on_the_way() >= MOST_ON_THE_WAY or self._is_stalled():
+        while self._deliveries.on_the_way() >= MOST_ON_THE_WAY or self._is_broken():
             if self._stopping.wait(0.01):
                 return
-            if self._is_stalled():
+            if self._is_broken():
                 self._replace()
         topic = self._options.topic
         try:
@@ -301,17 +313,20 @@ class Sender:
         finally:
             self._abandon()
 
-    def _is_stalled(self) -> bool:
-        return self._deliveries.silence() > self._patience
+    def _is_broken(self) -> bool:
+        """Tell whether nothing is acknowledged any more, for whatever reason."""
+        is_failing = self._options.loop and self._deliveries.failing() > REPORT_SECONDS
+        return is_failing or self._deliveries.silence() > self._patience
 
     def _replace(self) -> None:
-        """Connect a new producer: kafka-python's doesn't recover from every failure."""
+        """Connect a new producer: an idempotent one of kafka-python's stays broken."""
         if not self._options.loop:
             raise ProducerError(f"no answer from Kafka for {self._deliveries.silence():.0f} s")
         self._abandon()
         while not self._stopping.is_set():
             with contextlib.suppress(ProducerError):
                 self._producer = connect(self._options)
+                self._deliveries.begin_again()
                 return
 
     def _abandon(self) -> None:

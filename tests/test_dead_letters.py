@@ -8,10 +8,11 @@ import uuid
 
 import pytest
 from kafka import KafkaConsumer
+from processes import run_python
 from pyspark.sql import functions as F
 from test_sinks import rows
 
-from helpers.broker import LocalKafka
+from helpers.broker import LocalKafka, count_records
 from helpers.dead_letters import prepare_dead_letters, send_dead_letters, send_predictions
 from helpers.sinks import ParquetSink, read_bad_records
 from helpers.streaming import OffsetRange, StreamError
@@ -177,3 +178,34 @@ def test_predictions_go_to_a_topic_keyed_by_event(spark, kafka):
         "EventId": 100_000, "probabilities": [0.75, 0.25], "predicted_index": 0,
     }  # fmt: skip
     assert dict(found[0].headers)["offset"] == b"0"
+
+
+@pytest.mark.long
+def test_letters_that_are_large_unpacked_fit_into_javas_memory(kafka, topic, tmp_path):
+    """2,600 records of 900 KB that were 9 MB in the broker are 2.3 GB here, one after the other."""
+    program = f"""
+from pyspark.ml.functions import array_to_vector
+from pyspark.sql import functions as F
+from helpers.session import get_spark
+from helpers.sinks import ParquetSink
+from helpers.streaming import OffsetRange
+spark = get_spark(cores=2, memory="2g")
+content = F.struct(F.lit(b"key").alias("key"),
+                   F.repeat(F.col("id").cast("string"), 900_000 // 4).cast("binary").alias("value"),
+                   F.lit("why").alias("reason"))
+rows = spark.range(1_000, 3_600).select(
+    F.lit(None).cast("bigint").alias("EventId"),
+    F.lit(None).cast("double").alias("prediction_index"),
+    F.lit(None).cast("array<double>").alias("p"), F.lit("{topic}").alias("topic"),
+    F.lit(0).alias("partition"), F.col("id").alias("offset"),
+    F.current_timestamp().alias("timestamp"), content.alias("bad"))
+rows = rows.withColumn("prediction", F.when(F.col("p").isNotNull(), array_to_vector("p"))).drop("p")
+settings = {{"bootstrap.servers": "{kafka.bootstrap_servers}"}}
+with ParquetSink(spark, "{tmp_path}/scored", "dead-letter", settings) as sink:
+    sink.begin(lambda _: [OffsetRange("{topic}", 0, 1_000, 3_600)])
+    sink.write(rows, 0)
+"""
+    run = run_python("-c", program, seconds=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    counts = count_records(kafka.bootstrap_servers, f"{topic}.dead-letter")
+    assert sum(counts.values()) == 2_600
