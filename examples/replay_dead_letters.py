@@ -15,6 +15,7 @@ their headers tell. A letter that can't be sent back stays where it is, and stop
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,13 +31,10 @@ from kafka import (
     OffsetAndMetadata,
     TopicPartition,
 )
+from kafka.admin import ConfigResource
+from kafka.codec import zstd_encode
 from kafka.consumer.fetcher import ConsumerRecord
-from kafka.errors import (
-    InvalidRecordError,
-    KafkaError,
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
-)
+from kafka.errors import KafkaError
 
 from helpers.broker import check_address
 from helpers.dead_letters import DEAD_LETTERS
@@ -49,12 +47,9 @@ Source = tuple[str, str, int, int]  # of a record: topic, the topic's id, partit
 
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 15  # how long the dead letters may take to be read, from one to the next
-SEND_SECONDS = 60
+DEFAULT_LIMIT = 1_048_588  # Kafka's max.message.bytes, where it doesn't tell
+RECORD_OVERHEAD = 500  # what Kafka adds to a record, at most
 LETTERS_PER_TRANSACTION = 1_000
-
-
-# What a broker says of one record that it won't take, whatever becomes of the others.
-_REFUSED = (MessageSizeTooLargeError, RecordListTooLargeError, InvalidRecordError)
 
 
 class ReplayError(RuntimeError):
@@ -156,13 +151,31 @@ def treated_up_to(consumer: KafkaConsumer, letter: ConsumerRecord, topic_id: str
     return noted.offset
 
 
-def id_of(topic: str, clients: Mapping[str, object]) -> str:
-    """Return Kafka's id of a topic; '' if there is no such topic."""
-    with KafkaAdminClient(**clients) as admin:
-        if topic not in admin.list_topics():
-            return ""
-        (description,) = admin.describe_topics([topic])
-        return str(description["topic_id"])
+def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
+    """Return Kafka's id of a topic's dead letters, '' if there are none, and the topic's limit."""
+    letters_topic, topic_id, limit = topic + DEAD_LETTERS, "", DEFAULT_LIMIT
+    topics = admin.list_topics()
+    if letters_topic in topics:
+        (description,) = admin.describe_topics([letters_topic])
+        topic_id = str(description["topic_id"])
+    with contextlib.suppress(KafkaError, KeyError):  # it may not be for this user
+        found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
+        limit = int(found["topic"][topic]["max.message.bytes"]["value"])
+    return topic_id, limit
+
+
+def leave_large_ones(letters: Letters, values: dict[Place, bytes | None], limit: int) -> None:
+    """Leave the letters whose values a topic won't take, even compressed.
+
+    A transaction with one of these in it would fail as a whole.
+    """
+    for letter in list(letters.originals):
+        value = values.get(place_of(letter)) or b""
+        size = len(letter.key or b"") + len(value) + RECORD_OVERHEAD
+        if size > limit and len(zstd_encode(value)) + RECORD_OVERHEAD > limit:
+            letters.leave(letter, f"too large, {size} bytes for {limit}")
+            letters.originals.remove(letter)
+            del values[place_of(letter)]
 
 
 def send_back(
@@ -172,10 +185,8 @@ def send_back(
     topic_id: str,
     letters: Sequence[ConsumerRecord],
     values: Mapping[Place, bytes | None],
-) -> list[tuple[ConsumerRecord, KafkaError]]:
+) -> None:
     """Send what dead letters hold to where they came from, and note that, in one transaction.
-
-    A transaction that the broker refuses because of a record is undone and done in halves.
 
     Parameters
     ----------
@@ -192,32 +203,11 @@ def send_back(
     values : mapping
         What to send, by the dead letters' partitions and offsets. Copies, and what can't be mended,
         aren't in it.
-
-    Returns
-    -------
-    list of tuple
-        The letters that the broker refused, and why.
     """
     producer.begin_transaction()
-    try:
-        futures = [
+    for letter in letters:
+        if place_of(letter) in values:
             producer.send(topic, values[place_of(letter)], key=letter.key)
-            for letter in letters
-            if place_of(letter) in values
-        ]
-        for future in futures:
-            future.get(SEND_SECONDS)
-    except _REFUSED as error:
-        producer.abort_transaction()
-        if len(letters) == 1:
-            send_back(producer, group, topic, topic_id, letters, {})
-            return [(letters[0], error)]
-        half = len(letters) // 2
-        return [
-            refused
-            for part in (letters[:half], letters[half:])
-            for refused in send_back(producer, group, topic, topic_id, part, values)
-        ]
     offsets = {
         TopicPartition(letter.topic, letter.partition): OffsetAndMetadata(
             letter.offset + 1, topic_id, -1
@@ -226,7 +216,6 @@ def send_back(
     }
     producer.send_offsets_to_transaction(offsets, group)
     producer.commit_transaction()
-    return []
 
 
 def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, int, int, Letters]:
@@ -234,13 +223,16 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
     topic = options.topic
     group = f"replay-{topic}{DEAD_LETTERS}"
     common = {"bootstrap_timeout_ms": CONNECT_SECONDS * 1000}
-    topic_id = id_of(topic + DEAD_LETTERS, {**python_settings(settings), **common})
+    with KafkaAdminClient(**python_settings(settings), **common) as admin:
+        topic_id, limit = ask(admin, topic)
     # Whoever runs this at the same time is cut off here, and what it has begun is undone.
     producer = KafkaProducer(
-        **{"compression_type": "zstd", **python_settings(settings, KafkaProducer), **common},
-        # The broker knows best what is too large for it.
-        **{"transactional_id": group, "acks": "all", "max_request_size": 2**30},
-    )
+        **{
+            **python_settings(settings, KafkaProducer), **common, "transactional_id": group,
+            # As large as the topic takes it, which is compressed; see `leave_large_ones`.
+            "acks": "all", "compression_type": "zstd", "max_request_size": 2**30,
+        }
+    )  # fmt: skip
     try:
         producer.init_transactions()
         reader = python_settings(settings, KafkaConsumer)
@@ -248,12 +240,10 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
         with KafkaConsumer(**given) as consumer:
             letters = new_letters(consumer, topic, topic_id)
         mended = mend(letters.originals, options.repair)
+        leave_large_ones(letters, mended, limit)
         for first in range(0, len(letters.new), LETTERS_PER_TRANSACTION):
             part = letters.new[first : first + LETTERS_PER_TRANSACTION]
-            for letter, error in send_back(producer, group, topic, topic_id, part, mended):
-                letters.leave(letter, f"refused by {topic}: {type(error).__name__}")
-                del mended[place_of(letter)]
-                letters.originals.remove(letter)
+            send_back(producer, group, topic, topic_id, part, mended)
     finally:
         producer.close(timeout=5)
     given_up = len(letters.originals) - len(mended)
