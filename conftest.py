@@ -131,8 +131,8 @@ def serving_model(make_serving_model: Callable) -> ServingModel:
 
 
 _WITH_SPARK = (
-    "files", "higgs", "monitor", "records", "serving", "sinks", "streaming", "training",
-    "transformers",
+    "files", "higgs", "monitor", "records", "serving", "sinks", "streaming",
+    "training", "transformers",
 )  # fmt: skip
 
 
@@ -168,7 +168,8 @@ def names_in_docstrings(
         doctest_namespace["events"] = rows_to_events(rows, model.schema)
     if module == "sinks" and "scored" in words:
         doctest_namespace["scored"] = _scored_event(spark)
-    if module not in ("streaming", "sinks") or not words & {"kafka", "ssc", "stream"}:
+    needs_kafka = module in ("streaming", "sinks")
+    if not needs_kafka or not words & {"kafka", "ssc", "stream"}:
         yield
         return
     kafka = doctest_namespace["kafka"] = request.getfixturevalue("kafka")

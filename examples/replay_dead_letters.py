@@ -9,32 +9,46 @@ a record that it can't mend, which stays a dead letter for good.
 What is sent back, and that it was, becomes visible in one Kafka transaction, so a program that dies
 in between has sent nothing; a stream that reads with isolation.level=read_committed never sees a
 record twice. The same record may be among the dead letters twice, if its batch was done again:
-their headers tell.
+their headers tell. A letter that can't be sent back stays where it is, and stops no other.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
-from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
+from kafka import (
+    KafkaAdminClient,
+    KafkaConsumer,
+    KafkaProducer,
+    OffsetAndMetadata,
+    TopicPartition,
+)
+from kafka.admin import ConfigResource
+from kafka.codec import zstd_encode
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import KafkaError
 
 from helpers.broker import check_address
-from helpers.security import python_settings
+from helpers.records import printable
+from helpers.security import config_option, python_settings, setting_option
 from helpers.sinks import DEAD_LETTERS
 
 Repair = Callable[[bytes | None], bytes | None]
 Place = tuple[int, int]  # of a dead letter: its partition and its offset
+Source = tuple[str, str, int, int]  # of a record: topic, the topic's id, partition and offset
 
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 15  # how long the dead letters may take to be read, from one to the next
+DEFAULT_LIMIT = 1_048_588  # Kafka's max.message.bytes, where it doesn't tell
+RECORD_OVERHEAD = 500  # what Kafka adds to a record, at most
 LETTERS_PER_TRANSACTION = 1_000
 
 
@@ -42,23 +56,38 @@ class ReplayError(RuntimeError):
     """Why nothing more is sent back, and what helps."""
 
 
-def source_of(letter: ConsumerRecord) -> tuple[str, int, int]:
-    """Return the topic, the partition and the offset that a dead letter had.
+@dataclass
+class Letters:
+    """The dead letters that no earlier run has treated.
 
-    Raises
-    ------
-    ReplayError
-        If it has no headers that say so.
+    Attributes
+    ----------
+    new : list of kafka.consumer.fetcher.ConsumerRecord
+        All of them, in the order of their offsets.
+    originals : list of kafka.consumer.fetcher.ConsumerRecord
+        Those to be sent back. The others are copies, or left.
+    left : dict of str to list
+        Those that are left where they are, by the reason.
     """
+
+    new: list[ConsumerRecord] = field(default_factory=list)
+    originals: list[ConsumerRecord] = field(default_factory=list)
+    left: dict[str, list[ConsumerRecord]] = field(default_factory=dict)
+
+    def leave(self, letter: ConsumerRecord, reason: str) -> None:
+        """Leave a letter where it is."""
+        self.left.setdefault(reason, []).append(letter)
+
+
+def source_of(letter: ConsumerRecord) -> Source | None:
+    """Return which record a dead letter was, with '' for an unknown id; None if it doesn't say."""
     headers = dict(letter.headers)
     try:
         topic, partition, offset = (headers[name] for name in ("topic", "partition", "offset"))
-        return topic.decode(), int(partition), int(offset)
-    except (KeyError, ValueError, AttributeError):
-        raise ReplayError(
-            f"{letter.topic}, partition {letter.partition}, offset {letter.offset} is no dead "
-            "letter: its headers don't name the record's topic, partition and offset."
-        ) from None
+        topic_id = headers.get("topic-id") or b""
+        return topic.decode(), topic_id.decode(), int(partition), int(offset)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def read_letters(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord]:
@@ -81,29 +110,79 @@ def read_letters(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord
             yield from (letter for letter in letters if letter.offset < end)
 
 
-def new_letters(
-    consumer: KafkaConsumer, topic: str
-) -> tuple[list[ConsumerRecord], list[ConsumerRecord]]:
-    """Return the dead letters that no earlier run has treated, and those of them to be sent back.
+def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
+    """Return the dead letters of a topic that no earlier run has treated.
 
-    The others are copies: of each other, or of what was sent back earlier.
+    Parameters
+    ----------
+    consumer : kafka.KafkaConsumer
+        Of the group that notes how far they are treated.
+    topic : str
+        The topic that they came from; letters that name another one are left.
+    topic_id : str
+        Kafka's id of the topic of the dead letters; the group's offsets of another one with its
+        name are of other letters.
     """
-    letters = list(read_letters(consumer, topic))
-    partitions = {TopicPartition(topic, letter.partition) for letter in letters}
-    treated = {part.partition: consumer.committed(part) or 0 for part in partitions}
-    new = [letter for letter in letters if letter.offset >= treated[letter.partition]]
-    seen = {source_of(letter) for letter in letters if letter.offset < treated[letter.partition]}
-    originals = []
-    for letter in new:
-        if source_of(letter) not in seen:
-            seen.add(source_of(letter))
-            originals.append(letter)
-    return new, originals
+    letters, seen = Letters(), set()
+    treated: dict[int, int] = {}
+    for letter in read_letters(consumer, topic + DEAD_LETTERS):
+        if letter.partition not in treated:
+            treated[letter.partition] = treated_up_to(consumer, letter, topic_id)
+        source, is_new = source_of(letter), letter.offset >= treated[letter.partition]
+        if is_new:
+            letters.new.append(letter)
+            if source is None:
+                letters.leave(letter, "not a dead letter: no headers that name a record")
+            elif source[0] != topic:
+                letters.leave(letter, f"of another topic, {printable(source[0])!r}")
+            elif letter.key is None and letter.value is None:
+                letters.leave(letter, "without key and value")
+            elif source not in seen:
+                letters.originals.append(letter)
+        seen.add(source)
+    return letters
+
+
+def treated_up_to(consumer: KafkaConsumer, letter: ConsumerRecord, topic_id: str) -> int:
+    """Return how far earlier runs have treated the letters of a letter's partition."""
+    noted = consumer.committed(TopicPartition(letter.topic, letter.partition), metadata=True)
+    if noted is None or noted.metadata not in ("", topic_id):
+        return 0
+    return noted.offset
+
+
+def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
+    """Return Kafka's id of a topic's dead letters, '' if there are none, and the topic's limit."""
+    letters_topic, topic_id, limit = topic + DEAD_LETTERS, "", DEFAULT_LIMIT
+    topics = admin.list_topics()
+    if letters_topic in topics:
+        (description,) = admin.describe_topics([letters_topic])
+        topic_id = str(description["topic_id"])
+    with contextlib.suppress(KafkaError, KeyError):  # it may not be for this user
+        found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
+        limit = int(found["topic"][topic]["max.message.bytes"]["value"])
+    return topic_id, limit
+
+
+def leave_large_ones(letters: Letters, values: dict[Place, bytes | None], limit: int) -> None:
+    """Leave the letters whose values a topic won't take, even compressed.
+
+    A transaction with one of these in it would fail as a whole.
+    """
+    for letter in list(letters.originals):
+        value = values.get(place_of(letter)) or b""
+        size = len(letter.key or b"") + len(value) + RECORD_OVERHEAD
+        if size > limit and len(zstd_encode(value)) + RECORD_OVERHEAD > limit:
+            letters.leave(letter, f"too large, {size} bytes for {limit}")
+            letters.originals.remove(letter)
+            del values[place_of(letter)]
 
 
 def send_back(
     producer: KafkaProducer,
     group: str,
+    topic: str,
+    topic_id: str,
     letters: Sequence[ConsumerRecord],
     values: Mapping[Place, bytes | None],
 ) -> None:
@@ -115,6 +194,10 @@ def send_back(
         Has a transactional id.
     group : str
         The consumer group that notes how far the dead letters are treated.
+    topic : str
+        Where to.
+    topic_id : str
+        Kafka's id of the topic of the dead letters, which is noted, too.
     letters : sequence of kafka.consumer.fetcher.ConsumerRecord
         Dead letters in the order of their offsets.
     values : mapping
@@ -124,33 +207,48 @@ def send_back(
     producer.begin_transaction()
     for letter in letters:
         if place_of(letter) in values:
-            topic, _, _ = source_of(letter)
             producer.send(topic, values[place_of(letter)], key=letter.key)
     offsets = {
-        TopicPartition(letter.topic, letter.partition): OffsetAndMetadata(letter.offset + 1, "", -1)
+        TopicPartition(letter.topic, letter.partition): OffsetAndMetadata(
+            letter.offset + 1, topic_id, -1
+        )
         for letter in letters
     }
     producer.send_offsets_to_transaction(offsets, group)
     producer.commit_transaction()
 
 
-def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, int, int]:
+def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, int, int, Letters]:
     """Send dead letters back; return how many were sent, couldn't be mended, and were copies."""
-    letters_topic = options.topic + DEAD_LETTERS
-    group = f"replay-{letters_topic}"
-    clients = {**python_settings(settings), "bootstrap_timeout_ms": CONNECT_SECONDS * 1000}
+    topic = options.topic
+    group = f"replay-{topic}{DEAD_LETTERS}"
+    common = {"bootstrap_timeout_ms": CONNECT_SECONDS * 1000}
+    with KafkaAdminClient(**python_settings(settings), **common) as admin:
+        topic_id, limit = ask(admin, topic)
     # Whoever runs this at the same time is cut off here, and what it has begun is undone.
-    producer = KafkaProducer(**clients, transactional_id=group, acks="all")
+    producer = KafkaProducer(
+        **{
+            **python_settings(settings, KafkaProducer), **common, "transactional_id": group,
+            # As large as the topic takes it, which is compressed; see `leave_large_ones`.
+            "acks": "all", "compression_type": "zstd", "max_request_size": 2**30,
+        }
+    )  # fmt: skip
     try:
         producer.init_transactions()
-        with KafkaConsumer(**clients, group_id=group, enable_auto_commit=False) as consumer:
-            new, originals = new_letters(consumer, letters_topic)
-        mended = mend(originals, options.repair)
-        for first in range(0, len(new), LETTERS_PER_TRANSACTION):
-            send_back(producer, group, new[first : first + LETTERS_PER_TRANSACTION], mended)
+        reader = python_settings(settings, KafkaConsumer)
+        given = {**reader, **common, "group_id": group, "enable_auto_commit": False}
+        with KafkaConsumer(**given) as consumer:
+            letters = new_letters(consumer, topic, topic_id)
+        mended = mend(letters.originals, options.repair)
+        leave_large_ones(letters, mended, limit)
+        for first in range(0, len(letters.new), LETTERS_PER_TRANSACTION):
+            part = letters.new[first : first + LETTERS_PER_TRANSACTION]
+            send_back(producer, group, topic, topic_id, part, mended)
     finally:
         producer.close(timeout=5)
-    return len(mended), len(originals) - len(mended), len(new) - len(originals)
+    given_up = len(letters.originals) - len(mended)
+    copies = len(letters.new) - len(letters.originals) - sum(map(len, letters.left.values()))
+    return len(mended), given_up, copies, letters
 
 
 def mend(letters: Iterable[ConsumerRecord], repair: Repair | None) -> dict[Place, bytes | None]:
@@ -166,6 +264,11 @@ def mend(letters: Iterable[ConsumerRecord], repair: Repair | None) -> dict[Place
                 f"the repair of partition {letter.partition}, offset {letter.offset} failed: "
                 f"{error!r}. It is to return None for what it can't mend."
             ) from error
+        if not isinstance(values[place_of(letter)], bytes | None):
+            raise ReplayError(
+                f"the repair of partition {letter.partition}, offset {letter.offset} returned "
+                f"{type(values[place_of(letter)]).__name__}: it is to return bytes, or None."
+            )
     return {place: value for place, value in values.items() if value is not None}
 
 
@@ -198,9 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     try:
         check_address(options.bootstrap_servers)
-        settings = dict(option.split("=", 1) for option in options.kafka_option)
+        settings = {**options.kafka_config, **dict(options.kafka_option)}
         settings["bootstrap.servers"] = options.bootstrap_servers
-        sent, given_up, copies = replay(options, settings)
+        sent, given_up, copies, letters = replay(options, settings)
     except (ReplayError, KafkaError, ValueError, OSError) as error:
         print(f"nothing more is sent back: {error}", file=sys.stderr)
         return 1
@@ -208,7 +311,13 @@ def main(arguments: list[str] | None = None) -> int:
         f"{sent} dead letters sent back to {options.topic}; {given_up} could not be mended, "
         f"{copies} were copies"
     )
-    return 0
+    for reason, left in letters.left.items():
+        print(
+            f"{len(left)} left in {left[0].topic}, {reason}; the first is at partition "
+            f"{left[0].partition}, offset {left[0].offset}",
+            file=sys.stderr,
+        )
+    return 1 if letters.left else 0
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -222,9 +331,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="what mends a record's bytes; default: send them as they are",
     )  # fmt: skip
     parser.add_argument(
-        "--kafka-option", action="append", default=[], metavar="K=V",
-        help="a setting of Kafka's clients, such as security.protocol=SASL_SSL",
-    )
+        "--kafka-config", default={}, metavar="FILE", type=config_option,
+        help="settings of Kafka's clients in its properties format, passwords among them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kafka-option", action="append", default=[], metavar="K=V", type=setting_option,
+        help="one more of these settings, such as client.id=replay",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 

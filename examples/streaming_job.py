@@ -29,9 +29,10 @@ from helpers.jars import JarsError
 from helpers.model import build_model
 from helpers.monitor import Monitor
 from helpers.records import keep_bad_records, observe_records, parse_events
+from helpers.security import config_option, setting_option
 from helpers.serving import ModelFile
 from helpers.session import SessionError, get_spark
-from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError
+from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError, prepare_dead_letters
 from helpers.streaming import (
     KafkaQuery,
     KafkaUtils,
@@ -180,10 +181,10 @@ def kafka_settings(options: argparse.Namespace) -> dict[str, str]:
     {'auto.offset.reset': 'earliest', 'isolation.level': 'read_committed', 'group.id': 'g',
      'bootstrap.servers': 'h:9092'}
     """
-    given = dict(option.split("=", 1) for option in options.kafka_option)
     return {
         # What a producer has taken back, such as a replay that was interrupted, is not scored.
-        "auto.offset.reset": "earliest", "isolation.level": "read_committed", **given,
+        "auto.offset.reset": "earliest", "isolation.level": "read_committed",
+        **options.kafka_config, **dict(options.kafka_option),
         "bootstrap.servers": options.bootstrap_servers,
     }  # fmt: skip
 
@@ -215,6 +216,8 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
     stop_at_signals(stopping)  # once more, for PySpark has its own reaction to Ctrl-C
     try:
         settings = kafka_settings(options)
+        if options.on_bad_record == "dead-letter":
+            prepare_dead_letters(spark, [options.topic], settings)
         with ParquetSink(
             spark, options.output, options.on_bad_record, settings, event_id, signal_index
         ) as sink:
@@ -258,8 +261,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--available-now", action="store_true", help="score what is there, and end")
     add("--on-bad-record", choices=ON_BAD_RECORD, default="dead-letter",
         help="what to do with records that are no events; default: %(default)s")  # fmt: skip
-    add("--kafka-option", action="append", default=[], metavar="K=V", type=_setting,
-        help="a setting of Kafka's clients, such as security.protocol=SASL_SSL; as many as needed",
+    add("--kafka-config", default={}, metavar="FILE", type=config_option,
+        help="settings of Kafka's clients in its properties format, passwords among them"
+        )  # fmt: skip
+    add("--kafka-option", action="append", default=[], metavar="K=V", type=setting_option,
+        help="one more of these settings, such as client.id=scoring; as many as needed"
         )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.engine == "structured" and not options.checkpoint:
@@ -272,12 +278,6 @@ def _seconds(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
-
-
-def _setting(text: str) -> str:
-    if "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text} is not of the form K=V")
-    return text
 
 
 if __name__ == "__main__":

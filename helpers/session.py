@@ -6,7 +6,9 @@ Whether all is there that a run needs: ``python -m helpers.session``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import logging
 import os
 import re
 import subprocess
@@ -33,13 +35,23 @@ from helpers.jars import (
     spark_and_scala,
     spark_home,
 )
+from helpers.security import SECRET_SETTINGS
 
 if TYPE_CHECKING:
     import pandas
 
     from helpers.checks import Check
 
+_REDACTED_OPTIONS = "spark.sql.redaction.options.regex"
+
 _CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
+
+# What Spark and the kit write into the checkpoint of a streaming context.
+_CHECKPOINT_FILES = (
+    r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
+)
+
+_LOGGER = logging.getLogger(__name__)
 
 # Java is still on its way out when this begins, and may write once more.
 _REMOVE_AT_THE_END = """
@@ -108,7 +120,11 @@ def get_spark(
         if not _has_connector(spark):
             _add_connector(spark)
     else:
-        spark = _start(_settings(app_name, master, executors, cores, memory, config or {}))
+        submitted = _submitted_settings()
+        master = submitted.get("spark.master", master)
+        settings = _settings(app_name, master, executors, cores, memory, config or {})
+        spark = _start({**settings, **submitted})
+    _hide_secrets(spark)
     _ship_helpers(spark)
     return spark
 
@@ -178,6 +194,43 @@ def scratch_folder() -> Path:
     return Path(folder)
 
 
+def protect_folder(spark: SparkSession, path: str) -> None:
+    """Keep a folder that holds settings, passwords among them, from other users.
+
+    A folder that is missing is created; one with other things than Spark's in it stays as it is,
+    and a warning in the log says so.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client is used.
+    path : str
+        The folder's path or URI, such as that of a streaming context's checkpoint.
+
+    Examples
+    --------
+    >>> protect_folder(spark, str(getfixture("tmp_path") / "checkpoint"))
+    >>> oct((getfixture("tmp_path") / "checkpoint").stat().st_mode)
+    '0o40700'
+    """
+    hadoop = spark._jvm.org.apache.hadoop.fs
+    folder, only_mine = hadoop.Path(path), hadoop.permission.FsPermission("700")
+    files = folder.getFileSystem(spark._jsc.hadoopConfiguration())
+    if not files.exists(folder):
+        files.mkdirs(folder)
+    elif not files.getFileStatus(folder).getPermission().toShort() & 0o077:
+        return
+    names = [found.getPath().getName() for found in files.listStatus(folder)]
+    if all(re.fullmatch(_CHECKPOINT_FILES, name) for name in names):
+        with contextlib.suppress(Py4JJavaError):  # it is somebody else's
+            files.setPermission(folder, only_mine)
+            return
+    _LOGGER.warning(
+        "%s holds settings with their passwords, and other users can read it: chmod 700 it, or use "
+        "a folder of its own.", path,
+    )  # fmt: skip
+
+
 def root_cause(error: Py4JJavaError) -> JavaObject:
     """Return the Java exception that was first, which the others were wrapped around."""
     cause = error.java_exception
@@ -193,7 +246,7 @@ def fetch() -> None:
 
 def _checks(bootstrap_servers: str, memory: str, cores: int | None) -> list[Check]:
     """Return the checks of all that a run needs."""
-    # Here and not above, because a session needs neither Kafka's client nor pandas.
+    # Here and not above, because a session needs no pandas.
     from helpers import checks
 
     return [
@@ -259,11 +312,27 @@ def _settings(
     return {**settings, **{key: str(value) for key, value in config.items()}}
 
 
+def _submitted_settings() -> dict[str, str]:
+    """Return the settings that spark-submit was given; none if it didn't start this program."""
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        return {}
+    SparkContext._ensure_initialized()  # connects to spark-submit's Java
+    return dict(SparkConf(_jvm=SparkContext._jvm).getAll())
+
+
+def _hide_secrets(spark: SparkSession) -> None:
+    """Keep secrets in options of Kafka's clients out of plans and of Spark's web page."""
+    shown = spark.conf.get(_REDACTED_OPTIONS)
+    if SECRET_SETTINGS not in shown:
+        spark.conf.set(_REDACTED_OPTIONS, f"{shown}|{SECRET_SETTINGS}")
+
+
 def _start(settings: Mapping[str, str]) -> SparkSession:
     """Start Spark with its output going to a file, not to the cells of a notebook."""
     java_command()
     conf = SparkConf().setAll(list(settings.items()))
-    if settings["spark.master"].startswith("local"):
+    is_local = settings["spark.master"].startswith("local")
+    if is_local:
         # Otherwise the workers run whatever `python3` is first on PATH.
         os.environ["PYSPARK_PYTHON"] = sys.executable
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # Spark's web page, too, is for here
@@ -280,9 +349,10 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
             except PySparkRuntimeError:
                 tail = "\n".join(log_file().read_text(errors="replace").splitlines()[-10:])
                 raise SessionError(f"Java did not start for Spark; it said:\n{tail}") from None
-    if "PYSPARK_GATEWAY_PORT" in os.environ:  # spark-submit's Java, and its settings
-        for name, value in SparkConf(_jvm=gateway.jvm).getAll():
-            conf.set(name, value)
+    # Spark's web page is open to the network unless its Java was started with this variable, as
+    # spark-submit's wasn't; no setting does the same.
+    if is_local and gateway.jvm.java.lang.System.getenv("SPARK_LOCAL_IP") is None:
+        conf.setIfMissing("spark.ui.enabled", "false")
     try:
         spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
     except Py4JJavaError as error:

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import signal
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from kafka import KafkaConsumer
 from processes import ROOT, run_python, running, wait_until
 
+from helpers.broker import LocalKafka, count_records
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 
 PRODUCER = str(ROOT / "examples" / "kafka_producer.py")
@@ -175,3 +177,149 @@ def test_a_codec_that_is_not_installed_is_named(kafka, tmp_path):
     )
     assert run.returncode == 1
     assert "pip install 'kafka-python[zstd]'" in run.stderr
+
+
+def size(kafka, topic):
+    """Return how many records a topic has, while more are coming."""
+    return sum(count_records(kafka.bootstrap_servers, topic).values())
+
+
+@pytest.fixture
+def impatient(tmp_path):
+    """A file of settings with which an event fails after 3 s."""
+    file = tmp_path / "producer.properties"
+    file.write_text("delivery.timeout.ms = 3000\nrequest.timeout.ms : 1500\nlinger.ms=50\n")
+    return ["--kafka-config", str(file)]
+
+
+def looping(kafka, topic, errors, *more):
+    """Run an endless producer, its stderr going to a file."""
+    command = [sys.executable, PRODUCER, kafka.bootstrap_servers, "--topic", topic]
+    command += ["--loop", "--rate", "500", *more]
+    return running(command, stderr=errors.open("w"))
+
+
+def counted(process, errors):
+    """Return how many events were acknowledged, and how many were not, as the program says."""
+    printed, _ = process.communicate(timeout=60)
+    said = errors.read_text()
+    missing = re.findall(r"^(\d+) events failed: ", said, re.MULTILINE)
+    return int(printed.split()[0]), sum(map(int, missing))
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_loop_outlasts_a_broker_that_is_away_and_counts_what_failed(tmp_path, impatient, ending):
+    """Failures are reported while it runs; what it calls acknowledged is in the topic, once."""
+    errors = tmp_path / "errors"
+    with LocalKafka() as kafka:
+        kafka.create_topic("events", partitions=2)
+        with looping(kafka, "events", errors, *impatient) as process:
+            wait_until(lambda: size(kafka, "events") > 10)
+            kafka.kill()
+            wait_until(lambda: "events failed so far: KafkaTimeoutError" in errors.read_text())
+            kafka.start()
+            there = size(kafka, "events")
+            wait_until(lambda: size(kafka, "events") > there + 100)
+            process.send_signal(ending)
+            acknowledged, missing = counted(process, errors)
+        assert process.returncode == 1
+        keys = [int(record.key) for record in read(kafka, "events")]
+    assert missing > 0 and len(keys) == len(set(keys))
+    assert acknowledged <= len(keys) <= acknowledged + missing
+    assert max(keys) - min(keys) < acknowledged + missing  # ids count what was sent
+
+
+def test_a_loop_that_waits_for_its_broker_loses_nothing(tmp_path):
+    """A broker that is away is reported within seconds, and gets all events when it is back."""
+    errors = tmp_path / "errors"
+    with LocalKafka() as kafka:
+        kafka.create_topic("events", partitions=2)
+        with looping(kafka, "events", errors) as process:
+            wait_until(lambda: size(kafka, "events") > 10)
+            kafka.kill()
+            wait_until(lambda: "no answer for" in errors.read_text())
+            kafka.start()
+            there = size(kafka, "events")
+            wait_until(lambda: size(kafka, "events") > there + 100)
+            process.send_signal(signal.SIGTERM)
+            acknowledged, missing = counted(process, errors)
+        keys = [int(record.key) for record in read(kafka, "events")]
+    assert process.returncode == 128 + signal.SIGTERM and missing == 0
+    assert sorted(keys) == list(range(100_000, 100_000 + acknowledged))
+
+
+def test_ctrl_c_while_the_broker_is_away_counts_what_is_known(tmp_path, impatient):
+    """The program ends within seconds, and calls nothing acknowledged that isn't in the topic."""
+    errors = tmp_path / "errors"
+    with LocalKafka() as kafka:
+        kafka.create_topic("events", partitions=1)
+        with looping(kafka, "events", errors, *impatient) as process:
+            wait_until(lambda: size(kafka, "events") > 10)
+            kafka.kill()
+            process.send_signal(signal.SIGINT)
+            acknowledged, missing = counted(process, errors)
+        assert process.returncode == 1 or missing == 0
+        kafka.start()
+        assert acknowledged <= len(read(kafka, "events")) <= acknowledged + missing
+
+
+def test_a_topic_that_is_closed_meanwhile_is_reported(kafka, topic, tmp_path, impatient):
+    """Whatever the broker's reason is, it is said when it happens, and the loop goes on."""
+    errors = tmp_path / "errors"
+    with looping(kafka, topic, errors, *impatient) as process:
+        wait_until(lambda: size(kafka, topic) > 10)
+        configure(kafka, topic, {"max.message.bytes": "100"})
+        wait_until(lambda: "events failed so far: " in errors.read_text())
+        configure(kafka, topic, {"max.message.bytes": "1000000"})
+        there = size(kafka, topic)
+        wait_until(lambda: size(kafka, topic) > there + 100)
+        process.send_signal(signal.SIGTERM)
+        acknowledged, missing = counted(process, errors)
+    assert process.returncode == 1 and missing > 0
+    assert acknowledged == len(read(kafka, topic))
+
+
+def configure(kafka, topic, settings):
+    """Change a topic's settings."""
+    from kafka import KafkaAdminClient
+    from kafka.admin import ConfigResource
+
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.alter_configs([ConfigResource("TOPIC", topic, settings)])
+
+
+def test_a_secured_broker_is_written_to_with_settings_from_a_file(tmp_path):
+    """Without a password on the command line; what may not be written to is one sentence."""
+    with LocalKafka(security="SASL_SSL") as kafka:
+        kafka.create_topic("events", partitions=1)
+        writer = kafka.add_user("writer")
+        kafka.allow("writer", ["WRITE"], topic="events")
+        file = tmp_path / "client.properties"
+        file.touch(mode=0o600)
+        escaped = {name: value.replace("\\", "\\\\") for name, value in writer.items()}
+        file.write_text("".join(f"{name}={value}\n" for name, value in escaped.items()))
+        given = [kafka.bootstrap_servers, "--events", "20", "--kafka-config", str(file), "--topic"]
+        run = run_python(PRODUCER, *given, "events")
+        assert run.stdout.startswith("20 events acknowledged by events"), run.stderr
+        run = run_python(PRODUCER, *given, "another")
+    assert run.returncode == 1
+    assert run.stderr.startswith("can't write to topic another: ")
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("no.such=1", "kafka-python has no setting 'no.such': leave it out."),
+        ("acks=1", "the settings in --kafka-config don't fit: "),
+        ("linger.ms=soon", "Kafka's setting 'linger.ms' is 'soon': it must be a whole number."),
+        (None, "nowhere.properties: No such file or directory"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(kafka, tmp_path, text, reason):
+    """A setting that has no effect would be a surprise later."""
+    file = tmp_path / ("nowhere.properties" if text is None else "client.properties")
+    if text is not None:
+        file.write_text(text)
+    run = run_python(PRODUCER, kafka.bootstrap_servers, "--kafka-config", str(file))
+    assert run.returncode != 0
+    assert reason in run.stderr.splitlines()[-1]

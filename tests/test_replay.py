@@ -1,10 +1,14 @@
 """Tests of examples/replay_dead_letters.py: what was bad comes back once, mended if need be."""
 
+import os
 import sys
 
 import pytest
-from kafka import KafkaConsumer
-from processes import ROOT
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.admin import ConfigResource
+from processes import ROOT, wait_until
+
+from helpers.broker import LocalKafka
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -14,12 +18,14 @@ from replay_dead_letters import main
 @pytest.fixture
 def letters(kafka, topic):
     """Put dead letters of a topic into Kafka, by the offsets that they had."""
-    from kafka import KafkaProducer
-
-    def put(*offsets, value=b"rubbish"):
-        with KafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+    def put(*offsets, value=b"rubbish", **more):
+        with KafkaProducer(
+            bootstrap_servers=kafka.bootstrap_servers, max_request_size=2**24,
+            compression_type="zstd",
+        ) as producer:  # fmt: skip
             for offset in offsets:
                 headers = {"topic": topic, "partition": "0", "offset": str(offset)}
+                headers |= {name.replace("_", "-"): text for name, text in more.items()}
                 headers = [(name, text.encode()) for name, text in headers.items()]
                 producer.send(
                     f"{topic}.dead-letter", value, key=b"%d" % offset, headers=headers
@@ -82,11 +88,79 @@ def test_a_repair_that_fails_sends_nothing(kafka, topic, letters, replay, tmp_pa
     assert replay()[1].startswith("2 dead letters sent back")
 
 
-def test_what_is_no_dead_letter_is_named(topic, produce, replay):
-    """Otherwise a topic of another purpose would be sent somewhere."""
+def test_a_letter_that_cannot_be_sent_back_is_named_and_stops_no_other(
+    kafka, topic, letters, produce, replay
+):
+    """What isn't a dead letter, and what is of another topic: a header doesn't say where to."""
     produce(f"{topic}.dead-letter", [b"x"])
+    kafka.create_topic("another-topic")
+    letters(1, topic="another-topic")
+    letters(1, topic="another\x1b[2J")
+    letters(2, partition="first")
+    letters(3)
     code, said = replay()
-    assert code == 1 and "offset 0 is no dead letter: its headers don't name" in said
+    assert code == 1 and said.startswith("1 dead letters sent back")
+    assert f"2 left in {topic}.dead-letter, not a dead letter: no headers that" in said
+    assert "1 left in" in said and "of another topic, 'another-topic'; the first is at part" in said
+    assert "\x1b" not in said
+    assert values(kafka, topic) == [(b"3", b"rubbish")] and values(kafka, "another-topic") == []
+    assert replay()[:1] == (0,)
+
+
+def test_a_letter_that_the_topic_refuses_stops_no_other(kafka, topic, letters, replay):
+    """It is named, and left where it is; large ones that compress well are sent back."""
+    letters(1, 2)
+    letters(3, value=os.urandom(900_000))
+    letters(4, value=b"rubbish" * 500_000)
+    letters(5)
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.alter_configs([ConfigResource("TOPIC", topic, {"max.message.bytes": "100000"})])
+    code, said = replay()
+    assert code == 1 and said.startswith("4 dead letters sent back")
+    assert "1 left in" in said and "too large, 900501 bytes for 100000; the first is" in said
+    assert [key for key, _ in values(kafka, topic)] == [b"1", b"2", b"4", b"5"]
+    assert replay()[1].startswith("0 dead letters sent back")
+
+
+def test_a_topic_of_the_same_name_has_other_records(kafka, topic, letters, replay):
+    """A record at an old offset of a topic that was created again is not a copy."""
+    letters(1, topic_id="first")
+    letters(1, 1, topic_id="second")
+    assert replay()[1].startswith("2 dead letters sent back")
+    assert len(values(kafka, topic)) == 2
+
+
+def test_dead_letters_that_were_deleted_and_come_again_are_sent_back(kafka, topic, letters, replay):
+    """What was noted of the topic that is gone says nothing of the new one."""
+    letters(1, 2, 3)
+    assert replay()[1].startswith("3 dead letters sent back")
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_topics([f"{topic}.dead-letter"])
+    wait_until(lambda: f"{topic}.dead-letter" not in kafka.topics())
+    kafka.create_topic(f"{topic}.dead-letter", partitions=4)
+    letters(4, 5, 6)
+    assert replay()[1].startswith("3 dead letters sent back")
+    assert replay()[1].startswith("0 dead letters sent back")
+
+
+def test_a_repair_that_returns_text_is_said(kafka, topic, letters, replay, tmp_path):
+    """The likeliest mistake of a repair is one sentence, and nothing is sent."""
+    (tmp_path / "repairs.py").write_text("def mend(value):\n    return value.decode()\n")
+    letters(1)
+    code, said = replay("--repair", f"{tmp_path}/repairs.py:mend")
+    assert code == 1 and "offset 0 returned str: it is to return bytes, or None." in said
+
+
+def test_a_secured_broker_is_used_with_settings_from_a_file(tmp_path, capsys):
+    """Without a password on the command line."""
+    with LocalKafka(security="SASL_SSL") as secure:
+        secure.create_topic("events.dead-letter", partitions=1)
+        file = tmp_path / "client.properties"
+        file.touch(mode=0o600)
+        file.write_text("".join(f"{n}={v}\n" for n, v in secure.settings.items()))
+        arguments = [secure.bootstrap_servers, "--topic", "events", "--kafka-config", str(file)]
+        assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("0 dead letters sent back")
 
 
 def test_a_topic_without_dead_letters_has_none_to_send(replay):

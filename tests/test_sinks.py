@@ -1,15 +1,12 @@
 """Tests of helpers/sinks/: each event once, whatever is done twice or is left half done."""
 
 import itertools
-import json
 import os
 import shutil
 import threading
-import uuid
 from pathlib import Path
 
 import pytest
-from kafka import KafkaConsumer
 from processes import wait_until
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
@@ -21,7 +18,6 @@ from helpers.sinks import (
     lease,
     read_bad_records,
     read_scored,
-    send_predictions,
 )
 from helpers.streaming import OffsetRange, TopicAndPartition
 
@@ -320,44 +316,6 @@ def test_bad_records_are_skipped_and_kept(spark, path):
     assert [(row.offset, bytes(row.value), row.reason) for row in kept] == [
         (3, b"\xffrubbish", "it is no JSON"), (7, b"\xffrubbish", "it is no JSON"),
     ]  # fmt: skip
-
-
-def test_a_dead_letter_has_all_that_the_record_was(spark, kafka, path):
-    """Otherwise it could not be mended and sent back, or its cause be found."""
-    topic = f"events-{uuid.uuid4()}"
-    settings = {"bootstrap.servers": kafka.bootstrap_servers, "group.id": "not for a producer"}
-    with Sink(spark, path, "dead-letter", settings) as sink:
-        write(sink, spark, 0, 10, bad=[3], topic=topic)
-    (letter,) = consume(kafka, f"{topic}.dead-letter", 1)
-    assert (letter.key, letter.value) == (b"key", b"\xffrubbish")
-    assert {name: value.decode() for name, value in letter.headers} == {
-        "topic": topic, "partition": "0", "offset": "3", "timestamp": "1700000000003",
-        "reason": "it is no JSON",
-    }  # fmt: skip
-
-
-def test_predictions_go_to_a_topic_keyed_by_event(spark, kafka):
-    """Otherwise a service could not react to a single event."""
-    topic = f"predictions-{uuid.uuid4()}"
-    settings = {"bootstrap.servers": kafka.bootstrap_servers}
-    send_predictions(rows(spark, 0, 3, bad=[1]), settings, topic)
-    found = sorted(consume(kafka, topic, 2), key=lambda record: record.key)
-    assert [record.key for record in found] == [b"100000", b"100002"]
-    assert json.loads(found[0].value) == {
-        "EventId": 100_000, "probabilities": [0.75, 0.25], "predicted_index": 0,
-    }  # fmt: skip
-    assert dict(found[0].headers)["offset"] == b"0"
-
-
-def consume(kafka, topic, count):
-    """Return the records of a topic."""
-    with KafkaConsumer(
-        topic, bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest",
-        consumer_timeout_ms=3_000,
-    ) as consumer:  # fmt: skip
-        found = list(consumer)
-    assert len(found) == count
-    return found
 
 
 def test_a_sink_can_be_moved(spark, path, tmp_path):

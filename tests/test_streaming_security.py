@@ -158,3 +158,26 @@ def test_a_user_that_cannot_be_added_is_said(secure_kafka):
     """Otherwise a password would be handed out that nobody accepts."""
     with pytest.raises(BrokerError, match="user '' can't be added"):
         secure_kafka.add_user("")
+
+
+def test_no_key_is_shown_in_plans(spark, reader, secure_kafka):
+    """A PEM key in the settings is for Kafka alone: not for Spark's page, nor for `explain`."""
+    key = "".join(("-----BEGIN PRIVATE KEY", "-----MIIswordfish", "-----END PRIVATE KEY-----"))
+    options = {f"kafka.{name}": value for name, value in reader.items() if "." in name}
+    options |= {"kafka.ssl.keystore.key": key, "subscribe": TOPIC}
+    for name in ("kafka.group.id", "kafka.auto.offset.reset"):
+        options.pop(name)
+    texts = []
+    for records in (
+        spark.read.format("kafka").options(**options).load(),
+        spark.readStream.format("kafka").options(**options).load(),
+    ):
+        plan = records._jdf.queryExecution()
+        texts += [plan.toString(), plan.logical().toString(), plan.analyzed().toString()]
+    frame = spark.createDataFrame([(b"x",)], "value binary")
+    with pytest.raises(Exception, match=r"(?i)key|kafka"):  # the key isn't one
+        frame.write.format("kafka").options(**options, topic=TOPIC).save()
+    executions = spark._jsparkSession.sharedState().statusStore().executionsList()
+    texts += [executions.apply(n).physicalPlanDescription() for n in range(executions.size())]
+    assert any("SaveIntoDataSourceCommand" in text for text in texts)
+    assert not any("swordfish" in text or password_of(reader) in text for text in texts)

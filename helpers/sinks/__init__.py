@@ -4,7 +4,12 @@
 predictions can go to Kafka.
 """
 
-from helpers.sinks.dead_letters import DEAD_LETTERS, send_dead_letters, send_predictions
+from helpers.sinks.dead_letters import (
+    DEAD_LETTERS,
+    prepare_dead_letters,
+    send_dead_letters,
+    send_predictions,
+)
 from helpers.sinks.errors import BadRecordError, SinkError
 from helpers.sinks.parquet import ON_BAD_RECORD, ParquetSink, read_bad_records, read_scored
 from helpers.sinks.progress import Source
@@ -16,6 +21,7 @@ __all__ = [
     "ParquetSink",
     "SinkError",
     "Source",
+    "prepare_dead_letters",
     "read_bad_records",
     "read_scored",
     "send_dead_letters",

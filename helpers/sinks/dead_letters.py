@@ -1,24 +1,116 @@
-"""Bad records and predictions as records of Kafka topics."""
+"""What a sink sends to Kafka: bad records to their topics' dead letters, and predictions.
+
+A dead letter has its record's key and bytes, and headers with its place and the reason. Before
+letters are sent, their topic is looked at, or created, so that a letter that it can't take is found
+out here: Kafka's client would fail the whole batch, again and again, because of one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from pyspark.sql import DataFrame
+import pyarrow
+from py4j.java_gateway import JavaObject
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID
 from helpers.records import vector_entries
-from helpers.streaming.settings import modern_settings, use_added_jars
+from helpers.session import root_cause
+from helpers.streaming.errors import ANSWER_SECONDS, StreamError, explained, summary
+from helpers.streaming.settings import java_map, modern_settings, settings_of, use_added_jars
+
+_LOGGER = logging.getLogger(__name__)
 
 DEAD_LETTERS = ".dead-letter"  # what the name of a topic's dead letters ends in
 
+_DEFAULT_LIMIT = 1_048_588  # Kafka's max.message.bytes, where it doesn't tell
+_HEADERS_ROOM = 16 * 1024  # more than a letter's headers need
+_OVERHEAD = 200  # what Kafka adds to a letter of six headers, at most
+_UNPACKED_LIMIT = 64 * 1024**2  # how large a letter may be before it is compressed
+_CODEC = "zstd"  # makes whatever a producer has compressed at least as small again
+_PLACES_TOLD = 20
 
-def send_dead_letters(bad: DataFrame, settings: Mapping[str, str]) -> None:
+# A broker that is away is noticed within seconds: the batch is tried again then.
+_TIMEOUTS = {
+    "max.block.ms": "20000", "request.timeout.ms": "10000", "delivery.timeout.ms": "20000",
+}  # fmt: skip
+
+# What Kafka says of letters that it won't take a minute later either.
+_FOR_GOOD = (
+    "RecordTooLargeException", "InvalidRecordException", "AuthorizationException",
+    "UnknownTopicOrPartitionException", "InvalidTopicException", "PolicyViolationException",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LetterTopic:
+    """What a topic for dead letters takes.
+
+    Attributes
+    ----------
+    limit : int
+        The bytes of a message, compressed.
+    codec : str
+        How to compress: as the topic stores it, or as is best.
+    """
+
+    limit: int
+    codec: str
+
+
+def prepare_dead_letters(
+    spark: SparkSession, topics: Iterable[str], settings: Mapping[str, str]
+) -> dict[str, LetterTopic]:
+    """Make sure that the dead letters of some topics can be sent.
+
+    A topic for them that is missing is created with as many partitions and replicas as the topic
+    that they come from, for messages as large as its own.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose JVM has the Kafka client.
+    topics : iterable of str
+        The topics that are read.
+    settings : mapping
+        Settings of a Kafka client by Kafka's names.
+
+    Returns
+    -------
+    dict of str to LetterTopic
+        By the topics that are read.
+
+    Raises
+    ------
+    StreamError
+        If a topic is missing and can't be created, or can't be written to.
+    BrokerAwayError
+        If Kafka gives no answer within 15 s.
+
+    Examples
+    --------
+    >>> settings = {"bootstrap.servers": kafka.bootstrap_servers}
+    >>> prepare_dead_letters(spark, ["events"], settings)
+    {'events': LetterTopic(limit=1064972, codec='zstd')}
+    """
+    settings = modern_settings(settings)
+    with _asking(spark, settings) as admin:
+        return {topic: admin.letter_topic(topic) for topic in topics}
+
+
+def send_dead_letters(
+    bad: DataFrame, settings: Mapping[str, str], topic_ids: Mapping[str, str | None]
+) -> int:
     """Send bad records to their topics' dead letters, with their keys and bytes.
 
     A batch that is done again sends its dead letters again; the headers tell which are the same.
+    A letter that can't be sent stops nothing: it stays in the sink's files, and the log names it.
 
     Parameters
     ----------
@@ -27,25 +119,37 @@ def send_dead_letters(bad: DataFrame, settings: Mapping[str, str]) -> None:
         ``value`` and ``reason``.
     settings : mapping
         Settings of a Kafka client by Kafka's names.
+    topic_ids : mapping
+        The batch's topics, with Kafka's ids of them; None where an id is unknown.
+
+    Returns
+    -------
+    int
+        How many letters weren't sent.
+
+    Raises
+    ------
+    BrokerAwayError
+        If Kafka gives no answer: the letters can be sent later.
     """
-    headers = {
-        "topic": F.col("topic"),
-        "partition": F.col("partition"),
-        "offset": F.col("offset"),
-        "timestamp": F.unix_millis("event_time"),
-        "reason": F.col("bad.reason"),
-    }
-    fields = [
-        F.struct(F.lit(name).alias("key"), value.cast("string").cast("binary").alias("value"))
-        for name, value in headers.items()
-    ]
-    letters = bad.select(
-        F.concat("topic", F.lit(DEAD_LETTERS)).alias("topic"),
-        F.col("bad.key").alias("key"),
-        F.col("bad.value").alias("value"),
-        F.array(*fields).alias("headers"),
-    )
-    _send(letters.coalesce(1), settings)
+    settings = modern_settings(settings)
+    unsent = 0
+    for topic, topic_id in topic_ids.items():
+        letters = _letters(bad.where(F.col("topic") == topic), topic_id)
+        try:
+            place = prepare_dead_letters(bad.sparkSession, [topic], settings)[topic]
+            unsent += _send_what_fits(letters, place, settings)
+        except Exception as error:
+            reason = _reason_for_good(error)
+            if reason is None:
+                raise
+            count = letters.count()
+            unsent += count
+            if count:
+                _LOGGER.error(
+                    "%s bad records of %s are in the sink's files only: %s", count, topic, reason
+                )
+    return unsent
 
 
 def send_predictions(scored: DataFrame, settings: Mapping[str, str], topic: str) -> None:
@@ -67,10 +171,6 @@ def send_predictions(scored: DataFrame, settings: Mapping[str, str], topic: str)
     --------
     >>> send_predictions(scored, {"bootstrap.servers": kafka.bootstrap_servers}, "predictions")
     """
-    headers = [
-        F.struct(F.lit(name).alias("key"), F.col(name).cast("string").cast("binary").alias("value"))
-        for name in ("topic", "partition", "offset")
-    ]
     content = F.struct(
         EVENT_ID,
         vector_entries(F.col("prediction")).alias("probabilities"),
@@ -80,19 +180,254 @@ def send_predictions(scored: DataFrame, settings: Mapping[str, str], topic: str)
         F.lit(topic).alias("topic"),
         F.col(EVENT_ID).cast("string").alias("key"),
         F.to_json(content).alias("value"),
-        F.array(*headers).alias("headers"),
+        _headers({name: F.col(name) for name in ("topic", "partition", "offset")}),
     )
-    _send(messages, settings)
+    _send(messages, modern_settings(settings))
+
+
+class _Admin:
+    """Questions and orders to Kafka about topics, each with a deadline."""
+
+    def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
+        self._jvm = spark._jvm
+        self._clients = spark._jvm.org.apache.kafka.clients.admin
+        self._config = spark._jvm.org.apache.kafka.common.config.ConfigResource
+        self._given = settings
+        deadlines = {
+            "request.timeout.ms": str(ANSWER_SECONDS * 1000),
+            "default.api.timeout.ms": str(ANSWER_SECONDS * 1000),
+        }
+        known = settings_of(spark, settings, "admin")
+        self._client = self._clients.Admin.create(java_map(spark, {**known, **deadlines}))
+
+    def close(self) -> None:
+        """Let go of the connections to Kafka."""
+        self._client.close(self._jvm.java.time.Duration.ofSeconds(1))
+
+    def letter_topic(self, topic: str) -> LetterTopic:
+        """Return what the topic for another's dead letters takes, and create it if need be."""
+        letters = topic + DEAD_LETTERS
+        try:
+            found = self._describe(letters) or self._create(letters, topic)
+        except StreamError:
+            raise
+        except Py4JJavaError as error:
+            if not _is_refusal(error):
+                raise
+            raise StreamError(
+                f"the dead letters of {topic} can't be sent: the ACLs WRITE and DESCRIBE on the "
+                f"topic {letters} are needed, and CREATE unless it exists."
+            ) from None
+        allowed = found.authorizedOperations()
+        if allowed and "WRITE" not in {operation.name() for operation in allowed}:
+            raise StreamError(
+                f"the dead letters of {topic} can't be sent: the ACL WRITE on the topic {letters} "
+                "is needed."
+            )
+        config = self._topic_config(letters)
+        if "compact" in config.get("cleanup.policy", ""):
+            raise StreamError(
+                f"the topic {letters} is compacted, so dead letters would be lost: set its "
+                "cleanup.policy to delete."
+            )
+        codec = config.get("compression.type", "producer")
+        if codec == "producer":
+            codec = self._given.get("compression.type", _CODEC)
+        limit = int(config.get("max.message.bytes", _DEFAULT_LIMIT))
+        return LetterTopic(limit, "none" if codec == "uncompressed" else codec)
+
+    def _describe(self, topic: str) -> JavaObject | None:
+        """Return Kafka's description of a topic; None if there is no such topic."""
+        options = self._clients.DescribeTopicsOptions().includeAuthorizedOperations(True)
+        names = self._jvm.java.util.List.of(topic)
+        found = self._client.describeTopics(names, options).topicNameValues().get(topic)
+        try:
+            return self._answer(found)
+        except Py4JJavaError as error:
+            if _name(error) != "UnknownTopicOrPartitionException":
+                raise
+            return None
+
+    def _create(self, letters: str, topic: str) -> JavaObject:
+        """Create a topic like another, for messages with a letter's headers; return what it is."""
+        source = self._describe(topic)
+        if source is None:
+            raise StreamError(
+                f"topic {topic!r} doesn't exist: check its name, or create it and write to it "
+                "first."
+            )
+        partitions = source.partitions()
+        replicas = self._jvm.java.lang.Short(partitions.get(0).replicas().size())
+        new = self._clients.NewTopic(letters, partitions.size(), replicas)
+        limit = self._topic_config(topic).get("max.message.bytes")
+        if limit:
+            limit = str(int(limit) + _HEADERS_ROOM)
+            new = new.configs(self._jvm.java.util.Map.of("max.message.bytes", limit))
+        try:
+            self._answer(self._client.createTopics(self._jvm.java.util.List.of(new)).all())
+        except Py4JJavaError as error:
+            if _is_refusal(error):
+                raise
+            if _name(error) != "TopicExistsException":  # somebody else was faster
+                reason = root_cause(error).getMessage()
+                raise StreamError(f"the topic {letters} can't be created: {reason}") from None
+        return self._describe_new(letters)
+
+    def _describe_new(self, topic: str) -> JavaObject:
+        """Return the description of a topic that was created just now: brokers hear of it later."""
+        ticks = self._jvm.java.lang.Thread
+        for _ in range(ANSWER_SECONDS * 10):
+            found = self._describe(topic)
+            if found is not None:
+                return found
+            ticks.sleep(100)
+        raise StreamError(f"the topic {topic} was created, but Kafka doesn't show it: try again.")
+
+    def _topic_config(self, topic: str) -> dict[str, str]:
+        """Return a topic's settings; none where they are not for this user."""
+        resource = self._config(self._config.Type.TOPIC, topic)
+        found = self._client.describeConfigs(self._jvm.java.util.List.of(resource)).values()
+        try:
+            entries = self._answer(found.get(resource)).entries()
+        except Py4JJavaError as error:
+            if not _is_refusal(error):
+                raise
+            return {}
+        entries = self._jvm.java.util.ArrayList(entries)
+        return {entry.name(): entry.value() for entry in entries}
+
+    def _answer(self, future: JavaObject) -> JavaObject:
+        return future.get(ANSWER_SECONDS, self._jvm.java.util.concurrent.TimeUnit.SECONDS)
+
+
+@contextmanager
+def _asking(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[_Admin]:
+    """Ask Kafka, with its exceptions as sentences."""
+    use_added_jars(spark)
+    try:
+        admin = _Admin(spark, settings)
+        try:
+            yield admin
+        finally:
+            admin.close()
+    except Py4JJavaError as error:
+        raise explained(error, settings) from None
+
+
+def _letters(bad: DataFrame, topic_id: str | None) -> DataFrame:
+    """Return bad records of a topic as messages, with the place that they had."""
+    headers = {
+        "topic": F.col("topic"),
+        "topic-id": F.lit(topic_id),
+        "partition": F.col("partition"),
+        "offset": F.col("offset"),
+        "timestamp": F.unix_millis("event_time"),
+        "reason": F.col("bad.reason"),
+    }
+    if topic_id is None:
+        del headers["topic-id"]
+    return bad.select(
+        F.struct("topic", "partition", "offset").alias("source"),
+        F.concat("topic", F.lit(DEAD_LETTERS)).alias("topic"),
+        F.col("bad.key").alias("key"),
+        F.col("bad.value").alias("value"),
+        _headers(headers),
+    )
+
+
+def _headers(values: Mapping[str, Column]) -> Column:
+    """Return a message's headers, as Spark's sink takes them."""
+    fields = [
+        F.struct(F.lit(name).alias("key"), value.cast("string").cast("binary").alias("value"))
+        for name, value in values.items()
+    ]
+    return F.array(*fields).alias("headers")
+
+
+def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[str, str]) -> int:
+    """Send the letters that their topic can take, and return how many it can't."""
+    room = max(place.limit, _UNPACKED_LIMIT)
+    sized = letters.withColumn("size", _size()).withColumn("fits", _fits(place, room))
+    messages = sized.where("fits").drop("source", "size", "fits").coalesce(1)
+    _send(messages, {**_TIMEOUTS, **settings, **_room_for(room, settings),
+                     "compression.type": place.codec})  # fmt: skip
+    # Spark's sink hands on no counts of an Observation, and says nothing of what it has written.
+    large = sized.where("NOT fits").select("source.*", "size").collect()
+    for letter in large[:_PLACES_TOLD]:
+        _LOGGER.error(
+            "the bad record at %s, partition %s, offset %s is in the sink's files only: it is too "
+            "large (%s bytes) for %s%s, which takes %s",
+            letter.topic, letter.partition, letter.offset, letter.size, letter.topic, DEAD_LETTERS,
+            place.limit,
+        )  # fmt: skip
+    if len(large) > _PLACES_TOLD:
+        _LOGGER.error("so are %s more", len(large) - _PLACES_TOLD)
+    return len(large)
+
+
+def _size() -> Column:
+    """Return how many bytes a letter has before it is compressed, at most."""
+    parts = [F.octet_length("key"), F.octet_length("value")]
+    parts.append(F.octet_length(F.to_json("headers")))  # Base64, so it is more than enough
+    total = F.lit(_OVERHEAD).cast("bigint")
+    for part in parts:
+        total += F.coalesce(part, F.lit(0))
+    return total
+
+
+def _fits(place: LetterTopic, room: int) -> Column:
+    """Tell of a letter whether its topic takes it; only large ones are compressed to find out."""
+    size = F.col("size")
+    if place.codec == "none":
+        return size <= place.limit
+    large = F.when((size > place.limit) & (size <= room), F.concat_ws("", "key", "value"))
+    codec = place.codec
+    packed = F.arrow_udf(lambda contents: _packed_sizes(contents, codec), "bigint")
+    # What Kafka's own compression makes of it differs by less than that.
+    needed = packed(large.cast("binary")) * 1.02 + _HEADERS_ROOM
+    return (size <= place.limit) | F.coalesce(needed <= place.limit, F.lit(False))
+
+
+def _packed_sizes(contents: pyarrow.Array, codec: str) -> pyarrow.Array:
+    """Return how many bytes each content has when it is compressed."""
+    sizes = (
+        len(pyarrow.compress(each.as_buffer(), codec=codec)) if each.is_valid else None
+        for each in contents
+    )
+    return pyarrow.array(sizes, pyarrow.int64())
+
+
+def _room_for(size: int, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return what a producer needs to send messages of so many bytes."""
+    return {
+        name: str(max(size + _HEADERS_ROOM, int(settings.get(name, 0))))
+        for name in ("max.request.size", "buffer.memory")
+    }
+
+
+def _reason_for_good(error: Exception) -> str | None:
+    """Return why letters can't be sent, now or later; None if it is worth another try."""
+    if type(error) is StreamError:
+        return str(error)
+    text = str(error)
+    return summary(text) if any(name in text for name in _FOR_GOOD) else None
+
+
+def _is_refusal(error: Py4JJavaError) -> bool:
+    return _name(error).endswith("AuthorizationException")
+
+
+def _name(error: Py4JJavaError) -> str:
+    return root_cause(error).getClass().getSimpleName()
 
 
 def _send(messages: DataFrame, settings: Mapping[str, str]) -> None:
     """Write records to Kafka with Spark's own sink."""
     spark = messages.sparkSession
     use_added_jars(spark)
-    known = set(spark._jvm.org.apache.kafka.clients.producer.ProducerConfig.configNames())
     options: dict[str, Any] = {
         f"kafka.{name}": value
-        for name, value in modern_settings(settings).items()
-        if name in known and not name.endswith(".serializer")
+        for name, value in settings_of(spark, settings, "producer").items()
+        if name != "transactional.id" and not name.endswith(".serializer")
     }
     messages.write.format("kafka").options(**options).save()

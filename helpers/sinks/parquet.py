@@ -237,7 +237,7 @@ class ParquetSink:
                 self._spark, self.path, folder, counts["rows"], self._state.number + 1
             )
             if counts["bad"]:
-                self._treat_bad_records(part)
+                self._treat_bad_records(part, ranges)
             self._check_topics(left)
             self._lease.check()
         except BaseException:
@@ -385,7 +385,7 @@ class ParquetSink:
         del found["one_outside"]
         return found
 
-    def _treat_bad_records(self, part: Part) -> None:
+    def _treat_bad_records(self, part: Part, ranges: list[OffsetRange]) -> None:
         """Do with a batch's bad records what the sink was told."""
         files = read_parts(self._spark, self.path, [part], self._meaning["event_id"])
         bad = files.where("bad IS NOT NULL")
@@ -397,7 +397,8 @@ class ParquetSink:
                 "dead-letter or skip."
             )
         if self._on_bad_record == "dead-letter":
-            send_dead_letters(bad, self._settings)
+            topic_ids = {part.topic: part.topic_id for part in ranges}
+            send_dead_letters(bad, self._settings, topic_ids)
 
     def _commit(self, part: Part, ranges: list[OffsetRange], counts: dict[str, int]) -> None:
         """Make the batch count: write its manifest, in one step."""

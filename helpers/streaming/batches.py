@@ -24,7 +24,8 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.streaming import StreamingContext, StreamingListener
 
-from helpers.session import get_spark
+from helpers.security import is_secret
+from helpers.session import get_spark, protect_folder
 from helpers.streaming.errors import (
     ANSWER_SECONDS,
     BrokerAwayError,
@@ -427,6 +428,8 @@ class Batches:
         The first plan is kept even if it has no records: it says where the stream began.
         """
         if self._plans is None and (folder := self._plans_folder()) is not None:
+            if any(map(is_secret, self._settings)):  # which Spark writes into its checkpoint
+                protect_folder(get_spark(), self._context.checkpointDir())
             self._plans = PlanLog(get_spark(), folder)
         if self._plans is not None and (plan.ranges or self._plans.last() is None):
             self._plans.write(interval, plan)

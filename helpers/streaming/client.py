@@ -19,7 +19,7 @@ from pyspark.sql import SparkSession
 from helpers.session import root_cause
 from helpers.streaming.errors import ANSWER_SECONDS, StreamError, explained
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
-from helpers.streaming.settings import check_names, java_map, use_added_jars
+from helpers.streaming.settings import check_names, java_map, settings_of, use_added_jars
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -106,10 +106,13 @@ class KafkaClient:
         with self._asking():
             check_names(spark, self.settings)
             clients = self._jvm.org.apache.kafka.clients
-            self._consumer = clients.consumer.KafkaConsumer(
-                java_map(spark, {**self.settings, **CLIENT_SETTINGS})
+            consumers, admins = (
+                settings_of(spark, self.settings, client) for client in ("consumer", "admin")
             )
-            self._admin = clients.admin.Admin.create(java_map(spark, self.settings))
+            self._consumer = clients.consumer.KafkaConsumer(
+                java_map(spark, {**consumers, **CLIENT_SETTINGS})
+            )
+            self._admin = clients.admin.Admin.create(java_map(spark, admins))
 
     def topics(self, names: Iterable[str]) -> dict[str, Topic]:
         """Return what Kafka says of topics, by their names.

@@ -19,6 +19,13 @@ _OLD_NAMES = {"metadata.broker.list": "bootstrap.servers"}
 _OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
 _RESETS = ("earliest", "latest", "none")
 
+# Where Kafka keeps which settings each of its clients knows.
+_CONFIGS = {
+    "consumer": "consumer.ConsumerConfig",
+    "producer": "producer.ProducerConfig",
+    "admin": "admin.AdminClientConfig",
+}
+
 
 def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
     """Return settings with the names and values that today's Kafka has for them.
@@ -61,7 +68,7 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_names(spark: SparkSession, settings: Mapping[str, str]) -> None:
-    """Raise `ValueError` for a setting that Kafka's consumer doesn't know; it would ignore it.
+    """Raise `ValueError` for a setting that no client of Kafka's knows; all would ignore it.
 
     Parameters
     ----------
@@ -75,14 +82,35 @@ def check_names(spark: SparkSession, settings: Mapping[str, str]) -> None:
     >>> check_names(spark, {"group.ids": "scoring"})
     Traceback (most recent call last):
     ...
-    ValueError: Kafka's consumer has no setting 'group.ids': 'group.id' may be meant.
+    ValueError: Kafka's clients have no setting 'group.ids': 'group.id' may be meant.
     """
-    known = set(spark._jvm.org.apache.kafka.clients.consumer.ConsumerConfig.configNames())
+    known = set().union(*(_names(spark, client) for client in _CONFIGS))
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f": {near[0]!r} may be meant." if near else "; take it out."
-            raise ValueError(f"Kafka's consumer has no setting {name!r}{hint}")
+            raise ValueError(f"Kafka's clients have no setting {name!r}{hint}")
+
+
+def settings_of(spark: SparkSession, settings: Mapping[str, str], client: str) -> dict[str, str]:
+    """Return those of some settings that one of Kafka's clients knows.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose JVM has the Kafka client.
+    settings : mapping
+        Settings by Kafka's names, of several clients.
+    client : str
+        ``"consumer"``, ``"producer"`` or ``"admin"``.
+
+    Examples
+    --------
+    >>> settings_of(spark, {"client.id": "scoring", "max.request.size": "5000000"}, "consumer")
+    {'client.id': 'scoring'}
+    """
+    known = _names(spark, client)
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def java_map(spark: SparkSession, settings: Mapping[str, str]) -> Any:
@@ -130,6 +158,11 @@ def refuse_zookeeper(addresses: str, only_its_port: bool) -> None:
                 f"{address.strip()!r} {reason}. Kafka 4 has no ZooKeeper: pass the brokers' own "
                 "addresses instead, such as '127.0.0.1:9092'."
             )
+
+
+def _names(spark: SparkSession, client: str) -> set[str]:
+    """Return the names of the settings that a client knows."""
+    return set(getattr(spark._jvm, f"org.apache.kafka.clients.{_CONFIGS[client]}").configNames())
 
 
 def _ask_zookeeper(host: str, port: int) -> bytes | None:

@@ -1,0 +1,125 @@
+"""While the kit runs, it listens on the loopback interface of this machine and nowhere else."""
+
+import contextlib
+import ipaddress
+import os
+import sys
+import threading
+
+import psutil
+import pytest
+from processes import ROOT, dry_run_make, running, wait_until
+
+from helpers.broker import free_port
+from helpers.jars import spark_home
+
+JOB = str(ROOT / "examples" / "streaming_job.py")
+SECONDS = 300
+
+
+def listening(process):
+    """Return the addresses at which a process and all that it started listen, with their names."""
+    found = set()
+    for part in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {
+                (part.name(), connection.laddr.ip, connection.laddr.port)
+                for connection in part.net_connections("tcp")
+                if connection.status == psutil.CONN_LISTEN
+            }
+    return found
+
+
+def beyond_loopback(addresses):
+    """Return the addresses, IPv4 and IPv6, that others can reach."""
+    reachable = []
+    for name, ip, port in sorted(addresses):
+        address = ipaddress.ip_address(ip.partition("%")[0])
+        if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+            reachable.append((name, ip, port))
+    return reachable
+
+
+@contextlib.contextmanager
+def watched(command, **options):
+    """Run a command, and note all addresses at which it and its children listen meanwhile."""
+    seen, over = set(), threading.Event()
+
+    def look():
+        while not over.is_set():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen.update(listening(psutil.Process(process.pid)))
+            over.wait(0.2)
+
+    with running(command, **options) as process:
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        try:
+            yield process, seen
+        finally:
+            over.set()
+            watcher.join()
+
+
+@pytest.fixture
+def job(kafka, topic, produce, event_values, tmp_path):
+    """Return the arguments of a job on a topic with events."""
+    produce(topic, [*event_values, b"rubbish"])
+    return [
+        JOB, "--engine", "dstream", "--bootstrap-servers", kafka.bootstrap_servers, "--topic",
+        topic, "--output", str(tmp_path / "scored"), "--available-now",
+    ]  # fmt: skip
+
+
+def test_the_addresses_that_others_can_reach_are_told_from_loopback():
+    """The test's own eyes: all interfaces, an address of the network, and both kinds of IPv6."""
+    addresses = ["127.0.0.1", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::", "10.0.0.1", "fe80::1%lo"]
+    found = beyond_loopback({("x", address, 1) for address in addresses})
+    assert [ip for _, ip, _ in found] == ["0.0.0.0", "10.0.0.1", "::", "fe80::1%lo"]
+
+
+def test_a_job_listens_on_loopback_only(job):
+    """Its driver, its web page, its workers."""
+    with watched([sys.executable, *job]) as (process, seen):
+        printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, printed
+    assert len(seen) >= 3 and beyond_loopback(seen) == []
+
+
+def test_a_job_under_spark_submit_listens_on_loopback_only(job):
+    """Spark-submit has started Java before the kit can say a word."""
+    command = [str(spark_home() / "bin" / "spark-submit"), "--master", "local[2]", *job]
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_HOME": str(spark_home())}
+    environment.pop("SPARK_LOCAL_IP", None)
+    with watched(command, env=environment) as (process, seen):
+        printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, printed
+    assert len(seen) >= 3 and beyond_loopback(seen) == []
+
+
+def test_a_notebook_listens_on_loopback_only():
+    """The kernel, the broker, Spark, and what they start."""
+    command = [sys.executable, "-m", "helpers.notebook", "1_walkthrough", "EVENTS=2000", "CORES=1"]
+    with watched(command) as (process, seen):
+        printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, printed
+    assert len(seen) >= 8 and beyond_loopback(seen) == []
+
+
+def test_the_lab_listens_on_loopback_only():
+    """Jupyter's own default, which `make lab` leaves alone."""
+    (line,) = [line for line in dry_run_make("lab").splitlines() if "jupyter lab" in line]
+    port = free_port()
+    options = ["--no-browser", f"--port={port}", "--ServerApp.token=x"]
+    with watched([*line.split(), *options]) as (_, seen):
+        wait_until(lambda: port in {found for _, _, found in list(seen)})
+    assert beyond_loopback(seen) == []
+
+
+def test_a_broker_listens_on_loopback_only():
+    """For clients, and for its controller."""
+    command = [sys.executable, "-m", "helpers.broker", "--port", str(free_port())]
+    with watched(command) as (process, seen):
+        assert "ready at" in process.stdout.readline()
+        wait_until(lambda: len(seen) >= 2)
+    assert beyond_loopback(seen) == []
