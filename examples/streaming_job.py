@@ -37,8 +37,10 @@ from helpers.streaming import (
     KafkaQuery,
     KafkaUtils,
     StreamError,
+    TopicAndPartition,
     new_streaming_context,
     run_stream,
+    topic_ids,
 )
 from helpers.streaming.running import java_watched
 from helpers.transformers import EventNormalizer, LabelIndexTransformer, ModelPredictor
@@ -98,7 +100,7 @@ class Job:
         """Score with a DStream: the sink says where it begins, so it needs no checkpoint."""
         ssc = new_streaming_context(self._spark, self._options.interval)
         stream = KafkaUtils.createDirectStream(
-            ssc, [self._options.topic], self._settings, positions=self._sink.positions()
+            ssc, [self._options.topic], self._settings, positions=self._positions()
         )
         there, done = stream.lag(), 0
 
@@ -121,7 +123,7 @@ class Job:
 
     def run_structured(self) -> None:
         """Score with Structured Streaming: Spark keeps in the checkpoint where it is."""
-        positions = self._sink.positions()
+        positions = self._positions()
         query = KafkaQuery(
             self._spark, [self._options.topic], self._settings, self._options.checkpoint,
             positions, RECORDS_PER_BATCH,
@@ -141,6 +143,10 @@ class Job:
             interval = None if self._options.available_now else self._options.interval
             with self._monitor.follow(self._spark):
                 query.run(until=self._stopping.is_set, interval=interval)
+
+    def _positions(self) -> dict[TopicAndPartition, int]:
+        """Return where the output ends, and so where a stream resumes."""
+        return self._sink.positions(topic_ids(self._spark, [self._options.topic], self._settings))
 
 
 def score_with_file(file: ModelFile) -> Score:
@@ -219,7 +225,8 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
         if options.on_bad_record == "dead-letter":
             prepare_dead_letters(spark, [options.topic], settings)
         with ParquetSink(
-            spark, options.output, options.on_bad_record, settings, event_id, signal_index
+            spark, options.output, options.on_bad_record, settings, event_id, signal_index,
+            options.from_beginning,
         ) as sink:
             job = Job(spark, options, sink, score, signal_index, stopping)
             job.run_dstream() if options.engine == "dstream" else job.run_structured()
@@ -259,6 +266,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--interval", type=_seconds, default=1.0, metavar="S",
         help="seconds between batches; default: %(default)s")  # fmt: skip
     add("--available-now", action="store_true", help="score what is there, and end")
+    add("--from-beginning", action="store_true",
+        help="when the topic was deleted and created again: add its new events to the same output, "
+        "instead of refusing them")  # fmt: skip
     add("--on-bad-record", choices=ON_BAD_RECORD, default="dead-letter",
         help="what to do with records that are no events; default: %(default)s")  # fmt: skip
     add("--kafka-config", default={}, metavar="FILE", type=config_option,

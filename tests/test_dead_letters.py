@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 from kafka import KafkaConsumer
-from processes import run_python
+from processes import ROOT, run_python
 from pyspark.sql import functions as F
 from test_sinks import rows
 
@@ -23,6 +23,25 @@ from helpers.sinks import (
 from helpers.streaming import OffsetRange, StreamError
 
 MIB = 1024**2
+
+
+class OneBatch:
+    """A stream that has planned one batch, as a sink takes it."""
+
+    def __init__(self, planned):
+        self.planned = planned
+
+    def ranges_of(self, batch_id):
+        """Return the batch's ranges."""
+        return [self.planned]
+
+    def topic_ids(self):
+        """Return the ids that the topics have now."""
+        return {self.planned.topic: self.planned.topic_id}
+
+    def positions(self):
+        """Return where the stream begins."""
+        return {}
 
 
 def bad_rows(spark, topic, values):
@@ -53,7 +72,7 @@ def settings(kafka):
 def test_a_dead_letter_has_all_that_the_record_was(spark, kafka, topic, settings, tmp_path):
     """Its topic's identity among it: the same offset of another topic is another record."""
     with ParquetSink(spark, str(tmp_path), "dead-letter", settings) as sink:
-        sink.begin(lambda _: [OffsetRange(topic, 0, 0, 10, topic_id="the-id")])
+        sink.begin(OneBatch(OffsetRange(topic, 0, 0, 10, topic_id="the-id")))
         sink.write(rows(spark, 0, 10, bad=[3], topic=topic), batch_id=0)
     (letter,) = consume(kafka, f"{topic}.dead-letter", 1)
     assert (letter.key, letter.value) == (b"key", b"\xffrubbish")
@@ -95,7 +114,7 @@ def test_a_letter_that_is_too_large_stops_no_other(
     value = F.when(F.col("offset") == 1, F.lit(filler)).otherwise(F.col("bad.value"))
     bad = bad.withColumn("bad", F.col("bad").withField("value", value))
     with ParquetSink(spark, str(tmp_path), "dead-letter", settings) as sink:
-        sink.begin(lambda _: [OffsetRange(topic, 0, 0, 3)])
+        sink.begin(OneBatch(OffsetRange(topic, 0, 0, 3, topic_id="the-id")))
         with caplog.at_level(logging.ERROR):
             sink.write(bad, batch_id=0)
         assert sink.has(0)
@@ -194,6 +213,7 @@ from pyspark.sql import functions as F
 from helpers.session import get_spark
 from helpers.sinks import ParquetSink
 from helpers.streaming import OffsetRange
+from test_dead_letters import OneBatch
 spark = get_spark(cores=2, memory="2g")
 content = F.struct(F.lit(b"key").alias("key"),
                    F.repeat(F.col("id").cast("string"), 900_000 // 4).cast("binary").alias("value"),
@@ -207,10 +227,11 @@ rows = spark.range(1_000, 3_600).select(
 rows = rows.withColumn("prediction", F.when(F.col("p").isNotNull(), array_to_vector("p"))).drop("p")
 settings = {{"bootstrap.servers": "{kafka.bootstrap_servers}"}}
 with ParquetSink(spark, "{tmp_path}/scored", "dead-letter", settings) as sink:
-    sink.begin(lambda _: [OffsetRange("{topic}", 0, 1_000, 3_600)])
+    sink.begin(OneBatch(OffsetRange("{topic}", 0, 1_000, 3_600, topic_id="the-id")))
     sink.write(rows, 0)
 """
-    run = run_python("-c", program, seconds=600)
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    run = run_python("-c", program, seconds=600, env=here)
     assert run.returncode == 0, run.stderr[-3000:]
     counts = count_records(kafka.bootstrap_servers, f"{topic}.dead-letter")
     assert sum(counts.values()) == 2_600

@@ -48,9 +48,10 @@ def rows(spark, start, end, bad=(), topic="events"):
 class Stream:
     """A source of batches: what `begin` takes."""
 
-    def __init__(self):
+    def __init__(self, starts=None):
         self.ranges = {}  # by batch
         self.ids = {"events": "id-1"}
+        self.starts = starts or {}
 
     def ranges_of(self, batch_id):
         """Return a batch's ranges."""
@@ -59,6 +60,10 @@ class Stream:
     def topic_ids(self):
         """Return the ids that the topics have now."""
         return dict(self.ids)
+
+    def positions(self):
+        """Return where the stream begins."""
+        return self.starts
 
     def plan(self, start, end, topic="events"):
         """Plan a batch; its id is the offset where it begins."""
@@ -565,3 +570,14 @@ def test_one_batch_after_another_has_its_number(spark, path):
             write(sink, spark, start, start + 10)
     found = read_scored(spark, path).select("batch", "offset").collect()
     assert {(row.batch, row.offset) for row in found} == {(n // 10, n) for n in range(20)}
+
+
+def test_where_a_stream_begins_is_kept_before_its_first_batch(spark, path):
+    """A stream that begins at the end and dies loses nothing of what comes before it is back."""
+    with Sink(spark, path, stream=Stream({PARTITION: 7})):
+        pass  # it dies before a batch
+    with Sink(spark, path, stream=Stream({PARTITION: 90})) as sink:
+        assert sink.positions() == {PARTITION: 7}
+        write(sink, spark, 0, 10)  # a stream that begins earlier after all: nothing is stored yet
+        assert sink.positions() == {PARTITION: 10}
+    assert stored(spark, path) == list(range(10))

@@ -43,6 +43,7 @@ from helpers.sinks.errors import BadRecordError, SinkError
 from helpers.sinks.lease import Lease
 from helpers.sinks.parts import finished_part, merge, read_parts
 from helpers.sinks.progress import Progress, Source, check_ranges
+from helpers.sinks.starts import StartLog
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ class ParquetSink:
     ...         return [OffsetRange("events", 0, 0, 1, "id-of-topic")]
     ...     def topic_ids(self):
     ...         return {"events": "id-of-topic"}
+    ...     def positions(self):
+    ...         return {TopicAndPartition("events", 0): 0}
     >>> with ParquetSink(spark, path) as sink:
     ...     sink.begin(OneEvent())
     ...     sink.write(scored, batch_id=7)
@@ -128,6 +131,7 @@ class ParquetSink:
         self._from_beginning = from_beginning
         self._lease: Lease | None = None
         self._commits: CommitLog | None = None
+        self._starts: StartLog | None = None
         self._state = State()
         self._tidy_from = 0  # the number of a manifest
         self._has_leftovers = True
@@ -157,8 +161,7 @@ class ParquetSink:
         Parameters
         ----------
         source : Source
-            Knows the offset ranges of the stream's batches: a `KafkaDirectStream`, or
-            `CheckpointRanges` for Structured Streaming.
+            The stream: a `KafkaDirectStream` or a `KafkaQuery`.
 
         Raises
         ------
@@ -173,10 +176,11 @@ class ParquetSink:
             )
         topic_ids = source.topic_ids()
         self._state = replace(self._state, progress=self._progress_in(topic_ids))
+        self._starts.keep(source.positions(), topic_ids)
         self._source, self._ids_at_begin = source, topic_ids
 
     def positions(self, topic_ids: Mapping[str, str] | None = None) -> dict[TopicAndPartition, int]:
-        """Return where a stream resumes: behind the last batch, in each partition it had.
+        """Return where a stream resumes: after the last batch, or where it began first.
 
         Parameters
         ----------
@@ -195,7 +199,9 @@ class ParquetSink:
                 "with from_beginning, the positions depend on which topics were created again: "
                 "pass Kafka's ids of the topics to `positions`."
             )
-        return dict(self._progress_in(topic_ids or {}).positions)
+        progress = self._progress_in(topic_ids or {})
+        starts = self._starts.starts({**progress.topic_ids, **(topic_ids or {})})
+        return {**starts, **progress.positions}
 
     def topic_ids(self) -> dict[str, str]:
         """Return Kafka's ids of the topics whose events are stored, by topic name."""
@@ -252,6 +258,7 @@ class ParquetSink:
     def _open(self) -> None:
         """Find out how far an earlier sink has come."""
         self._commits = CommitLog(self._spark, self.path)
+        self._starts = StartLog(self._spark, self.path)
         last = self._commits.last()
         for name, value in self._meaning.items():
             if last.meaning.get(name, value) != value:  # an older kit wrote no signal_index

@@ -13,8 +13,7 @@ from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 class Source(Protocol):
     """Where a sink's batches come from.
 
-    A DStream is one (`KafkaDirectStream`), and so is the checkpoint of a query
-    (`CheckpointRanges`).
+    A DStream is one (`KafkaDirectStream`), and so is a query (`KafkaQuery`).
     """
 
     def ranges_of(self, batch_id: int) -> list[OffsetRange]:
@@ -22,6 +21,9 @@ class Source(Protocol):
 
     def topic_ids(self) -> dict[str, str]:
         """Ask Kafka which ids the source's topics have now, and return them by topic name."""
+
+    def positions(self) -> dict[TopicAndPartition, int]:
+        """Return where the next batch begins in each partition."""
 
 
 @dataclass(frozen=True)

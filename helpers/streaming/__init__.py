@@ -21,6 +21,7 @@ From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `
 (`KafkaQuery`: the same promises on Structured Streaming).
 """
 
+from helpers.streaming.client import topic_ids
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import StreamError
 from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
@@ -46,5 +47,6 @@ __all__ = [
     "read_stream",
     "run_stream",
     "stop_streaming",
+    "topic_ids",
     "utf8_decoder",
 ]

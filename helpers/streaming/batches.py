@@ -189,6 +189,10 @@ class Batches:
         """Ask Kafka for the ids of the stream's topics, by their names."""
         return self._planner.topic_ids_now()
 
+    def positions(self) -> dict[TopicAndPartition, int]:
+        """Return where the next batch to be planned begins in each partition."""
+        return self._planner.positions()
+
     def planned_ranges(self, batch_id: int) -> list[OffsetRange]:
         """Return the offset ranges of a batch that isn't committed yet."""
         ranges = self.ranges(batch_id)

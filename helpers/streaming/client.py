@@ -19,7 +19,13 @@ from pyspark.sql import SparkSession
 from helpers.session import root_cause
 from helpers.streaming.errors import ANSWER_SECONDS, StreamError, explained
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
-from helpers.streaming.settings import check_names, java_map, settings_of, use_added_jars
+from helpers.streaming.settings import (
+    check_names,
+    java_map,
+    modern_settings,
+    settings_of,
+    use_added_jars,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -122,7 +128,7 @@ class KafkaClient:
         StreamError
             If one of them doesn't exist.
         """
-        found = {}
+        names, found = list(names), {}
         with self._asking():
             wanted = self._jvm.java.util.ArrayList()
             for name in names:
@@ -306,6 +312,34 @@ class KafkaClient:
                 yield
         except Py4JJavaError as error:
             raise explained(error, self.settings) from None
+
+
+def topic_ids(
+    spark: SparkSession, topics: Iterable[str], settings: Mapping[str, str]
+) -> dict[str, str]:
+    """Return Kafka's ids of topics: another one each time a topic of that name is created.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        A session with the Kafka connector.
+    topics : iterable of str
+        The topics.
+    settings : mapping
+        Settings of `KafkaConsumer` by Kafka's names.
+
+    Raises
+    ------
+    StreamError
+        If a topic doesn't exist, or Kafka can't be reached, or refuses.
+
+    Examples
+    --------
+    >>> list(topic_ids(spark, ["events"], {"bootstrap.servers": kafka.bootstrap_servers}))
+    ['events']
+    """
+    with contextlib.closing(KafkaClient(spark, modern_settings(settings))) as client:
+        return client.topic_ids(topics)
 
 
 def _topic_id_in(metadata: str) -> str | None:

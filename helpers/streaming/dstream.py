@@ -14,7 +14,7 @@ from pyspark.streaming.dstream import TransformedDStream
 
 from helpers.session import scratch_folder
 from helpers.streaming.batches import Batches, batch_id_of
-from helpers.streaming.offsets import OffsetRange
+from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
 
 class KafkaRDD(RDD):
@@ -186,6 +186,16 @@ class KafkaDirectStream(TransformedDStream):
         ['events']
         """
         return self._batches.topic_ids()
+
+    def positions(self) -> dict[TopicAndPartition, int]:
+        """Return where the next batch to be planned begins in each partition.
+
+        Examples
+        --------
+        >>> stream.positions()
+        {TopicAndPartition(topic='events', partition=0): 0}
+        """
+        return self._batches.positions()
 
     def lag(self) -> int:
         """Return how many offsets that the topics had at the last interval are not done yet.

@@ -197,6 +197,10 @@ class KafkaQuery:
         """Ask Kafka for the ids of the topics, by their names."""
         return self._client.topic_ids(self._topics)
 
+    def positions(self) -> dict[TopicAndPartition, int]:
+        """Return where the next batch to be planned begins in each partition."""
+        return {**self._starts, **self._offsets.planned()}
+
     def finished(self) -> dict[TopicAndPartition, int]:
         """Return where the last batch that is done ended, in each partition that was read."""
         return self._offsets.finished()

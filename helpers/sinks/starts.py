@@ -1,0 +1,65 @@
+"""Where the streams of a sink began: known before the first batch is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pyspark.sql import SparkSession
+
+from helpers.files import JsonFolder
+from helpers.streaming.offsets import TopicAndPartition
+
+
+class StartLog:
+    """A file for each topic with the offsets at which its first stream began.
+
+    A stream that begins at a topic's end and dies before its first batch would otherwise begin at
+    the new end, past what came in between.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client is used.
+    path : str
+        The sink's path.
+
+    Examples
+    --------
+    >>> log = StartLog(spark, str(getfixture("tmp_path")))
+    >>> log.keep({TopicAndPartition("events", 0): 7}, {"events": "id-1"})
+    >>> log.starts({})
+    {TopicAndPartition(topic='events', partition=0): 7}
+    >>> log.starts({"events": "id-2"})
+    {}
+    """
+
+    def __init__(self, spark: SparkSession, path: str) -> None:
+        self._files = JsonFolder(spark, f"{path}/starts")
+        self._kept = {topic: self._files.read(topic) for topic in self._files.names()}
+
+    def starts(self, topic_ids: Mapping[str, str]) -> dict[TopicAndPartition, int]:
+        """Return where streams began, but not in topics that have other ids now."""
+        return {
+            TopicAndPartition(topic, int(partition)): offset
+            for topic, content in self._kept.items()
+            if topic_ids.get(topic, content["topic_id"]) == content["topic_id"]
+            for partition, offset in content["offsets"].items()
+        }
+
+    def keep(self, starts: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]) -> None:
+        """Write down where a stream begins, unless an earlier one began in the same topic."""
+        for topic, topic_id in topic_ids.items():
+            kept = self._kept.get(topic)
+            if kept and kept["topic_id"] == topic_id:
+                continue
+            if kept:
+                self._files.delete(topic)
+            self._kept[topic] = {
+                "topic_id": topic_id,
+                "offsets": {
+                    str(part.partition): offset
+                    for part, offset in starts.items()
+                    if part.topic == topic
+                },
+            }
+            self._files.write(topic, self._kept[topic])
