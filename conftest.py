@@ -131,8 +131,8 @@ def serving_model(make_serving_model: Callable) -> ServingModel:
 
 
 _WITH_SPARK = (
-    "dead_letters", "files", "higgs", "monitor", "records", "serving", "sinks", "streaming",
-    "training", "transformers",
+    "dead_letters", "files", "higgs", "monitor", "records", "serving", "session", "sinks",
+    "streaming", "training", "transformers",
 )  # fmt: skip
 
 
