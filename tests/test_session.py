@@ -12,7 +12,7 @@ from kafka import KafkaAdminClient
 from processes import run_python, wait_until
 
 from helpers import session
-from helpers.session import SessionError, get_spark
+from helpers.session import SessionError, get_spark, protect_folder
 
 
 def test_the_existing_session_is_used(spark):
@@ -117,3 +117,28 @@ def test_spark_home_names_the_spark_that_is_used(tmp_path):
     program = "import helpers.session, pyspark; print(pyspark.__file__)"
     run = run_python("-c", program, env=environment)
     assert run.stdout.startswith(f"{tmp_path}/python/pyspark"), run.stderr
+
+
+def test_spark_submits_master_decides_what_is_restricted(monkeypatch):
+    """A driver that a cluster's executors must find isn't put on loopback."""
+    asked = {}
+    submitted = {"spark.master": "yarn", "spark.executor.memory": "8g"}
+    monkeypatch.setattr(session, "_submitted_settings", lambda: submitted)
+    monkeypatch.setattr(session.SparkContext, "_active_spark_context", None)
+    monkeypatch.setattr(session, "_start", lambda settings: asked.update(settings))
+    monkeypatch.setattr(session, "_hide_secrets", lambda spark: None)
+    monkeypatch.setattr(session, "_ship_helpers", lambda spark: None)
+    get_spark()
+    assert "spark.driver.host" not in asked
+    assert asked["spark.master"] == "yarn" and asked["spark.executor.memory"] == "8g"
+
+
+@pytest.mark.parametrize("name, mode", [("kafka-plans", 0o700), ("something-else", 0o755)])
+def test_a_folder_with_settings_is_kept_from_others(spark, tmp_path, caplog, name, mode):
+    """A checkpoint has passwords in it; a folder that isn't Spark's alone is left as it is."""
+    folder = tmp_path / "checkpoint"
+    (folder / name).mkdir(parents=True)
+    folder.chmod(0o755)
+    protect_folder(spark, str(folder))
+    assert folder.stat().st_mode & 0o777 == mode
+    assert ("chmod 700 it" in caplog.text) == (mode != 0o700)

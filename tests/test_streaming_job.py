@@ -9,12 +9,14 @@ import time
 import numpy
 import psutil
 import pytest
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, KafkaProducer
 from processes import ROOT, run_python, running
 
+from helpers.broker import LocalKafka
 from helpers.higgs import FEATURES, generate_events
 from helpers.jars import spark_home
 from helpers.model import save_serving_model
+from helpers.security import python_settings
 from helpers.sinks import read_scored
 
 JOB = ROOT / "examples" / "streaming_job.py"
@@ -142,6 +144,8 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
         (["--kafka-option", "group.id"], "group.id is not of the form K=V"),
         (["--on-bad-record", "ignore"], "invalid choice: 'ignore'"),
         (["--checkpoint", "c", "--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
+        (["--kafka-option", "ssl.key.password=x"], "name that with --kafka-config"),
+        (["--kafka-config", "nowhere"], "nowhere: No such file or directory"),
     ],
 )
 def test_wrong_options_are_refused_with_the_reason(kafka, topic, arguments, reason, tmp_path):
@@ -216,3 +220,31 @@ def ids_in(kafka, topic):
         consumer_timeout_ms=5_000,
     ) as consumer:  # fmt: skip
         return [int(record.key) for record in consumer if record.key.isdigit()]
+
+
+def test_a_secured_kafka_needs_no_password_on_the_command_line(spark, event_values, tmp_path):
+    """The settings are in a file; a right that dead letters lack is said when the job starts."""
+    with LocalKafka(security="SASL_SSL") as kafka:
+        kafka.create_topic("events", partitions=1)
+        with KafkaProducer(**python_settings(kafka.settings, KafkaProducer)) as producer:
+            for value in [*event_values[:10], b"rubbish"]:
+                producer.send("events", value)
+        reader = kafka.add_user("reader")
+        kafka.allow("reader", ["READ", "DESCRIBE"], topic="events")
+        file = tmp_path / "client.properties"
+        file.touch(mode=0o600)
+        file.write_text("".join(f"{name}={value}\n" for name, value in reader.items()))
+        arguments = ["--engine", "dstream", "--bootstrap-servers", kafka.bootstrap_servers]
+        arguments += ["--topic", "events", "--output", str(tmp_path / "scored")]
+        arguments += ["--kafka-config", str(file), "--kafka-option", "max.request.size=2000000"]
+        run = run_python(str(JOB), *arguments, "--available-now", seconds=SECONDS)
+        assert run.returncode == 1
+        assert "the ACLs WRITE and DESCRIBE on the topic events.dead-letter are" in run.stderr
+        kafka.allow("reader", ["CREATE", "WRITE"], topic="events.dead-letter")
+        score_all(arguments)
+        with KafkaConsumer(
+            "events.dead-letter", **python_settings(kafka.settings, KafkaConsumer),
+            auto_offset_reset="earliest", consumer_timeout_ms=5_000,
+        ) as consumer:  # fmt: skip
+            assert [letter.value for letter in consumer] == [b"rubbish"]
+    assert read_scored(spark, str(tmp_path / "scored")).count() == 10

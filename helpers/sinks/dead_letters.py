@@ -35,6 +35,10 @@ _OVERHEAD = 200  # what Kafka adds to a letter of six headers, at most
 _UNPACKED_LIMIT = 64 * 1024**2  # how large a letter may be before it is compressed
 _CODEC = "zstd"  # makes whatever a producer has compressed at least as small again
 _PLACES_TOLD = 20
+_FEW_RECORDS = {
+    "spark.sql.parquet.enableVectorizedReader": "false",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "16",
+}
 
 # A broker that is away is noticed within seconds: the batch is tried again then.
 _TIMEOUTS = {
@@ -347,22 +351,40 @@ def _headers(values: Mapping[str, Column]) -> Column:
 def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[str, str]) -> int:
     """Send the letters that their topic can take, and return how many it can't."""
     room = max(place.limit, _UNPACKED_LIMIT)
-    sized = letters.withColumn("size", _size()).withColumn("fits", _fits(place, room))
-    messages = sized.where("fits").drop("source", "size", "fits").coalesce(1)
-    _send(messages, {**_TIMEOUTS, **settings, **_room_for(room, settings),
-                     "compression.type": place.codec})  # fmt: skip
-    # Spark's sink hands on no counts of an Observation, and says nothing of what it has written.
-    large = sized.where("NOT fits").select("source.*", "size").collect()
-    for letter in large[:_PLACES_TOLD]:
+    sized = letters.withColumn("size", _size())
+    large = sized.where(F.col("size") > place.limit)
+    with _row_by_row(letters.sparkSession):
+        checked = large.select("source.*", "size", _fits(place, room).alias("fits")).collect()
+        unsent = [letter for letter in checked if not letter.fits]
+        messages = sized.where(F.col("size") <= place.limit)
+        if len(unsent) < len(checked):
+            messages = messages.union(large.where(_fits(place, room)))
+        _send(messages.drop("source", "size").coalesce(1),
+              {**_TIMEOUTS, **settings, **_room_for(room, settings),
+               "compression.type": place.codec})  # fmt: skip
+    for letter in unsent[:_PLACES_TOLD]:
         _LOGGER.error(
             "the bad record at %s, partition %s, offset %s is in the sink's files only: it is too "
             "large (%s bytes) for %s%s, which takes %s",
             letter.topic, letter.partition, letter.offset, letter.size, letter.topic, DEAD_LETTERS,
             place.limit,
         )  # fmt: skip
-    if len(large) > _PLACES_TOLD:
-        _LOGGER.error("so are %s more", len(large) - _PLACES_TOLD)
-    return len(large)
+    if len(unsent) > _PLACES_TOLD:
+        _LOGGER.error("so are %s more", len(unsent) - _PLACES_TOLD)
+    return len(unsent)
+
+
+@contextmanager
+def _row_by_row(spark: SparkSession) -> Iterator[None]:
+    """Let Spark hold few records at a time: thousands of large ones don't fit into its memory."""
+    before = {name: spark.conf.get(name) for name in _FEW_RECORDS}
+    try:
+        for name, value in _FEW_RECORDS.items():
+            spark.conf.set(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            spark.conf.set(name, value)
 
 
 def _size() -> Column:
@@ -376,16 +398,15 @@ def _size() -> Column:
 
 
 def _fits(place: LetterTopic, room: int) -> Column:
-    """Tell of a letter whether its topic takes it; only large ones are compressed to find out."""
-    size = F.col("size")
+    """Tell of a letter that is too large whether it fits when it is compressed."""
     if place.codec == "none":
-        return size <= place.limit
-    large = F.when((size > place.limit) & (size <= room), F.concat_ws("", "key", "value"))
+        return F.lit(False)
     codec = place.codec
     packed = F.arrow_udf(lambda contents: _packed_sizes(contents, codec), "bigint")
+    content = F.concat(*(F.coalesce(F.col(name), F.lit(b"")) for name in ("key", "value")))
+    unpacked = F.when(F.col("size") <= room, content)
     # What Kafka's own compression makes of it differs by less than that.
-    needed = packed(large.cast("binary")) * 1.02 + _HEADERS_ROOM
-    return (size <= place.limit) | F.coalesce(needed <= place.limit, F.lit(False))
+    return F.coalesce(packed(unpacked) * 1.02 + _HEADERS_ROOM <= place.limit, F.lit(False))
 
 
 def _packed_sizes(contents: pyarrow.Array, codec: str) -> pyarrow.Array:
