@@ -178,9 +178,9 @@ def test_twenty_random_kills_lose_and_repeat_nothing(
     spark, kafka, topic, arguments, engine, tmp_path
 ):
     """Otherwise 'exactly once' would hold until the first bad night."""
-    events = 60_000
     producer = [sys.executable, str(ROOT / "examples" / "kafka_producer.py")]
-    producer += [kafka.bootstrap_servers, "--topic", topic, "--events", str(events), "--rate", "60"]
+    producer += [kafka.bootstrap_servers, "--topic", topic, "--rate", "2000"]
+    producer += ["--events", "5000000"]  # more than come to be sent
     output = str(tmp_path / engine)
     given = {**os.environ, "TMPDIR": str(tmp_path)}
     with running(producer) as source:
@@ -192,16 +192,12 @@ def test_twenty_random_kills_lose_and_repeat_nothing(
                 kill(job.pid)
         still_producing = source.poll() is None
         source.send_signal(signal.SIGINT)
-        source.communicate(timeout=60)
-    left_out = len(list((tmp_path / engine / "data").iterdir()))
-    score_all(arguments(engine), seconds=600)
+        source.communicate(timeout=120)
+    score_all(arguments(engine), seconds=1_200)
     there = ids_in(kafka, topic)
-    found = [row.EventId for row in read_scored(spark, output).select("EventId").collect()]
+    found = read_scored(spark, output).select("EventId").toPandas()["EventId"].tolist()
     lost, repeated = set(there) - set(found), len(found) - len(set(found))
-    print(
-        f"\n{engine}: 20 kills, {len(there):,} events; lost {len(lost)}, duplicated {repeated}; "
-        f"{left_out - len(list((tmp_path / engine / 'commits').glob('*.json')))} left out"
-    )
+    print(f"\n{engine}: 20 kills, {len(there):,} events; lost {len(lost)}, duplicated {repeated}")
     assert still_producing and len(there) == len(set(there))
     assert (len(lost), repeated) == (0, 0)
 
