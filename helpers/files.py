@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
-from py4j.java_gateway import JavaObject
+from py4j.java_gateway import JavaClass, JavaObject
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
@@ -91,7 +93,7 @@ class JsonFolder:
             If there is one of that name, which stays as it is.
         """
         # Drafts differ, too: two writers of the same name must not write into one.
-        draft = self._path(f".{name}.{self._jvm.java.util.UUID.randomUUID().toString()}.draft")
+        draft = self._path(f".{name}.{uuid.uuid4()}.draft")
         file = self._files.create(draft, False)
         try:
             file.write(f"{json.dumps(content)}\n".encode())
@@ -138,7 +140,7 @@ class JsonFolder:
 
     def touch(self, name: str) -> None:
         """Set a file's time of change to now."""
-        now = self._jvm.java.lang.System.currentTimeMillis()
+        now = round(time.time() * 1000)
         self._files.setTimes(self._path(f"{name}.json"), now, -1)
 
     def _make(self) -> None:
@@ -166,7 +168,9 @@ class JsonFolder:
 
     def _link(self, draft: JavaObject, path: JavaObject) -> None:
         """Give a local file a second name; raises `_CannotLinkError` where that can't be done."""
-        files, paths = self._jvm.java.nio.file.Files, self._jvm.java.nio.file.Path
+        files, paths = (
+            java_class(self._spark, f"java.nio.file.{name}") for name in ("Files", "Path")
+        )
         try:
             files.createLink(paths.of(path.toUri()), paths.of(draft.toUri()))
         except Py4JJavaError as error:
@@ -175,7 +179,20 @@ class JsonFolder:
             raise _CannotLinkError from error
 
     def _path(self, name: str) -> JavaObject:
-        return self._jvm.org.apache.hadoop.fs.Path(self._folder, name)
+        return java_class(self._spark, "org.apache.hadoop.fs.Path")(self._folder, name)
+
+
+def java_class(spark: SparkSession, name: str) -> JavaClass:
+    """Return a class of Java's by its full name.
+
+    Through ``spark._jvm`` it takes a question to Java for each part of the name, each time.
+
+    Examples
+    --------
+    >>> java_class(spark, "java.lang.Math").abs(-7)
+    7
+    """
+    return JavaClass(name, spark.sparkContext._gateway._gateway_client)
 
 
 def full_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
@@ -208,8 +225,10 @@ def folder_names(spark: SparkSession, folder: str) -> list[str]:
     if not files.exists(path):
         return []
     # As one text, because a question to Java for each name would take a second per thousand names.
-    found = spark._jvm.org.apache.hadoop.fs.FileUtil.stat2Paths(files.listStatus(path))
-    paths = spark._jvm.scala.Predef.genericWrapArray(found).mkString("\0").split("\0")
+    file_util = java_class(spark, "org.apache.hadoop.fs.FileUtil")
+    found = file_util.stat2Paths(files.listStatus(path))
+    wrapped = java_class(spark, "scala.Predef").genericWrapArray(found)
+    paths = wrapped.mkString("\0").split("\0")
     return sorted(path.rpartition("/")[2] for path in paths if path)
 
 
@@ -277,7 +296,7 @@ def remove_folder(spark: SparkSession, folder: str) -> None:
 
 def _file_system(spark: SparkSession, name: str) -> tuple[JavaObject, JavaObject]:
     """Return Hadoop's path and file system for a name."""
-    path = spark._jvm.org.apache.hadoop.fs.Path(name)
+    path = java_class(spark, "org.apache.hadoop.fs.Path")(name)
     return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
 
 

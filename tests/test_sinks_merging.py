@@ -138,9 +138,9 @@ def after_long_run(one, batches):
     state = State(meaning={"event_id": "EventId", "signal_index": 0})
     for number in range(batches):
         progress = Progress({PARTITION: 10 * (number + 1)}, {"events": "id-1"})
-        part = replace(one, first=state.number + 1, folder=f"{state.number + 1}")
+        part = replace(one, first=state.number + 1, folder=state.new_folder())
         state = state.with_batch(part, progress)
-        if group := state.mergeable() if number % 10 == 0 else None:
+        if group := state.mergeable():
             folder, rows = f"merged-{state.number}", sum(part.rows for part in group)
             part = Part(group[0].first, group[0].level + 1, folder, one.files, rows, one.size)
             state = state.merged(group, part, now=number)
@@ -157,7 +157,7 @@ def test_a_hundred_thousand_batches_open_in_seconds(spark, path, tmp_path):
     assert sum(part.rows for part in state.parts) == 1_000_000
     data = tmp_path / "scored" / "data"
     for part in state.parts:
-        (data / part.folder).mkdir()
+        (data / part.folder).mkdir(parents=True)
         for name in one.files:
             (data / part.folder / name).hardlink_to(data / one.folder / name)
     CommitLog(spark, path).write(state)

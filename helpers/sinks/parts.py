@@ -10,7 +10,13 @@ from dataclasses import replace
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 
-from helpers.files import flush_folder, folder_names, folder_size, remove_folder
+from helpers.files import (
+    flush_folder,
+    folder_names,
+    folder_size,
+    java_class,
+    remove_folder,
+)
 from helpers.session import root_cause
 from helpers.sinks.commits import Part
 from helpers.sinks.errors import SinkError
@@ -113,9 +119,10 @@ def merge(spark: SparkSession, path: str, group: list[Part], event_id: str) -> P
 
 def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
     """Return how many rows Parquet files have, as they say themselves."""
-    jvm, configuration = spark._jvm, spark._jsc.hadoopConfiguration()
-    hadoop_path, parquet = jvm.org.apache.hadoop.fs.Path, jvm.org.apache.parquet.hadoop
-    of_path, open_file = parquet.util.HadoopInputFile.fromPath, parquet.ParquetFileReader.open
+    configuration = spark._jsc.hadoopConfiguration()
+    hadoop_path = java_class(spark, "org.apache.hadoop.fs.Path")
+    of_path = java_class(spark, "org.apache.parquet.hadoop.util.HadoopInputFile").fromPath
+    open_file = java_class(spark, "org.apache.parquet.hadoop.ParquetFileReader").open
     count = 0
     for file in files:
         try:
