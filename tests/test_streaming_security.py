@@ -167,13 +167,9 @@ def test_no_key_is_shown_in_plans(spark, reader, secure_kafka):
     options |= {"kafka.ssl.keystore.key": key, "subscribe": TOPIC}
     for name in ("kafka.group.id", "kafka.auto.offset.reset"):
         options.pop(name)
-    texts = []
-    for records in (
-        spark.read.format("kafka").options(**options).load(),
-        spark.readStream.format("kafka").options(**options).load(),
-    ):
-        plan = records._jdf.queryExecution()
-        texts += [plan.toString(), plan.logical().toString(), plan.analyzed().toString()]
+    batch = spark.read.format("kafka").options(**options).load()._jdf.queryExecution()
+    stream = spark.readStream.format("kafka").options(**options).load()._jdf.queryExecution()
+    texts = [plan.toString() for plan in (batch.logical(), batch.analyzed(), stream)]
     frame = spark.createDataFrame([(b"x",)], "value binary")
     with pytest.raises(Exception, match=r"(?i)key|kafka"):  # the key isn't one
         frame.write.format("kafka").options(**options, topic=TOPIC).save()
