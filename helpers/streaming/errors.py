@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from py4j.protocol import Py4JJavaError
 
+from helpers.security import is_secret
 from helpers.session import root_cause
 
 # How long Kafka may take to answer a question of the planner.
@@ -32,8 +33,7 @@ _AWAY = re.compile(
     r"|BrokerAwayError"
 )
 
-# The settings whose values are nobody else's business.
-_SECRET = re.compile(r"password|jaas|secret|token|keystore\.key", re.IGNORECASE)
+_KEY_LINE = 32  # characters; a line of a key that is longer is not a word of a message
 _JAAS_VALUE = re.compile(r'=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))')
 
 
@@ -138,15 +138,21 @@ def without_secrets(text: str, settings: Mapping[str, str]) -> str:
     >>> without_secrets("no user with swordfish", {"sasl.jaas.config": jaas})
     'no user with ***'
     """
-    for name, value in settings.items():
-        if not _SECRET.search(name):
-            continue
-        # The parts of a JAAS entry other than the user's name, and the entry as a whole.
-        parts = {quoted or plain for quoted, plain in _JAAS_VALUE.findall(value)}
-        parts -= set(re.findall(r'username\s*=\s*"?([^"\s;]+)', value))
-        for secret in sorted({value, *parts}, key=len, reverse=True):
-            text = text.replace(secret, "***") if secret else text
+    secrets = {part for name, value in settings.items() if is_secret(name) for part in _parts(value)}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
     return text
+
+
+def _parts(value: str) -> set[str]:
+    """Return a secret, and the parts of it that are secret by themselves."""
+    # Of a JAAS entry all but the user's name, also as Kafka unescapes it; of a key its lines.
+    parts = {quoted or plain for quoted, plain in _JAAS_VALUE.findall(value)}
+    parts -= set(re.findall(r'username\s*=\s*"?([^"\s;]+)', value))
+    parts |= {re.sub(r"\\(.)", r"\1", part) for part in parts}
+    if "-----BEGIN" in value:
+        parts |= {line for line in value.split() if len(line) > _KEY_LINE}
+    return {part for part in (value, *parts) if part}
 
 
 def summary(message: str) -> str:
