@@ -131,7 +131,7 @@ def serving_model(make_serving_model: Callable) -> ServingModel:
 
 
 _WITH_SPARK = (
-    "files", "higgs", "monitor", "records", "serving", "sinks", "streaming", "training",
+    "files", "higgs", "model", "monitor", "records", "serving", "sinks", "streaming", "training",
     "transformers",
 )  # fmt: skip
 
