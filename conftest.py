@@ -131,7 +131,7 @@ def serving_model(make_serving_model: Callable) -> ServingModel:
 
 
 _WITH_SPARK = (
-    "files", "higgs", "monitor", "records", "serving", "session", "sinks", "streaming",
+    "files", "higgs", "model", "monitor", "records", "serving", "session", "sinks", "streaming",
     "training", "transformers",
 )  # fmt: skip
 

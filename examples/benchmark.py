@@ -11,9 +11,9 @@ the same cores, NumPy multiplies matrices: the network is 2.036 million floating
 event, nearly all of them in matrix products, so that is the limit for any way to run it in this
 precision.
 
-`train`: each trainer of `helpers.training` learns from 60 % of the events, with the recipe of the
-notebook on training, and is judged on the others. Each run splits the events in another way, the
-same way each time.
+`train`: `SingleTrainer`, and `AveragingTrainer` with two workers, learn from 60 % of the events,
+with the recipe of the notebook on training, and are judged on the others. Each run splits the
+events in another way, the same way each time.
 
 The last line is a JSON object.
 """
@@ -53,7 +53,7 @@ from helpers.notebook import definitions, find_notebook, parameters
 from helpers.session import get_spark, scratch_folder
 from helpers.sinks import ParquetSink
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
-from helpers.training import SingleTrainer, SynchronousTrainer, Trainer
+from helpers.training import AveragingTrainer, SingleTrainer, Trainer
 from helpers.transformers import ModelPredictor
 
 TOPIC = "benchmark"
@@ -210,8 +210,8 @@ def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``events``, ``cores``, and by the trainer's name its ``seconds`` (of each run, the start of
-        workers included), its mean ``accuracy`` and ``auc``, and the ``aucs`` of the runs.
+        ``events``, ``cores``, and by the trainer's name its ``seconds`` (of each run, Spark's work
+        included), its mean ``accuracy`` and ``auc``, and the ``aucs`` of the runs.
     """
     recipe = training_recipe()
     with _stopped_at_the_end(get_spark()) as spark:
@@ -224,9 +224,7 @@ def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
         for split in range(runs):
             trainers = {
                 "SingleTrainer": SingleTrainer(build_model(), **recipe),
-                "SynchronousTrainer": SynchronousTrainer(
-                    build_model(), num_workers=WORKERS, **recipe
-                ),
+                "AveragingTrainer": AveragingTrainer(build_model(), num_workers=WORKERS, **recipe),
             }
             for name, trainer in trainers.items():
                 found.setdefault(name, []).append(judge(trainer, table, split))

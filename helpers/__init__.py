@@ -3,11 +3,11 @@
 From the bottom up: `higgs` (the events), `model` (the network), `jars` (what Java needs),
 `security` (what a secured Kafka needs), `broker` (Apache Kafka on this machine), `checks` (what a
 run needs), `session` (Spark), `files` (small files on Spark's file systems), `streaming` (Kafka as
-a DStream), `records` (JSON to columns), `training_task`, `training_process` and `training` (a
-network learns from a Spark DataFrame), `transformers` (the network as a Spark ML stage), `serving`
-(a trained network in a stream), `sinks` (where scored events go), `monitor` (a stream's batches as
-a live table) and `notebook` (a notebook run from the command line). A file imports only from those
-named before it.
+a DStream), `records` (JSON to columns), `transformers` (the network as a Spark ML stage),
+`training_task` and `training` (a network learns from a Spark DataFrame), `serving` (a trained
+network in a stream), `sinks` (where scored events go), `monitor` (a stream's batches as a live
+table) and `notebook` (a notebook run from the command line). A file imports only from those named
+before it.
 """
 
 import os as _os

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import keras
 import numpy
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 from pyspark.sql.types import DoubleType, LongType, StructType
 
 from helpers.higgs import EVENT_ID
@@ -157,6 +159,36 @@ def compiled_predict(model: keras.Model) -> Callable[[numpy.ndarray], numpy.ndar
     return lambda features: graph(features).numpy()
 
 
+def fingerprint(df: DataFrame) -> str:
+    """Return what identifies a set of rows, whatever their order.
+
+    Parameters
+    ----------
+    df : pyspark.sql.DataFrame
+        Rows of numbers, texts or other values that Spark can hash.
+
+    Returns
+    -------
+    str
+        The number of rows, and a digest of their values and of the columns' names.
+
+    Examples
+    --------
+    >>> df = spark.createDataFrame([(1, "s"), (2, "b")], "EventId int, Label string")
+    >>> fingerprint(df) == fingerprint(df.orderBy("Label"))
+    True
+    >>> fingerprint(df).startswith("2 rows, ")
+    True
+    """
+    names = sorted(df.columns)
+    columns = [F.col(f"`{name}`") for name in names]
+    # The hash passes over nulls, wherever they are.
+    hashes = F.xxhash64(*columns, *[column.isNull() for column in columns]).cast("decimal(20, 0)")
+    rows, total = df.select(F.count(F.lit(1)), F.sum(hashes)).first()
+    digest = hashlib.sha256(f"{names} {rows} {total}".encode()).hexdigest()
+    return f"{rows} rows, {digest[:16]}"
+
+
 class ServingModelError(ValueError):
     """The file is no serving model, or its parts disagree; the message says which."""
 
@@ -179,7 +211,7 @@ class Contract:
     threshold : float
         The probability of signal from which an event is called signal.
     training_data : str
-        The fingerprint of the rows that the network was trained on.
+        The `fingerprint` of the rows that the network was trained on.
     metrics : dict of str to float
         How good the network was on events that training did not see.
     event_id : str

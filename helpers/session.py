@@ -305,8 +305,6 @@ def _settings(
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
     else:
         settings["spark.executor.instances"] = str(executors)
-        # So many, all the time: a training's workers begin together, or not at all.
-        settings["spark.dynamicAllocation.enabled"] = "false"
         settings["spark.executor.cores"] = str(cores or 1)
         settings["spark.executor.memory"] = memory
     return {**settings, **{key: str(value) for key, value in config.items()}}

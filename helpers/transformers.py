@@ -8,7 +8,7 @@ import gc
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import keras
 import numpy
@@ -44,6 +44,8 @@ from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
 from helpers.records import list_array, matrix_of, vector_entries
 
 _SCORES = ArrayType(DoubleType())
+
+Network = TypeVar("Network")
 
 
 class EventNormalizer(
@@ -311,10 +313,35 @@ class _Loaded(NamedTuple):
     width: int
 
 
-# On a worker: the networks that it has used last, by the digest of their bytes. A stream whose
-# model is replaced again and again needs the current one, and for a moment the one before.
-_LOADED: OrderedDict[str, _Loaded] = OrderedDict()
-_KEPT = 3
+# On a worker: the networks that it has used last, by the digest of their bytes or by the training
+# that they learn in. A stream whose model is replaced again and again needs the current one, and
+# for a moment the one before.
+_KEPT: OrderedDict[str, Any] = OrderedDict()
+_MOST_KEPT = 3
+
+
+def kept_network(name: str, make: Callable[[], Network]) -> Network:
+    """Return what a worker has kept under a name, or make it; few are kept, the last ones used.
+
+    Parameters
+    ----------
+    name : str
+        What no other network is called.
+    make : callable
+        Makes the network, or an object that holds it. TensorFlow computes on one thread then.
+    """
+    if name not in _KEPT:
+        _use_one_thread()
+        _KEPT[name] = make()
+        if len(_KEPT) > _MOST_KEPT:
+            _KEPT.popitem(last=False)
+            gc.unfreeze()  # a network refers to itself, so only a collection frees it
+            gc.collect()
+        # Spark's worker collects garbage after each task, and looking through all of TensorFlow's
+        # objects takes 0.15 s of processor time; frozen, they aren't looked at.
+        gc.freeze()
+    _KEPT.move_to_end(name)
+    return _KEPT[name]
 
 
 def _predict_events(
@@ -337,19 +364,12 @@ def _predict_lists(
 
 def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
     """Return the network, which a worker loads on its first batch."""
-    if digest not in _LOADED:
-        _use_one_thread()
+
+    def load() -> _Loaded:
         network = model_from_bytes(model.value)
-        _LOADED[digest] = _Loaded(compiled_predict(network), network.input_shape[-1])
-        if len(_LOADED) > _KEPT:
-            _LOADED.popitem(last=False)
-            gc.unfreeze()  # a network refers to itself, so only a collection frees it
-            gc.collect()
-        # Spark's worker collects garbage after each task, and looking through all of TensorFlow's
-        # objects takes 0.15 s of processor time; frozen, they aren't looked at.
-        gc.freeze()
-    _LOADED.move_to_end(digest)
-    return _LOADED[digest]
+        return _Loaded(compiled_predict(network), network.input_shape[-1])
+
+    return kept_network(digest, load)
 
 
 def _normalize(events: pyarrow.Array) -> pyarrow.Array:

@@ -28,7 +28,7 @@ def test_training_is_judged_on_events_that_it_did_not_see():
     (line,) = run.stdout.splitlines()
     result = json.loads(line)
     assert result["events"] == 3_000
-    for name in ("SingleTrainer", "SynchronousTrainer"):
+    for name in ("SingleTrainer", "AveragingTrainer"):
         assert 0.8 < result[name]["auc"] < 0.95
         assert len(result[name]["seconds"]) == 1
 

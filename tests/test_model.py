@@ -17,6 +17,7 @@ from helpers.model import (
     _digest,
     build_model,
     compiled_predict,
+    fingerprint,
     load_serving_model,
     model_from_bytes,
     model_to_bytes,
@@ -272,3 +273,14 @@ def test_code_in_a_file_does_not_run(serving_model, tmp_path):
     model = ServingModel(network, serving_model.contract)
     with pytest.raises(ServingModelError, match="has no network that can be loaded"):
         save_serving_model(model, tmp_path / "model.keras")
+
+
+def test_a_fingerprint_tells_data_apart(spark):
+    """Otherwise nobody could say later on which events a model was trained."""
+    df = spark.createDataFrame([(1, "s"), (2, "b")], "EventId int, Label string")
+    assert fingerprint(df) == fingerprint(df.orderBy("Label").select("Label", "EventId"))
+    assert fingerprint(df) != fingerprint(df.withColumnRenamed("Label", "label"))
+    assert fingerprint(df) != fingerprint(df.limit(1))
+    assert fingerprint(df) != fingerprint(df.replace("s", "b"))
+    one, other = (spark.createDataFrame([row], "a int, b int") for row in ((1, None), (None, 1)))
+    assert fingerprint(one) != fingerprint(other)

@@ -203,7 +203,7 @@ def test_a_stream_whose_model_is_replaced_keeps_the_last_ones_only(spark, vector
         ModelPredictor(keras_model=network).transform(vectors).collect()
 
     def kept(_batches):
-        yield pyarrow.record_batch({"kept": [len(transformers._LOADED)]})
+        yield pyarrow.record_batch({"kept": [len(transformers._KEPT)]})
 
     found = spark.range(8).mapInArrow(kept, "kept long").collect()
     assert 1 <= max(row.kept for row in found) <= 3

@@ -138,8 +138,8 @@ def without_secrets(text: str, settings: Mapping[str, str]) -> str:
     >>> without_secrets("no user with swordfish", {"sasl.jaas.config": jaas})
     'no user with ***'
     """
-    secrets = {part for name, value in settings.items() if is_secret(name) for part in _parts(value)}
-    for secret in sorted(secrets, key=len, reverse=True):
+    values = [value for name, value in settings.items() if is_secret(name)]
+    for secret in sorted({part for value in values for part in _parts(value)}, key=len)[::-1]:
         text = text.replace(secret, "***")
     return text
 
