@@ -243,7 +243,7 @@ class ParquetSink:
                 self._spark, self.path, folder, counts["rows"], self._state.number + 1
             )
             if counts["bad"]:
-                self._treat_bad_records(part, ranges)
+                counts["unsent"] = self._treat_bad_records(part, ranges)
             self._check_topics(left)
             self._lease.check()
         except BaseException:
@@ -392,8 +392,8 @@ class ParquetSink:
         del found["one_outside"]
         return found
 
-    def _treat_bad_records(self, part: Part, ranges: list[OffsetRange]) -> None:
-        """Do with a batch's bad records what the sink was told."""
+    def _treat_bad_records(self, part: Part, ranges: list[OffsetRange]) -> int:
+        """Do with a batch's bad records what the sink was told; return how many weren't sent."""
         files = read_parts(self._spark, self.path, [part], self._meaning["event_id"])
         bad = files.where("bad IS NOT NULL")
         if self._on_bad_record == "stop":
@@ -405,7 +405,8 @@ class ParquetSink:
             )
         if self._on_bad_record == "dead-letter":
             topic_ids = {part.topic: part.topic_id for part in ranges}
-            send_dead_letters(bad, self._settings, topic_ids)
+            return send_dead_letters(bad, self._settings, topic_ids)
+        return 0
 
     def _commit(self, part: Part, ranges: list[OffsetRange], counts: dict[str, int]) -> None:
         """Make the batch count: write its manifest, in one step."""

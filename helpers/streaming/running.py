@@ -15,7 +15,7 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 from pyspark.streaming import StreamingContext
 
-from helpers.session import log_file
+from helpers.session import log_file, root_cause
 from helpers.streaming.batches import Batches, batches_of
 from helpers.streaming.errors import StreamError, summary
 
@@ -226,5 +226,5 @@ def _not_done(streams: list[Batches], seconds: float) -> str:
 def _cause(error: Exception) -> str:
     """Return the line that names an error, also one that came from Python through Java."""
     if isinstance(error, Py4JJavaError):
-        return summary(error.java_exception.getMessage() or str(error.java_exception))
+        return summary(root_cause(error).toString())
     return str(error)
