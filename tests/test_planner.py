@@ -263,3 +263,44 @@ def test_a_stream_that_runs_long_remembers_only_what_it_needs(
 
     run_stream(ssc, until=three_batches, timeout=300)
     assert not stream._batches._committed and not stream._batches._planned
+
+
+def test_what_is_asked_for_is_committed_when_its_batch_has_succeeded(
+    spark, kafka, one, produce, settings, monkeypatch
+):
+    """A slow batch that fails after `commitAsync` is read again."""
+    monkeypatch.setattr(batches, "RECOMMIT_SECONDS", 0.1)
+    partition, seen = TopicAndPartition(one, 0), []
+    by_hand = {**settings, "auto.offset.reset": "earliest", "enable.auto.commit": "false"}
+    produce(one, [b"x"] * 5)
+    ssc = new_streaming_context(spark, 0.2)
+    stream = KafkaUtils.createDirectStream(ssc, [one], by_hand)
+
+    def fail_slowly(rdd):
+        if not rdd.isEmpty():
+            stream.commitAsync(rdd.offsetRanges())
+            plans = len(calls)
+            wait_until(lambda: len(calls) > plans + 5)  # several chances to commit too early
+            seen.append(committed(spark, settings, partition))
+            raise ValueError("not this one")
+
+    calls = []
+    usual = stream._batches._commit_again_when_idle
+    monkeypatch.setattr(
+        stream._batches, "_commit_again_when_idle", lambda: (usual(), calls.append(1))
+    )
+    stream.foreachRDD(fail_slowly)
+    with pytest.raises(StreamError, match="not this one"):
+        run_stream(ssc, until=lambda: False, timeout=300)
+    assert seen == [None]
+    assert committed(spark, settings, partition) is None
+
+
+def test_only_partitions_that_exist_have_positions(spark, kafka, one, settings):
+    """A topic with fewer partitions than an output knows of can be read."""
+    kept = {TopicAndPartition(one, 0): 0, TopicAndPartition(one, 7): 3,
+            TopicAndPartition("another", 0): 5}  # fmt: skip
+    planner = OffsetPlanner(spark, [one], settings, positions=kept)
+    assert planner.positions() == {TopicAndPartition(one, 0): 0}
+    assert planner.committed() == {}
+    planner.close()

@@ -6,6 +6,7 @@ import uuid
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from kafka.admin import NewPartitions
 from processes import wait_until
 from pyspark.sql import functions as F
 
@@ -84,14 +85,14 @@ def test_a_query_resumes_where_its_checkpoint_ends(query_of, one, produce, setti
 
 def test_a_service_runs_until_it_is_told_to_stop(query_of, one, produce, settings):
     """A query with an interval takes what arrives, and finishes the batch that it is at."""
-    values = Values()
+    values, sent = Values(), []
     produce(one, [b"early"])
     query = query_of([one], settings)
     query.foreachBatch(values)
 
     def is_done():
-        if len(values.all()) == 1:
-            produce(one, [b"late"])
+        if values.all() and not sent:
+            sent.append(produce(one, [b"late"]))
         return b"late" in values.all()
 
     query.run(until=is_done, timeout=120, interval=0.2)
@@ -110,6 +111,52 @@ def test_a_query_begins_where_it_began_first(query_of, one, produce, settings):
     query.foreachBatch(values)
     query.run(timeout=120)
     assert values.all() == [b"new"] * 2
+
+
+@pytest.mark.parametrize("reset", ["earliest", "latest"])
+def test_a_query_on_a_topic_without_records_waits_for_the_first(
+    query_of, one, produce, settings, reset
+):
+    """Spark's first batch of an empty topic has no records, and is nobody's business."""
+    values, sent = Values(), []
+    query = query_of([one], {**settings, "auto.offset.reset": reset})
+    query.foreachBatch(values)
+
+    def is_done():
+        if query._batches_begun and not sent:
+            sent.append(produce(one, [b"first"]))
+        return values.all() == [b"first"]
+
+    query.run(until=is_done, timeout=120, interval=0.2)
+
+
+def test_a_partition_that_is_added_before_the_first_batch_is_read(
+    kafka, query_of, one, settings
+):
+    """Spark wants to know where exactly the existing partitions begin."""
+    query_of([one], {**settings, "auto.offset.reset": "latest"})  # dies before it runs
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.create_partitions({one: NewPartitions(2)})
+    with KafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+        wait_until(lambda: len(producer.partitions_for(one)) == 2)
+        producer.send(one, b"early", partition=1).get(10)
+    values = Values()
+    query = query_of([one], {**settings, "auto.offset.reset": "latest"})
+    query.foreachBatch(values)
+    query.run(timeout=120)
+    assert values.all() == [b"early"]
+
+
+def test_positions_of_other_partitions_do_not_stop_a_query(query_of, one, produce, settings):
+    """A topic that was created again with fewer partitions can be read into the same output."""
+    produce(one, [b"x"] * 3)
+    kept = {TopicAndPartition(one, 0): 0, TopicAndPartition(one, 3): 0,
+            TopicAndPartition("another", 0): 5}  # fmt: skip
+    values = Values()
+    query = query_of([one], settings, positions=kept)
+    query.foreachBatch(values)
+    query.run(timeout=120)
+    assert values.all() == [b"x"] * 3
 
 
 def test_a_batch_that_fails_once_is_tried_again(query_of, one, produce, settings):

@@ -82,6 +82,28 @@ class _Planned:
     is_done: bool = False
 
 
+class _AskedCommits:
+    """The offsets that `commitAsync` was asked to commit, until their batches have succeeded."""
+
+    def __init__(self) -> None:
+        self._ends: dict[TopicAndPartition, set[int]] = {}
+
+    def add(self, ends: Mapping[TopicAndPartition, int]) -> None:
+        """Note where ranges end."""
+        for partition, end in ends.items():
+            self._ends.setdefault(partition, set()).add(end)
+
+    def before(self, pending: Mapping[TopicAndPartition, int]) -> dict[TopicAndPartition, int]:
+        """Return the largest offset of each partition that no pending batch is behind."""
+        found = {}
+        for partition, ends in self._ends.items():
+            done = [end for end in ends if end <= pending.get(partition, end)]
+            if done:
+                found[partition] = max(done)
+                ends -= {end for end in done if end < max(done)}
+        return found
+
+
 class Batches:
     """Plans the batches of a stream, hands on their records, and commits them.
 
@@ -125,7 +147,7 @@ class Batches:
         self._planned: list[_Planned] = []
         self._committed: deque[tuple[float, int]] = deque()  # when, and which interval
         self._done: dict[TopicAndPartition, int] = {}
-        self._asked: dict[TopicAndPartition, int] = {}  # by commitAsync
+        self._asked = _AskedCommits()
         self._unread = 0
         self._lock = threading.RLock()  # of the four above
         self._planning = threading.RLock()
@@ -245,7 +267,7 @@ class Batches:
                 "otherwise each batch is committed anyway, when it has succeeded."
             )
         with self._lock:
-            self._asked = _advanced(self._asked, ends_of(list(ranges)))
+            self._asked.add(ends_of(list(ranges)))
 
     def lag(self) -> int:
         """Return how many offsets that the topics had at the last interval are not done yet."""
@@ -352,15 +374,19 @@ class Batches:
                 positions, topic_ids = last.positions, last.topic_ids
         self._limit = RateLimit(spark.sparkContext, self._interval)
         self._reader = RangeReader(spark, self._settings)
-        self._planner = OffsetPlanner(
+        planner = OffsetPlanner(
             spark, self._topics, self._settings, self._from_offsets, positions, topic_ids
         )
+        try:
+            # What the group has, so that a batch that is done once more takes no commit back.
+            self._done = planner.committed() if positions is not None else {}
+        except BaseException:
+            planner.close()
+            raise
+        self._planner, self._unread = planner, planner.unread()
         if self._folder is not None:
             # From a thread: Spark says that a context is active when it has its first batches.
             threading.Thread(target=self._join_when_active, daemon=True).start()
-        self._unread = self._planner.unread()
-        # What the group has, so that a batch that is done once more takes no commit back.
-        self._done = self._planner.committed() if positions is not None else {}
 
     def _join(self, context: JavaObject) -> None:
         """Become part of a streaming context: learn of the ends of its batches."""
@@ -421,7 +447,7 @@ class Batches:
             self._away_since = None
         except BrokerAwayError as error:
             self._wait_for_the_broker(error)
-            return Plan([], {})
+            ranges = []  # but where the stream begins is kept even now
         plan = Plan(ranges, self._planner.positions(), self._planner.topic_ids())
         self._insist(lambda: self._write(interval, plan))
         return plan
@@ -498,9 +524,12 @@ class Batches:
     def _offsets_done(self) -> dict[TopicAndPartition, int]:
         """Return what may be committed: all partitions, since Kafka forgets those long idle."""
         with self._lock:
-            if not self._commits:
-                return dict(self._asked)
-            return {**self._planner.starts(), **self._done}
+            if self._commits:
+                return {**self._planner.starts(), **self._done}
+            pending: dict[TopicAndPartition, int] = {}
+            for part in (part for planned in self._planned for part in planned.ranges):
+                pending.setdefault(part.topicAndPartition(), part.fromOffset)
+            return self._asked.before(pending)
 
     def _commit_again_when_idle(self) -> None:
         """Commit once more what was committed long ago, so that Kafka keeps it."""
@@ -543,7 +572,10 @@ class Batches:
         if forgotten is not None:
             # A window asks for as many intervals before its own as Spark remembers.
             remembered = self._context.graph().getMaxInputStreamRememberDuration().milliseconds()
-            self._plans.forget(forgotten - remembered)
+            try:
+                self._plans.forget(forgotten - remembered)
+            except (OSError, Py4JError, PySparkException) as error:
+                _LOGGER.warning("old plans can't be removed: %s", summary(str(error)))
 
     def _fail(self, reason: str) -> None:
         """Stop the context for a reason that `awaitTermination` and `run_stream` then raise."""
@@ -616,7 +648,7 @@ def _made_anew(
     """
     for batches in list(_LIVE):
         if batches.stream_id == stream_id:
-            if not batches.is_over():
+            if not batches._stopped and not batches.is_over():
                 return batches
             batches.close()
     batches = Batches(topics, settings, interval, from_offsets, positions, stream_id, folder)

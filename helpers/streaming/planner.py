@@ -69,6 +69,7 @@ class OffsetPlanner:
         self._starts = {} if positions else dict(self._positions)
         self._uses_group = bool(settings.get("group.id")) and positions is None
         self._topic_ids: dict[str, str] = dict(topic_ids or {})
+        self._partitions: list[TopicAndPartition] = []  # that the topics have
         self._client = KafkaClient(spark, settings)
         self._settings = self._client.settings
         try:
@@ -149,8 +150,8 @@ class OffsetPlanner:
         return dict(self._starts)
 
     def positions(self) -> dict[TopicAndPartition, int]:
-        """Return where the next batch begins in each partition."""
-        return dict(self._positions)
+        """Return where the next batch begins in each partition that the topics have."""
+        return {partition: self._positions[partition] for partition in self._partitions}
 
     def topic_ids(self) -> dict[str, str]:
         """Return the ids of the topics that the positions are of, by the topics' names."""
@@ -164,7 +165,7 @@ class OffsetPlanner:
         """Return the group's offsets of these topics, for the partitions that it has one for."""
         return {
             partition: committed.offset
-            for partition, committed in self._client.committed(self._positions).items()
+            for partition, committed in self._client.committed(self._partitions).items()
             if committed.topic_id in (None, self._topic_ids[partition.topic])
         }
 
@@ -179,12 +180,15 @@ class OffsetPlanner:
         partitions = sorted(self._fixed_partitions) or [
             partition for topic in topics.values() for partition in topic.partitions
         ]
+        self._partitions = partitions
         new = [partition for partition in partitions if partition not in self._positions]
         if new:
             starts = self._find_starts(new)
             self._positions.update(starts)
             self._starts = {**self._starts, **starts}
         begins, ends = self._client.begins(partitions), self._client.ends(partitions)
+        # Once more: the offsets may be those of a topic that was created again just now.
+        self._check_topics(self._client.topic_ids(self._topics))
         for partition, end in ends.items():
             self._stay_within(partition, begins[partition], end)
         self._unread = sum(end - self._positions[partition] for partition, end in ends.items())

@@ -99,8 +99,9 @@ class KafkaQuery:
         self._checkpoint = full_path(spark, checkpoint).rstrip("/")
         self._offsets = CheckpointOffsets(spark, self._checkpoint)
         self._function: Callable[[DataFrame, int], None] | None = None
-        self._batches_done = 0
+        self._batches_begun = 0
         self._away_since: float | None = None
+        self._stopping = False
         self._topic_ids: dict[str, str] = {}
         self._ranges: tuple[int, list[OffsetRange]] = (-1, [])  # of the last batch asked for
         self._client = KafkaClient(spark, self._settings)
@@ -156,10 +157,10 @@ class KafkaQuery:
         """
         deadline = time.monotonic() + timeout
         with java_watched(), interrupt_noted() as interrupted:
-            self._away_since = None
+            self._away_since, self._stopping = None, False
             query = self._start(interval)
             try:
-                while not until() and not interrupted.is_set():
+                while not _is_true(until) and not interrupted.is_set():
                     if time.monotonic() > deadline:
                         raise TimeoutError(
                             f"the query was not done after {timeout:.0f} s and was stopped; what "
@@ -168,11 +169,14 @@ class KafkaQuery:
                     try:
                         if query.awaitTermination(0.1):
                             break
+                        if self._away_since is not None and query.lastProgress:
+                            self._away_since = None  # the broker is back, with nothing new
                     except StreamingQueryException as error:
                         self._wait_for_the_broker(error, interrupted)
                         query = self._start(interval)
                 self._finish_batch(query)
             finally:
+                self._stopping = True
                 query.stop()
         if interrupted.is_set():
             raise KeyboardInterrupt
@@ -233,19 +237,23 @@ class KafkaQuery:
         for topic, topic_id in ids.items():
             if self._topic_ids[topic] != topic_id:
                 raise TopicRecreatedError(topic)
-        planned = self._offsets.planned() or {
+        begun = {
             TopicAndPartition(topic, int(partition)): offset
             for topic, content in kept.items()
             for partition, offset in content["starts"].items()
         }
-        starts = planned or _starts(self._spark, self._topics, self._settings, positions or None)
+        starts = self._offsets.planned() or _starts(
+            self._spark, self._topics, self._settings, begun or positions
+        )
         for topic in self._topic_ids.keys() - kept.keys():
-            begun = {part.partition: at for part, at in starts.items() if part.topic == topic}
-            files.write(topic, {"topic_id": self._topic_ids[topic], "starts": begun})
+            offsets = {part.partition: at for part, at in starts.items() if part.topic == topic}
+            files.write(topic, {"topic_id": self._topic_ids[topic], "starts": offsets})
         return starts
 
     def _start(self, interval: float | None) -> StreamingQuery:
         """Start the query, where the checkpoint says or, if that is new, where it was found out."""
+        if not self._offsets.planned():  # Spark wants exactly the partitions that exist
+            self._starts = _starts(self._spark, self._topics, self._settings, self._starts)
         records = read_stream(
             self._spark, self._topics, self._settings, self._starts, self._max_offsets
         )
@@ -258,19 +266,28 @@ class KafkaQuery:
 
     def _process(self, df: DataFrame, batch_id: int) -> None:
         """Call the function with a batch; Spark calls this."""
+        self._batches_begun += 1
         ranges = self.ranges_of(batch_id)
         for topic, topic_id in self.topic_ids().items():
             if self._topic_ids[topic] != topic_id:
                 raise TopicRecreatedError(topic)
-        there = self._client.without_deleted(ranges)
+        if ranges:  # Spark has batches without records: the first one of an empty topic
+            self._call(df, batch_id, ranges)
+        self._away_since = None
+
+    def _call(self, df: DataFrame, batch_id: int, ranges: list[OffsetRange]) -> None:
+        """Call the function, once more if it fails; report what retention has deleted."""
+        left = self._client.without_deleted(ranges)
         try:
             self._function(df, batch_id)
         except Exception:
+            if self._stopping:
+                raise
             _LOGGER.warning("batch %s failed and is tried again", batch_id, exc_info=True)
             self._function(df, batch_id)
-        self._report_deleted_meanwhile(there)
-        self._batches_done += 1
-        self._away_since = None
+        # The batch is done: what Kafka says now must not repeat it.
+        with contextlib.suppress(StreamError):
+            self._report_deleted_meanwhile(left)
 
     def _report_deleted_meanwhile(self, ranges: Iterable[OffsetRange]) -> None:
         """Warn of offsets that retention has deleted while their batch was read."""
@@ -310,9 +327,9 @@ class KafkaQuery:
 
     def _finish_batch(self, query: StreamingQuery) -> None:
         """Wait until the batch that runs is done, so that it needn't be done again."""
-        done, deadline = self._batches_done, time.monotonic() + FINISH_SECONDS
+        begun, deadline = self._batches_begun, time.monotonic() + FINISH_SECONDS
         waiting = threading.Event()
-        while query.isActive and query.status["isTriggerActive"] and self._batches_done == done:
+        while query.isActive and query.status["isTriggerActive"] and self._batches_begun == begun:
             if time.monotonic() > deadline:
                 return
             waiting.wait(0.05)
@@ -466,9 +483,17 @@ def _starts(
     positions: Mapping[TopicAndPartition, int] | None = None,
 ) -> dict[TopicAndPartition, int]:
     """Return where the topics' partitions begin; the planner says clearly what Kafka refuses."""
-    planner = OffsetPlanner(spark, topics, _without_group(settings), positions=positions)
+    planner = OffsetPlanner(spark, topics, _without_group(settings), positions=positions or None)
     with contextlib.closing(planner):
         return planner.positions()
+
+
+def _is_true(condition: Callable[[], bool]) -> bool:
+    """Return a condition's value; one that asks a broker that is away is not true yet."""
+    try:
+        return condition()
+    except BrokerAwayError:
+        return False
 
 
 def _without_group(settings: Mapping[str, str]) -> dict[str, str]:
