@@ -293,6 +293,11 @@ def _settings(
         # Batches of 4,096 events stay in the processor's caches: 5 to 10 % faster than 10,000.
         "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
         "spark.sql.session.timeZone": "UTC",
+        # What Spark's web page shows of the past: of a stream, minutes are enough. Up to the
+        # default, a thousand of each, Java's memory grows by 5 MB a minute at a batch a second.
+        "spark.ui.retainedJobs": "200",
+        "spark.ui.retainedStages": "200",
+        "spark.sql.ui.retainedExecutions": "200",
         # Records fetched beyond a batch's end are of use to the next batch only, and would fill
         # Java's memory if they were kept for five minutes: those of retried batches, for instance.
         "spark.kafka.consumer.fetchedData.cache.timeout": "2s",
