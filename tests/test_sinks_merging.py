@@ -5,11 +5,12 @@ import statistics
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_sinks import PARTITION, Sink, stored, write
 
-from helpers.sinks import SinkError, commits, read_scored
+from helpers.sinks import SinkError, commits, lease, read_scored
 from helpers.sinks.commits import CommitLog, Part, State
 from helpers.sinks.progress import Progress
 
@@ -108,6 +109,28 @@ def test_a_late_sink_cannot_commit_where_a_manifest_was_removed(spark, path, oft
     with pytest.raises(SinkError, match="another job writes to"):
         log.write(late)
     assert stored(spark, path) == list(range(60))
+
+
+def test_a_late_sink_removes_nothing_of_the_one_that_took_over(spark, path, often, monkeypatch):
+    """A sink that wakes up after its first batch doesn't know the folders that came meanwhile."""
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0)
+    late = Sink(spark, path)
+    remove_leftovers = late._remove_leftovers
+
+    def remove_late():
+        late._lease._closed.set()
+        with Sink(spark, path) as sink:
+            for start in range(10, 60, 10):
+                write(sink, spark, start, start + 10)
+        monkeypatch.setattr(late._lease, "check", lambda: None)  # the other came right after it
+        remove_leftovers()
+
+    spark.range(1).write.parquet(f"{path}/data/interrupted")
+    monkeypatch.setattr(late, "_remove_leftovers", remove_late)
+    late.__enter__()
+    write(late, spark, 0, 10)
+    assert stored(spark, path) == list(range(60))
+    assert not (Path(path) / "data" / "interrupted").exists()
 
 
 def test_the_results_of_an_older_kit_are_continued(spark, path, tmp_path, often):

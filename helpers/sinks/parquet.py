@@ -134,7 +134,7 @@ class ParquetSink:
         self._starts: StartLog | None = None
         self._state = State()
         self._tidy_from = 0  # the number of a manifest
-        self._has_leftovers = True
+        self._leftovers: set[str] = set()
         self._source: Source | None = None
         self._ids_at_begin: dict[str, str] = {}
 
@@ -251,7 +251,7 @@ class ParquetSink:
                 remove_folder(self._spark, f"{self.path}/data/{folder}")
             raise
         self._commit(part, left, counts)
-        if self._has_leftovers:
+        if self._leftovers:
             self._remove_leftovers()
         self._tidy()
 
@@ -267,7 +267,9 @@ class ParquetSink:
                     "choose another path for these, or the model that they are from."
                 )
         self._state = replace(last, meaning=self._meaning)
-        self._source, self._tidy_from, self._has_leftovers = None, 0, True
+        self._source, self._tidy_from = None, 0
+        # Listed now, since what appears later may be of a sink that takes over.
+        self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
 
     def _check_open(self) -> None:
         if self._lease is None:
@@ -439,10 +441,10 @@ class ParquetSink:
         store the files.
         """
         with contextlib.suppress(Exception):  # the next sink tries it again
-            for folder in folder_names(self._spark, f"{self.path}/data"):
-                if folder not in self._state.folders():
-                    self._remove(folder)
-        self._has_leftovers = False
+            self._lease.check()
+            for folder in self._leftovers - self._state.folders():
+                self._remove(folder)
+        self._leftovers = set()
 
     def _remove(self, folder: str) -> None:
         remove_folder(self._spark, f"{self.path}/data/{folder}")
