@@ -85,7 +85,7 @@ def finished_part(spark: SparkSession, path: str, folder: str, rows: int, first:
             "driver and all executors must reach the same files: give a path on a file system "
             "that they share, such as hdfs:."
         )
-    flush_folder(spark, uri, inside=f"{path}/data")
+    flush_folder(spark, uri, inside=path)  # the name of `data` too
     return Part(first, 0, folder, files, rows, folder_size(spark, uri))
 
 
