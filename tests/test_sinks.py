@@ -581,3 +581,14 @@ def test_where_a_stream_begins_is_kept_before_its_first_batch(spark, path):
         write(sink, spark, 0, 10)  # a stream that begins earlier after all: nothing is stored yet
         assert sink.positions() == {PARTITION: 10}
     assert stored(spark, path) == list(range(10))
+
+
+@pytest.mark.parametrize("topic", ["_events", ".events", "topic-", "e" * 240])
+def test_where_a_stream_begins_is_kept_whatever_its_topic_is_called(spark, path, topic):
+    """A stream resumes where it began, and its sink can be opened again and again."""
+    partition = TopicAndPartition(topic, 0)
+    for start in (7, 90, 91):  # it dies before its first batch
+        stream = Stream({partition: start})
+        stream.ids = {topic: "id-1"}
+        with Sink(spark, path, stream=stream) as sink:
+            assert sink.positions() == {partition: 7}
