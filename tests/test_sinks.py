@@ -19,7 +19,13 @@ from helpers.sinks import (
     read_bad_records,
     read_scored,
 )
-from helpers.streaming import OffsetRange, TopicAndPartition
+from helpers.sinks.progress import Progress
+from helpers.streaming import (
+    KafkaUtils,
+    OffsetRange,
+    TopicAndPartition,
+    new_streaming_context,
+)
 
 PARTITION = TopicAndPartition("events", 0)
 
@@ -592,3 +598,48 @@ def test_where_a_stream_begins_is_kept_whatever_its_topic_is_called(spark, path,
         stream.ids = {topic: "id-1"}
         with Sink(spark, path, stream=stream) as sink:
             assert sink.positions() == {partition: 7}
+
+
+def test_batches_that_are_written_at_once_wait_for_each_other(spark, path):
+    """Neither takes the other's manifest for that of another job."""
+    failed = []
+
+    def write_one(topic, batch_id):
+        try:
+            sink.write(rows(spark, batch_id, 20, topic=topic), batch_id)
+        except Exception as error:
+            failed.append(error)
+
+    with Sink(spark, path) as sink:
+        batches = [
+            ("events", sink.stream.plan(0, 20)),
+            ("others", sink.stream.plan(10, 20, "others")),
+        ]
+        threads = [threading.Thread(target=write_one, args=batch) for batch in batches]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert failed == []
+    assert stored(spark, path) == sorted([*range(20), *range(10, 20)])
+
+
+def test_the_progress_never_goes_back():
+    """A batch that ends earlier than what is stored moves no offset, except in a new topic."""
+    progress = Progress().after([OffsetRange("events", 0, 0, 20, "id-1")])
+    assert progress.after([OffsetRange("events", 0, 0, 10, "id-1")]) == progress
+    again = progress.after([OffsetRange("events", 0, 0, 10, "id-2")])
+    assert again.positions == {PARTITION: 10}
+
+
+def test_a_stream_whose_batches_could_overtake_each_other_is_refused(spark):
+    """A later batch that is stored first would pass the earlier one's offsets off as stored."""
+    name, settings = "spark.streaming.concurrentJobs", spark.sparkContext._jsc.sc().conf()
+    ssc = new_streaming_context(spark, 1)
+    settings.set(name, "2")
+    try:
+        with pytest.raises(ValueError, match=f"{name} is 2, but .*: set it to 1 or leave it out"):
+            KafkaUtils.createDirectStream(ssc, ["events"], {"bootstrap.servers": "localhost:9"})
+    finally:
+        settings.remove(name)
+        ssc.stop(stopSparkContext=False)

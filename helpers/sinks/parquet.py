@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, replace
@@ -137,6 +138,7 @@ class ParquetSink:
         self._leftovers: set[str] = set()
         self._source: Source | None = None
         self._ids_at_begin: dict[str, str] = {}
+        self._writing = threading.Lock()
 
     def __repr__(self) -> str:
         return f"ParquetSink({self.path!r}, on_bad_record={self._on_bad_record!r})"
@@ -231,6 +233,11 @@ class ParquetSink:
         SinkError
             If another sink has taken the path over.
         """
+        with self._writing:
+            self._write(scored, batch_id)
+
+    def _write(self, scored: DataFrame, batch_id: int) -> None:
+        """Write what the sink doesn't have yet of a batch, while no other batch is written."""
         ranges = self._ranges(batch_id)
         left = self._state.progress.left(ranges)
         if not left:
