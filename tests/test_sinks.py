@@ -11,10 +11,12 @@ from processes import wait_until
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
+import helpers.files
 from helpers.sinks import (
     BadRecordError,
     ParquetSink,
     SinkError,
+    commits,
     lease,
     read_bad_records,
     read_scored,
@@ -630,6 +632,40 @@ def test_the_progress_never_goes_back():
     assert progress.after([OffsetRange("events", 0, 0, 10, "id-1")]) == progress
     again = progress.after([OffsetRange("events", 0, 0, 10, "id-2")])
     assert again.positions == {PARTITION: 10}
+
+
+@pytest.mark.parametrize("failing", ["flush", "names", "names twice", "delete"])
+def test_a_batch_whose_manifest_counts_is_stored_whatever_fails_after_it(
+    spark, path, tmp_path, monkeypatch, failing
+):
+    """The sink goes on, or does so when the batch is tried again, and accuses no other job."""
+    monkeypatch.setattr(commits, "MANIFESTS_KEPT", 1)
+    failures = iter(range(2 if failing == "names twice" else 1))
+    manifests = tmp_path / "scored" / "commits"
+
+    def unreliable(method):
+        def call(*arguments):
+            if (manifests / f"{1:020d}.json").exists() and next(failures, None) is not None:
+                raise OSError("the file system is away")
+            return method(*arguments)
+
+        return call
+
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+        files = sink._commits._files
+        if failing == "flush":
+            monkeypatch.setattr("helpers.files._flush", unreliable(helpers.files._flush))
+        else:
+            method = failing.split()[0]
+            monkeypatch.setattr(files, method, unreliable(getattr(files, method)))
+        if failing == "names twice":
+            with pytest.raises(OSError, match="the file system is away"):
+                write(sink, spark, 10, 20)
+        write(sink, spark, 10, 20)
+        assert sink.has(10) and next(failures, None) is None
+        write(sink, spark, 20, 30)
+    assert stored(spark, path) == list(range(30))
 
 
 def test_a_stream_whose_batches_could_overtake_each_other_is_refused(spark):

@@ -7,14 +7,13 @@ sink could then write one of a removed number: it looks whether its number is th
 
 from __future__ import annotations
 
-import json
+import contextlib
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from helpers.files import JsonFolder
@@ -208,23 +207,25 @@ class CommitLog:
             "parts": [astuple(part) for part in state.parts],
             "replaced": state.replaced,
         }
-        name = f"{state.number:020d}"
+        name = _name(state)
         try:
             self._files.write(name, content)
         except FileExistsError:
             raise taken_over(self._path) from None
-        except Py4JJavaError:
-            # A file system that doesn't answer may have done what it was asked.
-            if name not in self._files.names() or self._files.read(name) != json.loads(
-                json.dumps(content)
-            ):
-                raise
         names = self._files.names()
         if names[-1] != name:  # it was free because another sink has removed it
             self._files.delete(name)
             raise taken_over(self._path)
-        for old in names[:-MANIFESTS_KEPT]:
-            self._files.delete(old)
+        with contextlib.suppress(Exception):  # the next batch tries it again
+            for old in names[:-MANIFESTS_KEPT]:
+                self._files.delete(old)
+
+    def is_last(self, state: State) -> bool:
+        """Tell whether the last manifest is that of a state, whose files nobody else has."""
+        name = _name(state)
+        if self._files.names()[-1:] != [name]:
+            return False
+        return [Part(*part) for part in self._files.read(name)["parts"]] == state.parts
 
     def _old(self) -> list[Part]:
         """Return the files of an older kit's manifests, each of which named its own only."""
@@ -234,6 +235,10 @@ class CommitLog:
             for found in manifests
         ]
         return sorted(parts, key=_first)
+
+
+def _name(state: State) -> str:
+    return f"{state.number:020d}"
 
 
 def _first(part: Part) -> int:

@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, replace
+from typing import Any
 
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
@@ -134,6 +135,7 @@ class ParquetSink:
         self._commits: CommitLog | None = None
         self._starts: StartLog | None = None
         self._state = State()
+        self._unsure: State | None = None  # whose manifest may count
         self._tidy_from = 0  # the number of a manifest
         self._leftovers: set[str] = set()
         self._source: Source | None = None
@@ -212,7 +214,8 @@ class ParquetSink:
 
     def has(self, batch_id: int) -> bool:
         """Tell whether all records of a batch are stored, so that it needn't be scored."""
-        return not self._state.progress.left(self._ranges(batch_id))
+        ranges = self._ranges(batch_id)
+        return not self._state.progress.left(ranges)
 
     def write(self, scored: DataFrame, batch_id: int) -> None:
         """Write what the sink doesn't have yet of a batch; in one Spark action.
@@ -274,7 +277,7 @@ class ParquetSink:
                     "choose another path for these, or the model that they are from."
                 )
         self._state = replace(last, meaning=self._meaning)
-        self._source, self._tidy_from = None, 0
+        self._source, self._unsure, self._tidy_from = None, None, 0
         # Listed now, since what appears later may be of a sink that takes over.
         self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
 
@@ -304,6 +307,7 @@ class ParquetSink:
         self._check_open()
         if self._source is None:
             raise SinkError("the sink has no stream: call `begin` with the stream.")
+        self._settle()
         ranges = [
             replace(part, topic_id=part.topic_id or self._ids_at_begin.get(part.topic))
             for part in self._source.ranges_of(batch_id)
@@ -420,8 +424,24 @@ class ParquetSink:
     def _commit(self, part: Part, ranges: list[OffsetRange], counts: dict[str, int]) -> None:
         """Make the batch count: write its manifest, in one step."""
         state = self._state.with_batch(part, self._state.progress.after(ranges))
-        self._commits.write(state, {"ranges": [astuple(part) for part in ranges], **counts})
-        self._state = state
+        self._publish(state, {"ranges": [astuple(part) for part in ranges], **counts})
+
+    def _publish(self, state: State, batch: Mapping[str, Any] | None = None) -> None:
+        """Write a manifest, and go on from it."""
+        self._unsure = state
+        try:
+            self._commits.write(state, batch)
+        except Exception:
+            self._settle()
+            if self._state is not state:
+                raise
+        self._state, self._unsure = state, None
+
+    def _settle(self) -> None:
+        """Go on from a manifest that counts although writing it failed, as it may at the end."""
+        if self._unsure and self._commits.is_last(self._unsure):
+            self._state = self._unsure
+        self._unsure = None
 
     def _tidy(self) -> None:
         """Merge the files of many batches into one if there are enough, and remove old ones."""
@@ -435,8 +455,7 @@ class ParquetSink:
             part = merge(self._spark, self.path, group, self._meaning["event_id"])
             self._lease.check()
             state = state.merged(group, part, now)
-            self._commits.write(state)
-            self._state = state
+            self._publish(state)
         except Exception:  # nothing is lost: the small files still count
             self._tidy_from = state.number + FAN_IN
             _LOGGER.warning("the small files in %s can't be merged now", self.path, exc_info=True)

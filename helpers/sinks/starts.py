@@ -9,7 +9,6 @@ from pyspark.sql import SparkSession
 from helpers.files import JsonFolder
 from helpers.streaming.offsets import TopicAndPartition
 
-
 # Kafka allows names that begin with "_" or ".", which files that don't count have.
 _PREFIX = "topic-"
 
