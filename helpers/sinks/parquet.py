@@ -43,7 +43,7 @@ from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
 from helpers.sinks.dead_letters import send_dead_letters
 from helpers.sinks.errors import BadRecordError, SinkError
 from helpers.sinks.lease import Lease
-from helpers.sinks.parts import finished_part, merge, read_parts
+from helpers.sinks.parts import finished_part, merge, read_parts, with_size
 from helpers.sinks.progress import Progress, Source, check_ranges
 from helpers.sinks.starts import StartLog
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
@@ -136,7 +136,7 @@ class ParquetSink:
         self._starts: StartLog | None = None
         self._state = State()
         self._unsure: State | None = None  # whose manifest may count
-        self._tidy_from = 0  # the number of a manifest
+        self._unmerged: dict[str, int] = {}  # folders that a merge failed with, and at which number
         self._leftovers: set[str] = set()
         self._source: Source | None = None
         self._ids_at_begin: dict[str, str] = {}
@@ -276,8 +276,9 @@ class ParquetSink:
                     f"{self.path} has results with {name} {last.meaning[name]!r}, not {value!r}: "
                     "choose another path for these, or the model that they are from."
                 )
-        self._state = replace(last, meaning=self._meaning)
-        self._source, self._unsure, self._tidy_from = None, None, 0
+        parts = [with_size(self._spark, self.path, part) for part in last.parts]
+        self._state = replace(last, meaning=self._meaning, parts=parts)
+        self._source, self._unsure, self._unmerged = None, None, {}
         # Listed now, since what appears later may be of a sink that takes over.
         self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
 
@@ -446,8 +447,9 @@ class ParquetSink:
     def _tidy(self) -> None:
         """Merge the files of many batches into one if there are enough, and remove old ones."""
         state = self._state
-        group, now = state.mergeable(), time.time()
-        if state.number < self._tidy_from or not group:
+        failed = {f for f, number in self._unmerged.items() if state.number < number + FAN_IN}
+        group, now = state.mergeable(failed), time.time()
+        if not group:
             return
         try:
             for folder in state.outdated(now):
@@ -457,7 +459,7 @@ class ParquetSink:
             state = state.merged(group, part, now)
             self._publish(state)
         except Exception:  # nothing is lost: the small files still count
-            self._tidy_from = state.number + FAN_IN
+            self._unmerged |= {part.folder: state.number for part in group}
             _LOGGER.warning("the small files in %s can't be merged now", self.path, exc_info=True)
 
     def _remove_leftovers(self) -> None:
