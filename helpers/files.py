@@ -92,8 +92,8 @@ class JsonFolder:
         FileExistsError
             If there is one of that name, which stays as it is.
         """
-        # Drafts differ, too: two writers of the same name must not write into one.
-        draft = self._path(f".{name}.{uuid.uuid4()}.draft")
+        # Without the name, which may be as long as a file's name can be.
+        draft = self._path(f".{uuid.uuid4()}.draft")
         file = self._files.create(draft, False)
         try:
             file.write(f"{json.dumps(content)}\n".encode())

@@ -11,15 +11,23 @@ from processes import wait_until
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
+import helpers.files
 from helpers.sinks import (
     BadRecordError,
     ParquetSink,
     SinkError,
+    commits,
     lease,
     read_bad_records,
     read_scored,
 )
-from helpers.streaming import OffsetRange, TopicAndPartition
+from helpers.sinks.progress import Progress
+from helpers.streaming import (
+    KafkaUtils,
+    OffsetRange,
+    TopicAndPartition,
+    new_streaming_context,
+)
 
 PARTITION = TopicAndPartition("events", 0)
 
@@ -542,7 +550,7 @@ def test_all_of_a_batch_is_on_the_disk_before_it_counts(spark, path, tmp_path, m
         write(sink, spark, 0, 10)
     before = {name for name, manifests in flushed if not manifests}
     files = {str(file) for file in (scored / "data").rglob("*.parquet")}
-    folders = {str(scored / "data"), *(str(f) for f in (scored / "data").glob("**/"))}
+    folders = {str(scored), *(str(f) for f in (scored / "data").glob("**/"))}
     assert files and files | folders <= {name.rstrip("/") for name in before}
     assert any(name.endswith(".draft") for name in before)
     assert (str(scored / "commits"), 1) in flushed
@@ -581,3 +589,93 @@ def test_where_a_stream_begins_is_kept_before_its_first_batch(spark, path):
         write(sink, spark, 0, 10)  # a stream that begins earlier after all: nothing is stored yet
         assert sink.positions() == {PARTITION: 10}
     assert stored(spark, path) == list(range(10))
+
+
+@pytest.mark.parametrize("topic", ["_events", ".events", "topic-", "e" * 240])
+def test_where_a_stream_begins_is_kept_whatever_its_topic_is_called(spark, path, topic):
+    """A stream resumes where it began, and its sink can be opened again and again."""
+    partition = TopicAndPartition(topic, 0)
+    for start in (7, 90, 91):  # it dies before its first batch
+        stream = Stream({partition: start})
+        stream.ids = {topic: "id-1"}
+        with Sink(spark, path, stream=stream) as sink:
+            assert sink.positions() == {partition: 7}
+
+
+def test_batches_that_are_written_at_once_wait_for_each_other(spark, path):
+    """Neither takes the other's manifest for that of another job."""
+    failed = []
+
+    def write_one(topic, batch_id):
+        try:
+            sink.write(rows(spark, batch_id, 20, topic=topic), batch_id)
+        except Exception as error:
+            failed.append(error)
+
+    with Sink(spark, path) as sink:
+        batches = [
+            ("events", sink.stream.plan(0, 20)),
+            ("others", sink.stream.plan(10, 20, "others")),
+        ]
+        threads = [threading.Thread(target=write_one, args=batch) for batch in batches]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert failed == []
+    assert stored(spark, path) == sorted([*range(20), *range(10, 20)])
+
+
+def test_the_progress_never_goes_back():
+    """A batch that ends earlier than what is stored moves no offset, except in a new topic."""
+    progress = Progress().after([OffsetRange("events", 0, 0, 20, "id-1")])
+    assert progress.after([OffsetRange("events", 0, 0, 10, "id-1")]) == progress
+    again = progress.after([OffsetRange("events", 0, 0, 10, "id-2")])
+    assert again.positions == {PARTITION: 10}
+
+
+@pytest.mark.parametrize("failing", ["flush", "names", "names twice", "delete"])
+def test_a_batch_whose_manifest_counts_is_stored_whatever_fails_after_it(
+    spark, path, tmp_path, monkeypatch, failing
+):
+    """The sink goes on, or does so when the batch is tried again, and accuses no other job."""
+    monkeypatch.setattr(commits, "MANIFESTS_KEPT", 1)
+    failures = iter(range(2 if failing == "names twice" else 1))
+    manifests = tmp_path / "scored" / "commits"
+
+    def unreliable(method):
+        def call(*arguments):
+            if (manifests / f"{1:020d}.json").exists() and next(failures, None) is not None:
+                raise OSError("the file system is away")
+            return method(*arguments)
+
+        return call
+
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+        files = sink._commits._files
+        if failing == "flush":
+            monkeypatch.setattr("helpers.files._flush", unreliable(helpers.files._flush))
+        else:
+            method = failing.split()[0]
+            monkeypatch.setattr(files, method, unreliable(getattr(files, method)))
+        if failing == "names twice":
+            with pytest.raises(OSError, match="the file system is away"):
+                write(sink, spark, 10, 20)
+        write(sink, spark, 10, 20)
+        assert sink.has(10) and next(failures, None) is None
+        write(sink, spark, 20, 30)
+    assert stored(spark, path) == list(range(30))
+
+
+def test_a_stream_whose_batches_could_overtake_each_other_is_refused(spark):
+    """A later batch that is stored first would pass the earlier one's offsets off as stored."""
+    name, settings = "spark.streaming.concurrentJobs", spark.sparkContext._jsc.sc().conf()
+    ssc = new_streaming_context(spark, 1)
+    settings.set(name, "2")
+    try:
+        with pytest.raises(ValueError, match=f"{name} is 2, but .*: set it to 1 or leave it out"):
+            KafkaUtils.createDirectStream(ssc, ["events"], {"bootstrap.servers": "localhost:9"})
+    finally:
+        settings.remove(name)
+        ssc.stop(stopSparkContext=False)

@@ -5,11 +5,12 @@ import statistics
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_sinks import PARTITION, Sink, stored, write
 
-from helpers.sinks import SinkError, commits, read_scored
+from helpers.sinks import SinkError, commits, lease, parquet, read_scored
 from helpers.sinks.commits import CommitLog, Part, State
 from helpers.sinks.progress import Progress
 
@@ -92,10 +93,58 @@ def test_files_that_cannot_be_merged_still_count(spark, path, often, monkeypatch
                 write(sink, spark, start, start + 10)
         assert "can't be merged now" in caplog.text
         assert stored(spark, path) == list(range(50))
-        sink._tidy_from = 0
+        sink._unmerged.clear()
         write(sink, spark, 50, 60)
     assert CommitLog(spark, path).last().parts[0].level == 1
     assert stored(spark, path) == list(range(60))
+
+
+def test_files_that_cannot_be_merged_hold_up_no_others(spark, path, often, monkeypatch):
+    """One broken file must not keep all later batches apart."""
+    merge = parquet.merge
+
+    def fail_first(spark, path, group, event_id):
+        assert group[0].first, "a file is broken"
+        return merge(spark, path, group, event_id)
+
+    monkeypatch.setattr(parquet, "merge", fail_first)
+    with Sink(spark, path) as sink:
+        for start in range(0, 110, 10):
+            write(sink, spark, start, start + 10)
+    assert [part.first for part in CommitLog(spark, path).last().parts if part.level] == [5]
+    assert stored(spark, path) == list(range(110))
+
+
+def test_large_batches_are_merged_as_far_as_they_fit(spark, path, tmp_path, often, monkeypatch):
+    """A group above the limit is merged in runs, and what was merged goes after a while."""
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+        (one,) = sink._state.parts
+        monkeypatch.setattr(commits, "LARGEST_MERGE", round(3.5 * one.size))
+        monkeypatch.setattr(commits, "KEPT_SECONDS", 0)
+        for start in range(10, 160, 10):
+            write(sink, spark, start, start + 10)
+    state = CommitLog(spark, path).last()
+    assert len(state.parts) < 9
+    there = {str(file.parent.relative_to(tmp_path / "scored/data")) for file in files_of(tmp_path)}
+    used = {part.folder for part in state.parts} | {folder for folder, _ in state.replaced}
+    assert all(any(f"{folder}/".startswith(f"{name}/") for name in used) for folder in there)
+    assert stored(spark, path) == list(range(160))
+
+
+def test_parts_are_merged_up_to_a_size(monkeypatch):
+    """Large ones are left out, and the longest run of the others comes first."""
+    monkeypatch.setattr(commits, "FAN_IN", 8)
+    monkeypatch.setattr(commits, "LARGEST_MERGE", 10)
+    sizes = [5, 5, 9, 4, 3, 2, 1, 5]
+    parts = [Part(n, 0, f"0/{n}", ["file"], 1, size) for n, size in enumerate(sizes)]
+    state = State(7, parts=parts)
+    assert [part.first for part in state.mergeable()] == [3, 4, 5, 6]
+    assert state.mergeable(failed={"0/4"}) == []
+    left = state.merged(state.mergeable(), Part(3, 1, "merged-3", ["file"], 4, 10), now=0)
+    assert [part.first for part in left.mergeable()] == [0, 1]
+    assert [folder for folder, _ in left.replaced] == ["0/3", "0/4", "0/5", "0/6"]
+    assert left.folders() == {"0", "merged-3"}
 
 
 def test_a_late_sink_cannot_commit_where_a_manifest_was_removed(spark, path, often, monkeypatch):
@@ -108,6 +157,28 @@ def test_a_late_sink_cannot_commit_where_a_manifest_was_removed(spark, path, oft
     with pytest.raises(SinkError, match="another job writes to"):
         log.write(late)
     assert stored(spark, path) == list(range(60))
+
+
+def test_a_late_sink_removes_nothing_of_the_one_that_took_over(spark, path, often, monkeypatch):
+    """A sink that wakes up after its first batch doesn't know the folders that came meanwhile."""
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0)
+    late = Sink(spark, path)
+    remove_leftovers = late._remove_leftovers
+
+    def remove_late():
+        late._lease._closed.set()
+        with Sink(spark, path) as sink:
+            for start in range(10, 60, 10):
+                write(sink, spark, start, start + 10)
+        monkeypatch.setattr(late._lease, "check", lambda: None)  # the other came right after it
+        remove_leftovers()
+
+    spark.range(1).write.parquet(f"{path}/data/interrupted")
+    monkeypatch.setattr(late, "_remove_leftovers", remove_late)
+    late.__enter__()
+    write(late, spark, 0, 10)
+    assert stored(spark, path) == list(range(60))
+    assert not (Path(path) / "data" / "interrupted").exists()
 
 
 def test_the_results_of_an_older_kit_are_continued(spark, path, tmp_path, often):
@@ -128,6 +199,7 @@ def test_the_results_of_an_older_kit_are_continued(spark, path, tmp_path, often)
     assert stored(spark, path) == list(range(20))
     with Sink(spark, path) as sink:
         assert sink.positions() == {PARTITION: 20}
+        assert all(part.size for part in sink._state.parts)  # or they would be merged without end
         for start in range(20, 60, 10):
             write(sink, spark, start, start + 10)
     assert stored(spark, path) == list(range(60))

@@ -7,14 +7,13 @@ sink could then write one of a removed number: it looks whether its number is th
 
 from __future__ import annotations
 
-import json
+import contextlib
 import uuid
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from helpers.files import JsonFolder
@@ -22,8 +21,8 @@ from helpers.sinks.errors import taken_over
 from helpers.sinks.progress import Progress
 from helpers.streaming.offsets import TopicAndPartition
 
-# So many batches' files are merged into one, and so many merged ones again, unless they are larger
-# than this together: a rewritten gigabyte takes minutes, and brings nothing.
+# So many batches' files are merged into one, and so many merged ones again, or as many of them as
+# are no larger than this together: a rewritten gigabyte takes minutes, and brings nothing.
 FAN_IN = 100
 LARGEST_MERGE = 256 * 1024**2
 
@@ -84,7 +83,7 @@ class State:
     parts : list of Part
         The files that count, in the order of their batches.
     replaced : list of (str, float)
-        Folders in ``data`` whose files were merged into others, and when that was.
+        Folders in ``data``, or in those there, whose files were merged, and when that was.
     """
 
     number: int = -1
@@ -93,8 +92,18 @@ class State:
     parts: list[Part] = field(default_factory=list)
     replaced: list[tuple[str, float]] = field(default_factory=list)
 
-    def mergeable(self) -> list[Part]:
-        """Return the files to merge next: the first full group of a level; none if none is full.
+    def mergeable(self, failed: Collection[str] = ()) -> list[Part]:
+        """Return the files to merge next: as many of a level's full group as may become one.
+
+        Parameters
+        ----------
+        failed : collection of str
+            The folders of parts with which a merge fails, and need not be tried again.
+
+        Returns
+        -------
+        list of Part
+            Two or more; none if there is nothing to merge.
 
         Examples
         --------
@@ -107,11 +116,14 @@ class State:
         groups = defaultdict(list)
         for part in self.parts:
             span = FAN_IN ** (part.level + 1)
-            if part.first // span < (self.number + 1) // span:
+            is_full = part.first // span < (self.number + 1) // span
+            # Two of any others fit together.
+            if is_full and part.size <= LARGEST_MERGE // 2:
                 groups[part.level, part.first // span].append(part)
         for group in groups.values():
-            if len(group) > 1 and sum(part.size for part in group) <= LARGEST_MERGE:
-                return group
+            run = _longest_run(group)
+            if len(run) > 1 and not any(part.folder in failed for part in run):
+                return run
         return []
 
     def new_folder(self) -> str:
@@ -127,7 +139,10 @@ class State:
         """Return the next state, with a part in the place of those that were merged into it."""
         parts = sorted([*(p for p in self.parts if p not in group), part], key=_first)
         kept = [(folder, since) for folder, since in self.replaced if now - since < KEPT_SECONDS]
-        kept += [(folder, now) for folder in dict.fromkeys(part.outermost() for part in group)]
+        used = {part.outermost() for part in parts}
+        # A folder of many batches goes as a whole, unless it has some that weren't merged.
+        folders = (p.folder if p.outermost() in used else p.outermost() for p in group)
+        kept += [(folder, now) for folder in dict.fromkeys(folders)]
         return replace(self, number=self.number + 1, parts=parts, replaced=kept)
 
     def outdated(self, now: float) -> list[str]:
@@ -141,7 +156,8 @@ class State:
 
     def folders(self) -> set[str]:
         """Return the folders in ``data`` that belong to the sink."""
-        return {part.outermost() for part in self.parts} | {folder for folder, _ in self.replaced}
+        replaced = {folder.partition("/")[0] for folder, _ in self.replaced}
+        return {part.outermost() for part in self.parts} | replaced
 
 
 class CommitLog:
@@ -208,23 +224,25 @@ class CommitLog:
             "parts": [astuple(part) for part in state.parts],
             "replaced": state.replaced,
         }
-        name = f"{state.number:020d}"
+        name = _name(state)
         try:
             self._files.write(name, content)
         except FileExistsError:
             raise taken_over(self._path) from None
-        except Py4JJavaError:
-            # A file system that doesn't answer may have done what it was asked.
-            if name not in self._files.names() or self._files.read(name) != json.loads(
-                json.dumps(content)
-            ):
-                raise
         names = self._files.names()
         if names[-1] != name:  # it was free because another sink has removed it
             self._files.delete(name)
             raise taken_over(self._path)
-        for old in names[:-MANIFESTS_KEPT]:
-            self._files.delete(old)
+        with contextlib.suppress(Exception):  # the next batch tries it again
+            for old in names[:-MANIFESTS_KEPT]:
+                self._files.delete(old)
+
+    def is_last(self, state: State) -> bool:
+        """Tell whether the last manifest is that of a state, whose files nobody else has."""
+        name = _name(state)
+        if self._files.names()[-1:] != [name]:
+            return False
+        return [Part(*part) for part in self._files.read(name)["parts"]] == state.parts
 
     def _old(self) -> list[Part]:
         """Return the files of an older kit's manifests, each of which named its own only."""
@@ -234,6 +252,25 @@ class CommitLog:
             for found in manifests
         ]
         return sorted(parts, key=_first)
+
+
+def _longest_run(group: list[Part]) -> list[Part]:
+    """Return the most parts of a group, one after another, that are small enough together."""
+    longest: list[Part] = []
+    run: deque[Part] = deque()
+    size = 0
+    for part in group:
+        run.append(part)
+        size += part.size
+        while size > LARGEST_MERGE:
+            size -= run.popleft().size
+        if len(run) > len(longest):
+            longest = list(run)
+    return longest
+
+
+def _name(state: State) -> str:
+    return f"{state.number:020d}"
 
 
 def _first(part: Part) -> int:

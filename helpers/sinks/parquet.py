@@ -27,9 +27,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, replace
+from typing import Any
 
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
@@ -41,7 +43,7 @@ from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
 from helpers.sinks.dead_letters import send_dead_letters
 from helpers.sinks.errors import BadRecordError, SinkError
 from helpers.sinks.lease import Lease
-from helpers.sinks.parts import finished_part, merge, read_parts
+from helpers.sinks.parts import finished_part, merge, read_parts, with_size
 from helpers.sinks.progress import Progress, Source, check_ranges
 from helpers.sinks.starts import StartLog
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
@@ -133,10 +135,12 @@ class ParquetSink:
         self._commits: CommitLog | None = None
         self._starts: StartLog | None = None
         self._state = State()
-        self._tidy_from = 0  # the number of a manifest
-        self._has_leftovers = True
+        self._unsure: State | None = None  # whose manifest may count
+        self._unmerged: dict[str, int] = {}  # folders that a merge failed with, and at which number
+        self._leftovers: set[str] = set()
         self._source: Source | None = None
         self._ids_at_begin: dict[str, str] = {}
+        self._writing = threading.Lock()
 
     def __repr__(self) -> str:
         return f"ParquetSink({self.path!r}, on_bad_record={self._on_bad_record!r})"
@@ -210,7 +214,8 @@ class ParquetSink:
 
     def has(self, batch_id: int) -> bool:
         """Tell whether all records of a batch are stored, so that it needn't be scored."""
-        return not self._state.progress.left(self._ranges(batch_id))
+        ranges = self._ranges(batch_id)
+        return not self._state.progress.left(ranges)
 
     def write(self, scored: DataFrame, batch_id: int) -> None:
         """Write what the sink doesn't have yet of a batch; in one Spark action.
@@ -231,6 +236,11 @@ class ParquetSink:
         SinkError
             If another sink has taken the path over.
         """
+        with self._writing:
+            self._write(scored, batch_id)
+
+    def _write(self, scored: DataFrame, batch_id: int) -> None:
+        """Write what the sink doesn't have yet of a batch, while no other batch is written."""
         ranges = self._ranges(batch_id)
         left = self._state.progress.left(ranges)
         if not left:
@@ -251,7 +261,7 @@ class ParquetSink:
                 remove_folder(self._spark, f"{self.path}/data/{folder}")
             raise
         self._commit(part, left, counts)
-        if self._has_leftovers:
+        if self._leftovers:
             self._remove_leftovers()
         self._tidy()
 
@@ -266,8 +276,11 @@ class ParquetSink:
                     f"{self.path} has results with {name} {last.meaning[name]!r}, not {value!r}: "
                     "choose another path for these, or the model that they are from."
                 )
-        self._state = replace(last, meaning=self._meaning)
-        self._source, self._tidy_from, self._has_leftovers = None, 0, True
+        parts = [with_size(self._spark, self.path, part) for part in last.parts]
+        self._state = replace(last, meaning=self._meaning, parts=parts)
+        self._source, self._unsure, self._unmerged = None, None, {}
+        # Listed now, since what appears later may be of a sink that takes over.
+        self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
 
     def _check_open(self) -> None:
         if self._lease is None:
@@ -295,6 +308,7 @@ class ParquetSink:
         self._check_open()
         if self._source is None:
             raise SinkError("the sink has no stream: call `begin` with the stream.")
+        self._settle()
         ranges = [
             replace(part, topic_id=part.topic_id or self._ids_at_begin.get(part.topic))
             for part in self._source.ranges_of(batch_id)
@@ -411,14 +425,31 @@ class ParquetSink:
     def _commit(self, part: Part, ranges: list[OffsetRange], counts: dict[str, int]) -> None:
         """Make the batch count: write its manifest, in one step."""
         state = self._state.with_batch(part, self._state.progress.after(ranges))
-        self._commits.write(state, {"ranges": [astuple(part) for part in ranges], **counts})
-        self._state = state
+        self._publish(state, {"ranges": [astuple(part) for part in ranges], **counts})
+
+    def _publish(self, state: State, batch: Mapping[str, Any] | None = None) -> None:
+        """Write a manifest, and go on from it."""
+        self._unsure = state
+        try:
+            self._commits.write(state, batch)
+        except Exception:
+            self._settle()
+            if self._state is not state:
+                raise
+        self._state, self._unsure = state, None
+
+    def _settle(self) -> None:
+        """Go on from a manifest that counts although writing it failed, as it may at the end."""
+        if self._unsure and self._commits.is_last(self._unsure):
+            self._state = self._unsure
+        self._unsure = None
 
     def _tidy(self) -> None:
         """Merge the files of many batches into one if there are enough, and remove old ones."""
         state = self._state
-        group, now = state.mergeable(), time.time()
-        if state.number < self._tidy_from or not group:
+        failed = {f for f, number in self._unmerged.items() if state.number < number + FAN_IN}
+        group, now = state.mergeable(failed), time.time()
+        if not group:
             return
         try:
             for folder in state.outdated(now):
@@ -426,10 +457,9 @@ class ParquetSink:
             part = merge(self._spark, self.path, group, self._meaning["event_id"])
             self._lease.check()
             state = state.merged(group, part, now)
-            self._commits.write(state)
-            self._state = state
+            self._publish(state)
         except Exception:  # nothing is lost: the small files still count
-            self._tidy_from = state.number + FAN_IN
+            self._unmerged |= {part.folder: state.number for part in group}
             _LOGGER.warning("the small files in %s can't be merged now", self.path, exc_info=True)
 
     def _remove_leftovers(self) -> None:
@@ -439,10 +469,10 @@ class ParquetSink:
         store the files.
         """
         with contextlib.suppress(Exception):  # the next sink tries it again
-            for folder in folder_names(self._spark, f"{self.path}/data"):
-                if folder not in self._state.folders():
-                    self._remove(folder)
-        self._has_leftovers = False
+            self._lease.check()
+            for folder in self._leftovers - self._state.folders():
+                self._remove(folder)
+        self._leftovers = set()
 
     def _remove(self, folder: str) -> None:
         remove_folder(self._spark, f"{self.path}/data/{folder}")

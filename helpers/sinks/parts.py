@@ -85,8 +85,25 @@ def finished_part(spark: SparkSession, path: str, folder: str, rows: int, first:
             "driver and all executors must reach the same files: give a path on a file system "
             "that they share, such as hdfs:."
         )
-    flush_folder(spark, uri, inside=f"{path}/data")
+    flush_folder(spark, uri, inside=path)  # the name of `data` too
     return Part(first, 0, folder, files, rows, folder_size(spark, uri))
+
+
+def with_size(spark: SparkSession, path: str, part: Part) -> Part:
+    """Return a part with its size, which an older kit didn't write down.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client is used.
+    path : str
+        The sink's path.
+    part : Part
+        The files.
+    """
+    return (
+        part if part.size else replace(part, size=folder_size(spark, f"{path}/data/{part.folder}"))
+    )
 
 
 def merge(spark: SparkSession, path: str, group: list[Part], event_id: str) -> Part:

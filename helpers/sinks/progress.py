@@ -82,9 +82,13 @@ class Progress:
     def after(self, ranges: Iterable[OffsetRange]) -> Progress:
         """Return the progress when ranges are stored as well."""
         ranges = list(ranges)
-        positions = {part.topicAndPartition(): part.untilOffset for part in ranges}
         topic_ids = {part.topic: part.topic_id for part in ranges if part.topic_id}
-        return Progress(self.positions | positions, self.topic_ids | topic_ids)
+        changed, positions = self.changed(topic_ids), dict(self.positions)
+        for part in ranges:
+            key = part.topicAndPartition()
+            before = 0 if part.topic in changed else positions.get(key, 0)
+            positions[key] = max(before, part.untilOffset)
+        return Progress(positions, self.topic_ids | topic_ids)
 
 
 def check_ranges(ranges: list[OffsetRange], batch_id: int) -> None:

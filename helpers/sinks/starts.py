@@ -9,6 +9,9 @@ from pyspark.sql import SparkSession
 from helpers.files import JsonFolder
 from helpers.streaming.offsets import TopicAndPartition
 
+# Kafka allows names that begin with "_" or ".", which files that don't count have.
+_PREFIX = "topic-"
+
 
 class StartLog:
     """A file for each topic with the offsets at which its first stream began.
@@ -35,7 +38,9 @@ class StartLog:
 
     def __init__(self, spark: SparkSession, path: str) -> None:
         self._files = JsonFolder(spark, f"{path}/starts")
-        self._kept = {topic: self._files.read(topic) for topic in self._files.names()}
+        self._kept = {
+            name.removeprefix(_PREFIX): self._files.read(name) for name in self._files.names()
+        }
 
     def starts(self, topic_ids: Mapping[str, str]) -> dict[TopicAndPartition, int]:
         """Return where streams began, but not in topics that have other ids now."""
@@ -53,7 +58,7 @@ class StartLog:
             if kept and kept["topic_id"] == topic_id:
                 continue
             if kept:
-                self._files.delete(topic)
+                self._files.delete(_PREFIX + topic)
             self._kept[topic] = {
                 "topic_id": topic_id,
                 "offsets": {
@@ -62,4 +67,4 @@ class StartLog:
                     if part.topic == topic
                 },
             }
-            self._files.write(topic, self._kept[topic])
+            self._files.write(_PREFIX + topic, self._kept[topic])

@@ -175,7 +175,7 @@ class KafkaUtils:
             If a topic doesn't exist, Kafka can't be reached or refuses, or the group has members.
         ValueError
             If ``bootstrap.servers`` is missing or has no port, ``auto.offset.reset`` is no such
-            thing, or Kafka doesn't know a setting.
+            thing, Kafka doesn't know a setting, or ``spark.streaming.concurrentJobs`` is above 1.
 
         Notes
         -----
@@ -187,6 +187,7 @@ class KafkaUtils:
         ...     ssc, ["events"], {"bootstrap.servers": kafka.bootstrap_servers})
         >>> stream.map(lambda record: record[1]).pprint()
         """
+        _check_one_at_a_time(ssc)
         interval = ssc._jssc.ssc().graph().batchDuration().milliseconds() / 1000
         settings = modern_settings(kafkaParams)
         batches = Batches(list(topics), settings, interval, fromOffsets, positions)
@@ -245,6 +246,17 @@ class KafkaUtils:
         records = RangeReader(spark, settings).read(offsetRanges).rdd
         to_element = _element_maker(keyDecoder, valueDecoder, messageHandler)
         return KafkaRDD(records.map(to_element), offsetRanges)
+
+
+def _check_one_at_a_time(ssc: StreamingContext) -> None:
+    """Raise `ValueError` if batches can overtake each other: offsets are committed in order."""
+    name = "spark.streaming.concurrentJobs"
+    number = ssc.sparkContext.getConf().get(name, "1")
+    if int(number) > 1:
+        raise ValueError(
+            f"{name} is {number}, but a batch may only begin after the one before it: set it to 1 "
+            "or leave it out, and create the Spark session again."
+        )
 
 
 def _element_maker(
