@@ -128,17 +128,21 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
     for letter in read_letters(consumer, topic + DEAD_LETTERS):
         if letter.partition not in treated:
             treated[letter.partition] = treated_up_to(consumer, letter, topic_id)
-        source, is_new = source_of(letter), letter.offset >= treated[letter.partition]
-        if is_new:
+        if letter.offset < treated[letter.partition]:
+            seen.add(source_of(letter))
+        else:
             letters.new.append(letter)
-            if source is None:
-                letters.leave(letter, "not a dead letter: no headers that name a record")
-            elif source[0] != topic:
-                letters.leave(letter, f"of another topic, {printable(source[0])!r}")
-            elif letter.key is None and letter.value is None:
-                letters.leave(letter, "without key and value")
-            elif source not in seen:
-                letters.originals.append(letter)
+    # Only now: the first copy of a letter may be in a partition that is read later.
+    for letter in letters.new:
+        source = source_of(letter)
+        if source is None:
+            letters.leave(letter, "not a dead letter: no headers that name a record")
+        elif source[0] != topic:
+            letters.leave(letter, f"of another topic, {printable(source[0])!r}")
+        elif letter.key is None and letter.value is None:
+            letters.leave(letter, "without key and value")
+        elif source not in seen:
+            letters.originals.append(letter)
         seen.add(source)
     return letters
 

@@ -18,7 +18,7 @@ from replay_dead_letters import main
 @pytest.fixture
 def letters(kafka, topic):
     """Put dead letters of a topic into Kafka, by the offsets that they had."""
-    def put(*offsets, value=b"rubbish", **more):
+    def put(*offsets, value=b"rubbish", to=None, **more):
         with KafkaProducer(
             bootstrap_servers=kafka.bootstrap_servers, max_request_size=2**24,
             compression_type="zstd",
@@ -28,8 +28,9 @@ def letters(kafka, topic):
                 headers |= {name.replace("_", "-"): text for name, text in more.items()}
                 headers = [(name, text.encode()) for name, text in headers.items()]
                 producer.send(
-                    f"{topic}.dead-letter", value, key=b"%d" % offset, headers=headers
-                ).get(10)
+                    f"{topic}.dead-letter", value, key=b"%d" % offset, headers=headers,
+                    partition=to,
+                ).get(10)  # fmt: skip
 
     return put
 
@@ -64,6 +65,19 @@ def test_each_dead_letter_comes_back_once(kafka, topic, letters, replay):
     assert replay()[1].startswith("1 dead letters sent back")
     assert replay()[1].startswith("0 dead letters sent back")
     assert values(kafka, topic) == [(b"1", b"rubbish"), (b"2", b"rubbish"), (b"3", b"rubbish")]
+
+
+def test_a_copy_in_another_partition_is_not_sent_back(kafka, topic, letters, replay):
+    """Copies lie apart where a record has no key, or where partitions are added."""
+    kafka.create_topic(f"{topic}.dead-letter", partitions=2)
+    letters(1, to=1)
+    assert replay()[1].startswith("1 dead letters sent back")
+    letters(1, to=0)
+    letters(2, to=0)
+    letters(2, to=1)
+    assert replay()[1].endswith("1 dead letters sent back to " + topic + "; 0 could not be mended, "
+                                "2 were copies\n")  # fmt: skip
+    assert values(kafka, topic) == [(b"1", b"rubbish"), (b"2", b"rubbish")]
 
 
 def test_a_repair_function_mends_what_it_can(kafka, topic, letters, replay, tmp_path):
