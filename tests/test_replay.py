@@ -18,6 +18,7 @@ from replay_dead_letters import main
 @pytest.fixture
 def letters(kafka, topic):
     """Put dead letters of a topic into Kafka, by the offsets that they had."""
+
     def put(*offsets, value=b"rubbish", to=None, **more):
         with KafkaProducer(
             bootstrap_servers=kafka.bootstrap_servers, max_request_size=2**24,
