@@ -10,6 +10,9 @@ What is sent back, and that it was, becomes visible in one Kafka transaction, so
 in between has sent nothing; a stream that reads with isolation.level=read_committed never sees a
 record twice. The same record may be among the dead letters twice, if its batch was done again:
 their headers tell. A letter that can't be sent back stays where it is, and stops no other.
+
+How far the letters are treated is kept in the compacted topic T.dead-letter.replayed, because Kafka
+forgets the offsets of a consumer group after some days without members.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +38,7 @@ from kafka import (
 from kafka.admin import ConfigResource
 from kafka.codec import zstd_encode
 from kafka.consumer.fetcher import ConsumerRecord
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from helpers.broker import check_address
 from helpers.records import printable
@@ -45,6 +49,7 @@ Repair = Callable[[bytes | None], bytes | None]
 Place = tuple[int, int]  # of a dead letter: its partition and its offset
 Source = tuple[str, str, int, int]  # of a record: topic, the topic's id, partition and offset
 
+REPLAYED = ".replayed"  # what the name of the topic that keeps how far they are treated ends in
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 15  # how long the dead letters may take to be read, from one to the next
 DEFAULT_LIMIT = 1_048_588  # Kafka's max.message.bytes, where it doesn't tell
@@ -90,8 +95,8 @@ def source_of(letter: ConsumerRecord) -> Source | None:
         return None
 
 
-def read_letters(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord]:
-    """Yield all dead letters that are there now, partition by partition.
+def read_records(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord]:
+    """Yield a topic's current records, partition by partition.
 
     Raises
     ------
@@ -104,10 +109,10 @@ def read_letters(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord
         consumer.seek_to_beginning()
         (end,) = consumer.end_offsets([partition]).values()
         while (position := consumer.position(partition)) < end:
-            letters = consumer.poll(timeout_ms=SILENT_SECONDS * 1000).get(partition, [])
-            if not letters and consumer.position(partition) == position:
+            records = consumer.poll(timeout_ms=SILENT_SECONDS * 1000).get(partition, [])
+            if not records and consumer.position(partition) == position:
                 raise ReplayError(f"{topic} can't be read: no answer for {SILENT_SECONDS} s.")
-            yield from (letter for letter in letters if letter.offset < end)
+            yield from (record for record in records if record.offset < end)
 
 
 def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
@@ -120,15 +125,13 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
     topic : str
         The topic that they came from; letters that name another one are left.
     topic_id : str
-        Kafka's id of the topic of the dead letters; the group's offsets of another one with its
-        name are of other letters.
+        Kafka's id of the topic of the dead letters, '' if there are none; what is noted of another
+        one with its name is of other letters.
     """
     letters, seen = Letters(), set()
-    treated: dict[int, int] = {}
-    for letter in read_letters(consumer, topic + DEAD_LETTERS):
-        if letter.partition not in treated:
-            treated[letter.partition] = treated_up_to(consumer, letter, topic_id)
-        if letter.offset < treated[letter.partition]:
+    treated = treated_up_to(consumer, topic + DEAD_LETTERS, topic_id)
+    for letter in read_records(consumer, topic + DEAD_LETTERS):
+        if letter.offset < treated.get(letter.partition, 0):
             seen.add(source_of(letter))
         else:
             letters.new.append(letter)
@@ -147,21 +150,58 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
     return letters
 
 
-def treated_up_to(consumer: KafkaConsumer, letter: ConsumerRecord, topic_id: str) -> int:
-    """Return how far earlier runs have treated the letters of a letter's partition."""
-    noted = consumer.committed(TopicPartition(letter.topic, letter.partition), metadata=True)
-    if noted is None or noted.metadata not in ("", topic_id):
-        return 0
-    return noted.offset
+def treated_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) -> dict[int, int]:
+    """Return how far earlier runs have treated the letters, by their partitions."""
+    if not topic_id:
+        return {}
+    treated = {}
+    for number in consumer.partitions_for_topic(letters_topic) or ():
+        noted = consumer.committed(TopicPartition(letters_topic, number), metadata=True)
+        if noted is not None and noted.metadata in ("", topic_id):
+            treated[number] = noted.offset
+    for record in read_records(consumer, letters_topic + REPLAYED):
+        number, note = int(record.key), json.loads(record.value)
+        if note["topic-id"] == topic_id:
+            treated[number] = max(treated.get(number, 0), note["offset"])
+    return treated
+
+
+def create_notes(admin: KafkaAdminClient, letters_topic: str, replicas: int) -> None:
+    """Create the topic that keeps how far the letters are treated, unless it exists.
+
+    Raises
+    ------
+    ReplayError
+        If it can't be created.
+    """
+    name = letters_topic + REPLAYED
+    wanted = {
+        "num_partitions": 1, "replication_factor": replicas,
+        "configs": {"cleanup.policy": "compact"},
+    }  # fmt: skip
+    try:
+        admin.create_topics({name: wanted}, wait_for_metadata=True)
+    except TopicAlreadyExistsError:
+        return
+    except KafkaError as error:
+        raise ReplayError(
+            f"the topic {name} can't be created: {error}. Create it with 1 partition and "
+            "cleanup.policy=compact; the ACLs READ, WRITE and DESCRIBE on it are needed."
+        ) from error
 
 
 def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
-    """Return Kafka's id of a topic's dead letters, '' if there are none, and the topic's limit."""
+    """Return Kafka's id of a topic's dead letters, '' if there are none, and the topic's limit.
+
+    If there are some, the topic that keeps how far they are treated exists afterwards.
+    """
     letters_topic, topic_id, limit = topic + DEAD_LETTERS, "", DEFAULT_LIMIT
     topics = admin.list_topics()
     if letters_topic in topics:
         (description,) = admin.describe_topics([letters_topic])
         topic_id = str(description["topic_id"])
+        if letters_topic + REPLAYED not in topics:
+            create_notes(admin, letters_topic, len(description["partitions"][0]["replica_nodes"]))
     with contextlib.suppress(KafkaError, KeyError):  # it may not be for this user
         found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
         limit = int(found["topic"][topic]["max.message.bytes"]["value"])
@@ -218,6 +258,10 @@ def send_back(
         )
         for letter in letters
     }
+    for partition, noted in offsets.items():
+        note = json.dumps({"offset": noted.offset, "topic-id": topic_id})
+        key = str(partition.partition).encode()
+        producer.send(partition.topic + REPLAYED, note.encode(), key=key)
     producer.send_offsets_to_transaction(offsets, group)
     producer.commit_transaction()
 
@@ -240,7 +284,10 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
     try:
         producer.init_transactions()
         reader = python_settings(settings, KafkaConsumer)
-        given = {**reader, **common, "group_id": group, "enable_auto_commit": False}
+        given = {
+            **reader, **common, "group_id": group, "enable_auto_commit": False,
+            "isolation_level": "read_committed",
+        }  # fmt: skip
         with KafkaConsumer(**given) as consumer:
             letters = new_letters(consumer, topic, topic_id)
         mended = mend(letters.originals, options.repair)

@@ -81,6 +81,21 @@ def test_a_copy_in_another_partition_is_not_sent_back(kafka, topic, letters, rep
     assert values(kafka, topic) == [(b"1", b"rubbish"), (b"2", b"rubbish")]
 
 
+def test_what_was_sent_back_is_known_after_its_group_is_forgotten(kafka, topic, letters, replay):
+    """Kafka forgets the offsets of a group that nobody used for a week."""
+    letters(1, 2)
+    assert replay()[1].startswith("2 dead letters sent back")
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_groups([f"replay-{topic}.dead-letter"])
+        notes = f"{topic}.dead-letter.replayed"
+        found = admin.describe_configs([ConfigResource("TOPIC", notes)], config_filter="all")
+        assert found["topic"][notes]["cleanup.policy"]["value"] == "compact"
+    letters(3)
+    assert replay()[1].startswith("1 dead letters sent back")
+    assert replay()[1].startswith("0 dead letters sent back")
+    assert [key for key, _ in values(kafka, topic)] == [b"1", b"2", b"3"]
+
+
 def test_a_repair_function_mends_what_it_can(kafka, topic, letters, replay, tmp_path):
     """Otherwise what was bad would be sent back as bad as it was."""
     (tmp_path / "repairs.py").write_text(
