@@ -4,7 +4,8 @@
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T --repair mend.py:mend
 
 A repair function takes a record's bytes (or None) and returns what is to be sent instead; None for
-a record that it can't mend, which stays a dead letter for good.
+a record that it can't mend, which stays a dead letter for good. It is called twice for each record:
+first for all of them, so that nothing is sent if it fails for one.
 
 What is sent back, and that it was, becomes visible in one Kafka transaction, so a program that dies
 in between has sent nothing; a stream that reads with isolation.level=read_committed never sees a
@@ -22,7 +23,7 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,7 @@ SILENT_SECONDS = 15  # how long the dead letters may take to be read, from one t
 DEFAULT_LIMIT = 1_048_588  # Kafka's max.message.bytes, where it doesn't tell
 RECORD_OVERHEAD = 500  # what Kafka adds to a record, at most
 LETTERS_PER_TRANSACTION = 1_000
+BYTES_PER_TRANSACTION = 16_000_000
 
 
 class ReplayError(RuntimeError):
@@ -63,25 +65,25 @@ class ReplayError(RuntimeError):
 
 @dataclass
 class Letters:
-    """The dead letters that no earlier run has treated.
+    """The places of the dead letters that no earlier run has treated; their bytes stay in Kafka.
 
     Attributes
     ----------
-    new : list of kafka.consumer.fetcher.ConsumerRecord
-        All of them, in the order of their offsets.
-    originals : list of kafka.consumer.fetcher.ConsumerRecord
+    new : dict
+        Which record each was, in the order of their offsets.
+    originals : set
         Those to be sent back. The others are copies, or left.
     left : dict of str to list
         Those that are left where they are, by the reason.
     """
 
-    new: list[ConsumerRecord] = field(default_factory=list)
-    originals: list[ConsumerRecord] = field(default_factory=list)
-    left: dict[str, list[ConsumerRecord]] = field(default_factory=dict)
+    new: dict[Place, Source | None] = field(default_factory=dict)
+    originals: set[Place] = field(default_factory=set)
+    left: dict[str, list[Place]] = field(default_factory=dict)
 
-    def leave(self, letter: ConsumerRecord, reason: str) -> None:
+    def leave(self, place: Place, reason: str) -> None:
         """Leave a letter where it is."""
-        self.left.setdefault(reason, []).append(letter)
+        self.left.setdefault(reason, []).append(place)
 
 
 def source_of(letter: ConsumerRecord) -> Source | None:
@@ -128,26 +130,51 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
         Kafka's id of the topic of the dead letters, '' if there are none; what is noted of another
         one with its name is of other letters.
     """
-    letters, seen = Letters(), set()
+    letters, seen, empty = Letters(), set(), set()
     treated = treated_up_to(consumer, topic + DEAD_LETTERS, topic_id)
     for letter in read_records(consumer, topic + DEAD_LETTERS):
         if letter.offset < treated.get(letter.partition, 0):
             seen.add(source_of(letter))
-        else:
-            letters.new.append(letter)
+            continue
+        letters.new[place_of(letter)] = source_of(letter)
+        if letter.key is None and letter.value is None:
+            empty.add(place_of(letter))
     # Only now: the first copy of a letter may be in a partition that is read later.
-    for letter in letters.new:
-        source = source_of(letter)
+    for place, source in letters.new.items():
         if source is None:
-            letters.leave(letter, "not a dead letter: no headers that name a record")
+            letters.leave(place, "not a dead letter: no headers that name a record")
         elif source[0] != topic:
-            letters.leave(letter, f"of another topic, {printable(source[0])!r}")
-        elif letter.key is None and letter.value is None:
-            letters.leave(letter, "without key and value")
+            letters.leave(place, f"of another topic, {printable(source[0])!r}")
+        elif place in empty:
+            letters.leave(place, "without key and value")
         elif source not in seen:
-            letters.originals.append(letter)
+            letters.originals.add(place)
         seen.add(source)
     return letters
+
+
+def read_again(
+    consumer: KafkaConsumer, topic: str, places: Container[Place]
+) -> Iterator[ConsumerRecord]:
+    """Yield the dead letters of a topic at some places."""
+    letters = read_records(consumer, topic + DEAD_LETTERS)
+    return (letter for letter in letters if place_of(letter) in places)
+
+
+def parts(letters: Iterable[ConsumerRecord]) -> Iterator[list[ConsumerRecord]]:
+    """Yield dead letters in parts that are small enough for memory and for a transaction."""
+    part: list[ConsumerRecord] = []
+    total = 0
+    for letter in letters:
+        size = len(letter.key or b"") + len(letter.value or b"")
+        is_full = len(part) == LETTERS_PER_TRANSACTION or total + size > BYTES_PER_TRANSACTION
+        if part and is_full:
+            yield part
+            part, total = [], 0
+        part.append(letter)
+        total += size
+    if part:
+        yield part
 
 
 def treated_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) -> dict[int, int]:
@@ -208,18 +235,25 @@ def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
     return topic_id, limit
 
 
-def leave_large_ones(letters: Letters, values: dict[Place, bytes | None], limit: int) -> None:
-    """Leave the letters whose values a topic won't take, even compressed.
+def leave_large_ones(
+    letters: Letters,
+    part: Iterable[ConsumerRecord],
+    values: dict[Place, bytes | None],
+    limit: int,
+) -> None:
+    """Leave the letters of a part whose values a topic won't take, even compressed.
 
     A transaction with one of these in it would fail as a whole.
     """
-    for letter in list(letters.originals):
-        value = values.get(place_of(letter)) or b""
+    for letter in part:
+        place = place_of(letter)
+        value = values.get(place) or b""
         size = len(letter.key or b"") + len(value) + RECORD_OVERHEAD
-        if size > limit and len(zstd_encode(value)) + RECORD_OVERHEAD > limit:
-            letters.leave(letter, f"too large, {size} bytes for {limit}")
-            letters.originals.remove(letter)
-            del values[place_of(letter)]
+        is_large = size > limit and len(zstd_encode(value)) + RECORD_OVERHEAD > limit
+        if place in values and is_large:
+            letters.leave(place, f"too large, {size} bytes for {limit}")
+            letters.originals.remove(place)
+            del values[place]
 
 
 def send_back(
@@ -290,16 +324,21 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
         }  # fmt: skip
         with KafkaConsumer(**given) as consumer:
             letters = new_letters(consumer, topic, topic_id)
-        mended = mend(letters.originals, options.repair)
-        leave_large_ones(letters, mended, limit)
-        for first in range(0, len(letters.new), LETTERS_PER_TRANSACTION):
-            part = letters.new[first : first + LETTERS_PER_TRANSACTION]
-            send_back(producer, group, topic, topic_id, part, mended)
+            if options.repair:
+                for letter in read_again(consumer, topic, letters.originals):
+                    mend([letter], options.repair)
+            sent = 0
+            for part in parts(read_again(consumer, topic, letters.new)):
+                chosen = [letter for letter in part if place_of(letter) in letters.originals]
+                mended = mend(chosen, options.repair)
+                leave_large_ones(letters, chosen, mended, limit)
+                send_back(producer, group, topic, topic_id, part, mended)
+                sent += len(mended)
     finally:
         producer.close(timeout=5)
-    given_up = len(letters.originals) - len(mended)
+    given_up = len(letters.originals) - sent
     copies = len(letters.new) - len(letters.originals) - sum(map(len, letters.left.values()))
-    return len(mended), given_up, copies, letters
+    return sent, given_up, copies, letters
 
 
 def mend(letters: Iterable[ConsumerRecord], repair: Repair | None) -> dict[Place, bytes | None]:
@@ -364,8 +403,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for reason, left in letters.left.items():
         print(
-            f"{len(left)} left in {left[0].topic}, {reason}; the first is at partition "
-            f"{left[0].partition}, offset {left[0].offset}",
+            f"{len(left)} left in {options.topic}{DEAD_LETTERS}, {reason}; the first is at "
+            f"partition {left[0][0]}, offset {left[0][1]}",
             file=sys.stderr,
         )
     return 1 if letters.left else 0

@@ -96,6 +96,14 @@ def test_what_was_sent_back_is_known_after_its_group_is_forgotten(kafka, topic, 
     assert [key for key, _ in values(kafka, topic)] == [b"1", b"2", b"3"]
 
 
+def test_many_bytes_are_sent_back_in_several_transactions(kafka, topic, letters, replay):
+    """Work is bounded in bytes: 18 MB are noted as treated in two steps."""
+    letters(*range(20), value=os.urandom(900_000), to=0)
+    assert replay()[1].startswith("20 dead letters sent back")
+    assert len(values(kafka, f"{topic}.dead-letter.replayed")) == 2
+    assert [key for key, _ in values(kafka, topic)] == sorted(b"%d" % n for n in range(20))
+
+
 def test_a_repair_function_mends_what_it_can(kafka, topic, letters, replay, tmp_path):
     """Otherwise what was bad would be sent back as bad as it was."""
     (tmp_path / "repairs.py").write_text(
