@@ -4,12 +4,16 @@
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T --repair mend.py:mend
 
 A repair function takes a record's bytes (or None) and returns what is to be sent instead; None for
-a record that it can't mend, which stays a dead letter for good.
+a record that it can't mend, which stays a dead letter for good. It is called twice for each record:
+first for all of them, so that nothing is sent if it fails for one.
 
 What is sent back, and that it was, becomes visible in one Kafka transaction, so a program that dies
 in between has sent nothing; a stream that reads with isolation.level=read_committed never sees a
 record twice. The same record may be among the dead letters twice, if its batch was done again:
 their headers tell. A letter that can't be sent back stays where it is, and stops no other.
+
+How far the letters are treated is kept in the compacted topic T.dead-letter.replayed, because Kafka
+forgets the offsets of a consumer group after some days without members.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +39,7 @@ from kafka import (
 from kafka.admin import ConfigResource
 from kafka.codec import zstd_encode
 from kafka.consumer.fetcher import ConsumerRecord
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from helpers.broker import check_address
 from helpers.records import printable
@@ -45,11 +50,13 @@ Repair = Callable[[bytes | None], bytes | None]
 Place = tuple[int, int]  # of a dead letter: its partition and its offset
 Source = tuple[str, str, int, int]  # of a record: topic, the topic's id, partition and offset
 
+REPLAYED = ".replayed"  # what the name of the topic that keeps how far they are treated ends in
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 15  # how long the dead letters may take to be read, from one to the next
 DEFAULT_LIMIT = 1_048_588  # Kafka's max.message.bytes, where it doesn't tell
 RECORD_OVERHEAD = 500  # what Kafka adds to a record, at most
 LETTERS_PER_TRANSACTION = 1_000
+BYTES_PER_TRANSACTION = 16_000_000
 
 
 class ReplayError(RuntimeError):
@@ -58,25 +65,25 @@ class ReplayError(RuntimeError):
 
 @dataclass
 class Letters:
-    """The dead letters that no earlier run has treated.
+    """The places of the dead letters that no earlier run has treated; their bytes stay in Kafka.
 
     Attributes
     ----------
-    new : list of kafka.consumer.fetcher.ConsumerRecord
-        All of them, in the order of their offsets.
-    originals : list of kafka.consumer.fetcher.ConsumerRecord
+    new : dict
+        Which record each was, in the order of their offsets.
+    originals : set
         Those to be sent back. The others are copies, or left.
     left : dict of str to list
         Those that are left where they are, by the reason.
     """
 
-    new: list[ConsumerRecord] = field(default_factory=list)
-    originals: list[ConsumerRecord] = field(default_factory=list)
-    left: dict[str, list[ConsumerRecord]] = field(default_factory=dict)
+    new: dict[Place, Source | None] = field(default_factory=dict)
+    originals: set[Place] = field(default_factory=set)
+    left: dict[str, list[Place]] = field(default_factory=dict)
 
-    def leave(self, letter: ConsumerRecord, reason: str) -> None:
+    def leave(self, place: Place, reason: str) -> None:
         """Leave a letter where it is."""
-        self.left.setdefault(reason, []).append(letter)
+        self.left.setdefault(reason, []).append(place)
 
 
 def source_of(letter: ConsumerRecord) -> Source | None:
@@ -90,8 +97,8 @@ def source_of(letter: ConsumerRecord) -> Source | None:
         return None
 
 
-def read_letters(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord]:
-    """Yield all dead letters that are there now, partition by partition.
+def read_records(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord]:
+    """Yield a topic's current records, partition by partition.
 
     Raises
     ------
@@ -104,10 +111,10 @@ def read_letters(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord
         consumer.seek_to_beginning()
         (end,) = consumer.end_offsets([partition]).values()
         while (position := consumer.position(partition)) < end:
-            letters = consumer.poll(timeout_ms=SILENT_SECONDS * 1000).get(partition, [])
-            if not letters and consumer.position(partition) == position:
+            records = consumer.poll(timeout_ms=SILENT_SECONDS * 1000).get(partition, [])
+            if not records and consumer.position(partition) == position:
                 raise ReplayError(f"{topic} can't be read: no answer for {SILENT_SECONDS} s.")
-            yield from (letter for letter in letters if letter.offset < end)
+            yield from (record for record in records if record.offset < end)
 
 
 def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
@@ -120,62 +127,133 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
     topic : str
         The topic that they came from; letters that name another one are left.
     topic_id : str
-        Kafka's id of the topic of the dead letters; the group's offsets of another one with its
-        name are of other letters.
+        Kafka's id of the topic of the dead letters, '' if there are none; what is noted of another
+        one with its name is of other letters.
     """
-    letters, seen = Letters(), set()
-    treated: dict[int, int] = {}
-    for letter in read_letters(consumer, topic + DEAD_LETTERS):
-        if letter.partition not in treated:
-            treated[letter.partition] = treated_up_to(consumer, letter, topic_id)
-        source, is_new = source_of(letter), letter.offset >= treated[letter.partition]
-        if is_new:
-            letters.new.append(letter)
-            if source is None:
-                letters.leave(letter, "not a dead letter: no headers that name a record")
-            elif source[0] != topic:
-                letters.leave(letter, f"of another topic, {printable(source[0])!r}")
-            elif letter.key is None and letter.value is None:
-                letters.leave(letter, "without key and value")
-            elif source not in seen:
-                letters.originals.append(letter)
+    letters, seen, empty = Letters(), set(), set()
+    treated = treated_up_to(consumer, topic + DEAD_LETTERS, topic_id)
+    for letter in read_records(consumer, topic + DEAD_LETTERS):
+        if letter.offset < treated.get(letter.partition, 0):
+            seen.add(source_of(letter))
+            continue
+        letters.new[place_of(letter)] = source_of(letter)
+        if letter.key is None and letter.value is None:
+            empty.add(place_of(letter))
+    # Only now: the first copy of a letter may be in a partition that is read later.
+    for place, source in letters.new.items():
+        if source is None:
+            letters.leave(place, "not a dead letter: no headers that name a record")
+        elif source[0] != topic:
+            letters.leave(place, f"of another topic, {printable(source[0])!r}")
+        elif place in empty:
+            letters.leave(place, "without key and value")
+        elif source not in seen:
+            letters.originals.add(place)
         seen.add(source)
     return letters
 
 
-def treated_up_to(consumer: KafkaConsumer, letter: ConsumerRecord, topic_id: str) -> int:
-    """Return how far earlier runs have treated the letters of a letter's partition."""
-    noted = consumer.committed(TopicPartition(letter.topic, letter.partition), metadata=True)
-    if noted is None or noted.metadata not in ("", topic_id):
-        return 0
-    return noted.offset
+def read_again(
+    consumer: KafkaConsumer, topic: str, places: Container[Place]
+) -> Iterator[ConsumerRecord]:
+    """Yield the dead letters of a topic at some places."""
+    letters = read_records(consumer, topic + DEAD_LETTERS)
+    return (letter for letter in letters if place_of(letter) in places)
+
+
+def parts(letters: Iterable[ConsumerRecord]) -> Iterator[list[ConsumerRecord]]:
+    """Yield dead letters in parts that are small enough for memory and for a transaction."""
+    part: list[ConsumerRecord] = []
+    total = 0
+    for letter in letters:
+        size = len(letter.key or b"") + len(letter.value or b"")
+        is_full = len(part) == LETTERS_PER_TRANSACTION or total + size > BYTES_PER_TRANSACTION
+        if part and is_full:
+            yield part
+            part, total = [], 0
+        part.append(letter)
+        total += size
+    if part:
+        yield part
+
+
+def treated_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) -> dict[int, int]:
+    """Return how far earlier runs have treated the letters, by their partitions."""
+    if not topic_id:
+        return {}
+    treated = {}
+    for number in consumer.partitions_for_topic(letters_topic) or ():
+        noted = consumer.committed(TopicPartition(letters_topic, number), metadata=True)
+        if noted is not None and noted.metadata in ("", topic_id):
+            treated[number] = noted.offset
+    for record in read_records(consumer, letters_topic + REPLAYED):
+        number, note = int(record.key), json.loads(record.value)
+        if note["topic-id"] == topic_id:
+            treated[number] = max(treated.get(number, 0), note["offset"])
+    return treated
+
+
+def create_notes(admin: KafkaAdminClient, letters_topic: str, replicas: int) -> None:
+    """Create the topic that keeps how far the letters are treated, unless it exists.
+
+    Raises
+    ------
+    ReplayError
+        If it can't be created.
+    """
+    name = letters_topic + REPLAYED
+    wanted = {
+        "num_partitions": 1, "replication_factor": replicas,
+        "configs": {"cleanup.policy": "compact"},
+    }  # fmt: skip
+    try:
+        admin.create_topics({name: wanted}, wait_for_metadata=True)
+    except TopicAlreadyExistsError:
+        return
+    except KafkaError as error:
+        raise ReplayError(
+            f"the topic {name} can't be created: {error}. Create it with 1 partition and "
+            "cleanup.policy=compact; the ACLs READ, WRITE and DESCRIBE on it are needed."
+        ) from error
 
 
 def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
-    """Return Kafka's id of a topic's dead letters, '' if there are none, and the topic's limit."""
+    """Return Kafka's id of a topic's dead letters, '' if there are none, and the topic's limit.
+
+    If there are some, the topic that keeps how far they are treated exists afterwards.
+    """
     letters_topic, topic_id, limit = topic + DEAD_LETTERS, "", DEFAULT_LIMIT
     topics = admin.list_topics()
     if letters_topic in topics:
         (description,) = admin.describe_topics([letters_topic])
         topic_id = str(description["topic_id"])
+        if letters_topic + REPLAYED not in topics:
+            create_notes(admin, letters_topic, len(description["partitions"][0]["replica_nodes"]))
     with contextlib.suppress(KafkaError, KeyError):  # it may not be for this user
         found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
         limit = int(found["topic"][topic]["max.message.bytes"]["value"])
     return topic_id, limit
 
 
-def leave_large_ones(letters: Letters, values: dict[Place, bytes | None], limit: int) -> None:
-    """Leave the letters whose values a topic won't take, even compressed.
+def leave_large_ones(
+    letters: Letters,
+    part: Iterable[ConsumerRecord],
+    values: dict[Place, bytes | None],
+    limit: int,
+) -> None:
+    """Leave the letters of a part whose values a topic won't take, even compressed.
 
     A transaction with one of these in it would fail as a whole.
     """
-    for letter in list(letters.originals):
-        value = values.get(place_of(letter)) or b""
+    for letter in part:
+        place = place_of(letter)
+        value = values.get(place) or b""
         size = len(letter.key or b"") + len(value) + RECORD_OVERHEAD
-        if size > limit and len(zstd_encode(value)) + RECORD_OVERHEAD > limit:
-            letters.leave(letter, f"too large, {size} bytes for {limit}")
-            letters.originals.remove(letter)
-            del values[place_of(letter)]
+        is_large = size > limit and len(zstd_encode(value)) + RECORD_OVERHEAD > limit
+        if place in values and is_large:
+            letters.leave(place, f"too large, {size} bytes for {limit}")
+            letters.originals.remove(place)
+            del values[place]
 
 
 def send_back(
@@ -214,6 +292,10 @@ def send_back(
         )
         for letter in letters
     }
+    for partition, noted in offsets.items():
+        note = json.dumps({"offset": noted.offset, "topic-id": topic_id})
+        key = str(partition.partition).encode()
+        producer.send(partition.topic + REPLAYED, note.encode(), key=key)
     producer.send_offsets_to_transaction(offsets, group)
     producer.commit_transaction()
 
@@ -236,19 +318,27 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
     try:
         producer.init_transactions()
         reader = python_settings(settings, KafkaConsumer)
-        given = {**reader, **common, "group_id": group, "enable_auto_commit": False}
+        given = {
+            **reader, **common, "group_id": group, "enable_auto_commit": False,
+            "isolation_level": "read_committed",
+        }  # fmt: skip
         with KafkaConsumer(**given) as consumer:
             letters = new_letters(consumer, topic, topic_id)
-        mended = mend(letters.originals, options.repair)
-        leave_large_ones(letters, mended, limit)
-        for first in range(0, len(letters.new), LETTERS_PER_TRANSACTION):
-            part = letters.new[first : first + LETTERS_PER_TRANSACTION]
-            send_back(producer, group, topic, topic_id, part, mended)
+            if options.repair:
+                for letter in read_again(consumer, topic, letters.originals):
+                    mend([letter], options.repair)
+            sent = 0
+            for part in parts(read_again(consumer, topic, letters.new)):
+                chosen = [letter for letter in part if place_of(letter) in letters.originals]
+                mended = mend(chosen, options.repair)
+                leave_large_ones(letters, chosen, mended, limit)
+                send_back(producer, group, topic, topic_id, part, mended)
+                sent += len(mended)
     finally:
         producer.close(timeout=5)
-    given_up = len(letters.originals) - len(mended)
+    given_up = len(letters.originals) - sent
     copies = len(letters.new) - len(letters.originals) - sum(map(len, letters.left.values()))
-    return len(mended), given_up, copies, letters
+    return sent, given_up, copies, letters
 
 
 def mend(letters: Iterable[ConsumerRecord], repair: Repair | None) -> dict[Place, bytes | None]:
@@ -313,8 +403,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for reason, left in letters.left.items():
         print(
-            f"{len(left)} left in {left[0].topic}, {reason}; the first is at partition "
-            f"{left[0].partition}, offset {left[0].offset}",
+            f"{len(left)} left in {options.topic}{DEAD_LETTERS}, {reason}; the first is at "
+            f"partition {left[0][0]}, offset {left[0][1]}",
             file=sys.stderr,
         )
     return 1 if letters.left else 0

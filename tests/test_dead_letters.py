@@ -162,6 +162,39 @@ def test_a_compacted_topic_is_no_place_for_letters(spark, kafka, topic, settings
     assert f"2 bad records of {topic} are in the sink's files only: the topic" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"request.timeout.ms": "30000"}, {"linger.ms": "15000"}, {"linger.ms": "2147483647"},
+        {"delivery.timeout.ms": "5000"},
+    ],
+)  # fmt: skip
+def test_deadlines_of_the_user_are_made_to_fit(spark, topic, settings, more):
+    """What every other client takes sends dead letters, too: Kafka wants a longer last deadline."""
+    more = {**settings, **more}
+    prepare_dead_letters(spark, [topic], more)
+    assert send_dead_letters(bad_rows(spark, topic, [b"x"]), more, {topic: None}) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"acks": "1", "enable.idempotence": "true"}, "Must set acks to all"),
+        ({"compression.type": "best"}, "Invalid value best for configuration compression.type"),
+        ({"request.timeout.ms": "30 s"}, "request.timeout.ms is '30 s': it must be a whole number"),
+    ],
+)
+def test_settings_that_a_producer_refuses_are_said_at_the_start(
+    spark, topic, settings, caplog, more, said
+):
+    """And not by the first bad record; later they stop nothing."""
+    settings = {**settings, **more}
+    with pytest.raises(StreamError, match=said):
+        prepare_dead_letters(spark, [topic], settings)
+    assert send_dead_letters(bad_rows(spark, topic, [b"x"]), settings, {topic: None}) == 1
+    assert f"1 bad records of {topic} are in the sink's files only: " in caplog.text
+
+
 def test_missing_rights_are_named_at_the_start(spark, caplog):
     """Within seconds, and with the ACLs that are needed; later they stop nothing."""
     with LocalKafka(security="SASL_SSL") as secure:
@@ -188,6 +221,22 @@ def test_a_broker_that_is_away_leaves_the_letters_for_another_try(spark):
         prepare_dead_letters(spark, ["events"], settings)
         away.kill()
         with pytest.raises(StreamError, match="gave no answer"):
+            send_dead_letters(bad_rows(spark, "events", [b"x"]), settings, {"events": None})
+
+
+def test_a_name_that_nobody_resolves_leaves_the_letters_for_another_try(spark):
+    """DNS that is away for a minute costs no letters."""
+    settings = {"bootstrap.servers": "broker.invalid:9092"}
+    with pytest.raises(StreamError, match="No resolvable bootstrap urls"):
+        send_dead_letters(bad_rows(spark, "events", [b"x"]), settings, {"events": None})
+
+
+def test_a_login_that_fails_leaves_the_letters_for_another_try(spark):
+    """A broker that reads its users again refuses all of them for a while."""
+    with LocalKafka(security="SASL_SSL") as secure:
+        jaas = secure.settings["sasl.jaas.config"].replace('password="', 'password="not-')
+        settings = {**secure.settings, "sasl.jaas.config": jaas}
+        with pytest.raises(StreamError, match="SaslAuthenticationException"):
             send_dead_letters(bad_rows(spark, "events", [b"x"]), settings, {"events": None})
 
 

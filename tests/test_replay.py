@@ -18,7 +18,8 @@ from replay_dead_letters import main
 @pytest.fixture
 def letters(kafka, topic):
     """Put dead letters of a topic into Kafka, by the offsets that they had."""
-    def put(*offsets, value=b"rubbish", **more):
+
+    def put(*offsets, value=b"rubbish", to=None, **more):
         with KafkaProducer(
             bootstrap_servers=kafka.bootstrap_servers, max_request_size=2**24,
             compression_type="zstd",
@@ -28,8 +29,9 @@ def letters(kafka, topic):
                 headers |= {name.replace("_", "-"): text for name, text in more.items()}
                 headers = [(name, text.encode()) for name, text in headers.items()]
                 producer.send(
-                    f"{topic}.dead-letter", value, key=b"%d" % offset, headers=headers
-                ).get(10)
+                    f"{topic}.dead-letter", value, key=b"%d" % offset, headers=headers,
+                    partition=to,
+                ).get(10)  # fmt: skip
 
     return put
 
@@ -64,6 +66,42 @@ def test_each_dead_letter_comes_back_once(kafka, topic, letters, replay):
     assert replay()[1].startswith("1 dead letters sent back")
     assert replay()[1].startswith("0 dead letters sent back")
     assert values(kafka, topic) == [(b"1", b"rubbish"), (b"2", b"rubbish"), (b"3", b"rubbish")]
+
+
+def test_a_copy_in_another_partition_is_not_sent_back(kafka, topic, letters, replay):
+    """Copies lie apart where a record has no key, or where partitions are added."""
+    kafka.create_topic(f"{topic}.dead-letter", partitions=2)
+    letters(1, to=1)
+    assert replay()[1].startswith("1 dead letters sent back")
+    letters(1, to=0)
+    letters(2, to=0)
+    letters(2, to=1)
+    assert replay()[1].endswith("1 dead letters sent back to " + topic + "; 0 could not be mended, "
+                                "2 were copies\n")  # fmt: skip
+    assert values(kafka, topic) == [(b"1", b"rubbish"), (b"2", b"rubbish")]
+
+
+def test_what_was_sent_back_is_known_after_its_group_is_forgotten(kafka, topic, letters, replay):
+    """Kafka forgets the offsets of a group that nobody used for a week."""
+    letters(1, 2)
+    assert replay()[1].startswith("2 dead letters sent back")
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_groups([f"replay-{topic}.dead-letter"])
+        notes = f"{topic}.dead-letter.replayed"
+        found = admin.describe_configs([ConfigResource("TOPIC", notes)], config_filter="all")
+        assert found["topic"][notes]["cleanup.policy"]["value"] == "compact"
+    letters(3)
+    assert replay()[1].startswith("1 dead letters sent back")
+    assert replay()[1].startswith("0 dead letters sent back")
+    assert [key for key, _ in values(kafka, topic)] == [b"1", b"2", b"3"]
+
+
+def test_many_bytes_are_sent_back_in_several_transactions(kafka, topic, letters, replay):
+    """Work is bounded in bytes: 18 MB are noted as treated in two steps."""
+    letters(*range(20), value=os.urandom(900_000), to=0)
+    assert replay()[1].startswith("20 dead letters sent back")
+    assert len(values(kafka, f"{topic}.dead-letter.replayed")) == 2
+    assert [key for key, _ in values(kafka, topic)] == sorted(b"%d" % n for n in range(20))
 
 
 def test_a_repair_function_mends_what_it_can(kafka, topic, letters, replay, tmp_path):

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow
 from py4j.java_gateway import JavaObject
@@ -22,7 +21,13 @@ from pyspark.sql import functions as F
 from helpers.higgs import EVENT_ID
 from helpers.records import vector_entries
 from helpers.session import root_cause
-from helpers.streaming.errors import ANSWER_SECONDS, StreamError, explained, summary
+from helpers.streaming.errors import (
+    ANSWER_SECONDS,
+    StreamError,
+    explained,
+    summary,
+    without_secrets,
+)
 from helpers.streaming.settings import java_map, modern_settings, settings_of, use_added_jars
 
 _LOGGER = logging.getLogger(__name__)
@@ -43,13 +48,21 @@ _FEW_RECORDS = {
 # A broker that is away is noticed within seconds: the batch is tried again then.
 _TIMEOUTS = {
     "max.block.ms": "20000", "request.timeout.ms": "10000", "delivery.timeout.ms": "20000",
+    "linger.ms": "5",
 }  # fmt: skip
+_LONGEST = 2**31 - 1  # milliseconds that Kafka's settings can hold
 
 # What Kafka says of letters that it won't take a minute later either.
 _FOR_GOOD = (
     "RecordTooLargeException", "InvalidRecordException", "AuthorizationException",
     "UnknownTopicOrPartitionException", "InvalidTopicException", "PolicyViolationException",
+    "ConfigException",
 )  # fmt: skip
+_NO_ADDRESS = "No resolvable bootstrap urls"  # a ConfigException too, but DNS may know it later
+
+
+class _LetterError(StreamError):
+    """Dead letters can't be sent until the user changes something."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,8 @@ def prepare_dead_letters(
     Raises
     ------
     StreamError
-        If a topic is missing and can't be created, or can't be written to.
+        If a topic is missing and can't be created, or can't be written to, or if Kafka's producer
+        refuses the settings.
     BrokerAwayError
         If Kafka gives no answer within 15 s.
 
@@ -105,7 +119,10 @@ def prepare_dead_letters(
     """
     settings = modern_settings(settings)
     with _asking(spark, settings) as admin:
-        return {topic: admin.letter_topic(topic) for topic in topics}
+        places = {topic: admin.letter_topic(topic) for topic in topics}
+        for topic, place in places.items():
+            admin.check_producer(topic, _producer_settings(settings, place))
+    return places
 
 
 def send_dead_letters(
@@ -193,6 +210,7 @@ class _Admin:
     """Questions and orders to Kafka about topics, each with a deadline."""
 
     def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
+        self._spark = spark
         self._jvm = spark._jvm
         self._clients = spark._jvm.org.apache.kafka.clients.admin
         self._config = spark._jvm.org.apache.kafka.common.config.ConfigResource
@@ -213,24 +231,22 @@ class _Admin:
         letters = topic + DEAD_LETTERS
         try:
             found = self._describe(letters) or self._create(letters, topic)
-        except StreamError:
-            raise
         except Py4JJavaError as error:
             if not _is_refusal(error):
                 raise
-            raise StreamError(
+            raise _LetterError(
                 f"the dead letters of {topic} can't be sent: the ACLs WRITE and DESCRIBE on the "
                 f"topic {letters} are needed, and CREATE unless it exists."
             ) from None
         allowed = found.authorizedOperations()
         if allowed and "WRITE" not in {operation.name() for operation in allowed}:
-            raise StreamError(
+            raise _LetterError(
                 f"the dead letters of {topic} can't be sent: the ACL WRITE on the topic {letters} "
                 "is needed."
             )
         config = self._topic_config(letters)
         if "compact" in config.get("cleanup.policy", ""):
-            raise StreamError(
+            raise _LetterError(
                 f"the topic {letters} is compacted, so dead letters would be lost: set its "
                 "cleanup.policy to delete."
             )
@@ -239,6 +255,27 @@ class _Admin:
             codec = self._given.get("compression.type", _CODEC)
         limit = int(config.get("max.message.bytes", _DEFAULT_LIMIT))
         return LetterTopic(limit, "none" if codec == "uncompressed" else codec)
+
+    def check_producer(self, topic: str, settings: Mapping[str, str]) -> None:
+        """Raise `StreamError` if Kafka's producer refuses the settings for a topic's letters."""
+        settings = _options(self._spark, settings)
+        bytes_as_they_are = "org.apache.kafka.common.serialization.ByteArraySerializer"
+        for part in ("key", "value"):
+            settings[f"{part}.serializer"] = bytes_as_they_are
+        try:
+            producer = self._jvm.org.apache.kafka.clients.producer.KafkaProducer(
+                java_map(self._spark, settings)
+            )
+        except Py4JJavaError as error:
+            message = root_cause(error).getMessage() or ""
+            if _name(error) != "ConfigException" or _NO_ADDRESS in message:
+                raise
+            raise _LetterError(
+                f"the dead letters of {topic} can't be sent: "
+                f"{without_secrets(message, settings).rstrip('.')}. Correct these settings of "
+                "Kafka's producer."
+            ) from None
+        producer.close(self._jvm.java.time.Duration.ZERO)
 
     def _describe(self, topic: str) -> JavaObject | None:
         """Return Kafka's description of a topic; None if there is no such topic."""
@@ -256,7 +293,7 @@ class _Admin:
         """Create a topic like another, for messages with a letter's headers; return what it is."""
         source = self._describe(topic)
         if source is None:
-            raise StreamError(
+            raise _LetterError(
                 f"topic {topic!r} doesn't exist: check its name, or create it and write to it "
                 "first."
             )
@@ -270,10 +307,10 @@ class _Admin:
         try:
             self._answer(self._client.createTopics(self._jvm.java.util.List.of(new)).all())
         except Py4JJavaError as error:
-            if _is_refusal(error):
+            if _is_refusal(error) or _name(error) == "TimeoutException":
                 raise
             if _name(error) != "TopicExistsException":  # somebody else was faster
-                reason = root_cause(error).getMessage()
+                reason = f"{root_cause(error).getMessage()} ({_name(error)})"
                 raise StreamError(f"the topic {letters} can't be created: {reason}") from None
         return self._describe_new(letters)
 
@@ -350,7 +387,7 @@ def _headers(values: Mapping[str, Column]) -> Column:
 
 def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[str, str]) -> int:
     """Send the letters that their topic can take, and return how many it can't."""
-    room = max(place.limit, _UNPACKED_LIMIT)
+    room = _room(place)
     sized = letters.withColumn("size", _size())
     large = sized.where(F.col("size") > place.limit)
     with _row_by_row(letters.sparkSession):
@@ -359,9 +396,7 @@ def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[st
         messages = sized.where(F.col("size") <= place.limit)
         if len(unsent) < len(checked):
             messages = messages.union(large.where(_fits(place, room)))
-        _send(messages.drop("source", "size").coalesce(1),
-              {**_TIMEOUTS, **settings, **_room_for(room, settings),
-               "compression.type": place.codec})  # fmt: skip
+        _send(messages.drop("source", "size").coalesce(1), _producer_settings(settings, place))
     for letter in unsent[:_PLACES_TOLD]:
         _LOGGER.error(
             "the bad record at %s, partition %s, offset %s is in the sink's files only: it is too "
@@ -418,20 +453,40 @@ def _packed_sizes(contents: pyarrow.Array, codec: str) -> pyarrow.Array:
     return pyarrow.array(sizes, pyarrow.int64())
 
 
-def _room_for(size: int, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return what a producer needs to send messages of so many bytes."""
-    return {
-        name: str(max(size + _HEADERS_ROOM, int(settings.get(name, 0))))
-        for name in ("max.request.size", "buffer.memory")
-    }
+def _room(place: LetterTopic) -> int:
+    """Return how many bytes a letter may have before it is compressed."""
+    return max(place.limit, _UNPACKED_LIMIT)
+
+
+def _producer_settings(settings: Mapping[str, str], place: LetterTopic) -> dict[str, str]:
+    """Return a producer's settings for the letters that a topic takes."""
+    given = {**_TIMEOUTS, **settings, "compression.type": place.codec}
+    for name in ("max.request.size", "buffer.memory"):
+        given[name] = str(max(_room(place) + _HEADERS_ROOM, _number(given, name)))
+    # Kafka refuses a shorter time than a single request may take.
+    least = min(_number(given, "request.timeout.ms") + _number(given, "linger.ms"), _LONGEST)
+    given["delivery.timeout.ms"] = str(max(least, _number(given, "delivery.timeout.ms")))
+    return given
+
+
+def _number(settings: Mapping[str, str], name: str) -> int:
+    """Return a setting that is a number; 0 if it isn't given."""
+    try:
+        return int(settings.get(name, 0))
+    except ValueError:
+        raise _LetterError(
+            f"the setting {name} is {settings[name]!r}: it must be a whole number."
+        ) from None
 
 
 def _reason_for_good(error: Exception) -> str | None:
     """Return why letters can't be sent, now or later; None if it is worth another try."""
-    if type(error) is StreamError:
-        return str(error)
     text = str(error)
-    return summary(text) if any(name in text for name in _FOR_GOOD) else None
+    if isinstance(error, _LetterError):
+        return text
+    if _NO_ADDRESS in text or not any(name in text for name in _FOR_GOOD):
+        return None
+    return summary(text)
 
 
 def _is_refusal(error: Py4JJavaError) -> bool:
@@ -446,9 +501,14 @@ def _send(messages: DataFrame, settings: Mapping[str, str]) -> None:
     """Write records to Kafka with Spark's own sink."""
     spark = messages.sparkSession
     use_added_jars(spark)
-    options: dict[str, Any] = {
-        f"kafka.{name}": value
+    options = {f"kafka.{name}": value for name, value in _options(spark, settings).items()}
+    messages.write.format("kafka").options(**options).save()
+
+
+def _options(spark: SparkSession, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return those of some settings that the producer of Spark's sink takes."""
+    return {
+        name: value
         for name, value in settings_of(spark, settings, "producer").items()
         if name != "transactional.id" and not name.endswith(".serializer")
     }
-    messages.write.format("kafka").options(**options).save()
