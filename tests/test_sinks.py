@@ -603,7 +603,7 @@ def test_where_a_stream_begins_is_kept_whatever_its_topic_is_called(spark, path,
 
 
 def test_batches_that_are_written_at_once_wait_for_each_other(spark, path):
-    """Neither takes the other's manifest for that of another job."""
+    """Each gets its number, and neither takes the other's manifest for that of another job."""
     failed = []
 
     def write_one(topic, batch_id):
@@ -624,6 +624,7 @@ def test_batches_that_are_written_at_once_wait_for_each_other(spark, path):
             thread.join(60)
         assert failed == []
     assert stored(spark, path) == sorted([*range(20), *range(10, 20)])
+    assert {row.batch for row in read_scored(spark, path).collect()} == {0, 1}
 
 
 def test_the_progress_never_goes_back():
