@@ -87,13 +87,14 @@ def test_what_was_sent_back_is_known_after_its_group_is_forgotten(kafka, topic, 
     assert replay()[1].startswith("2 dead letters sent back")
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         admin.delete_groups([f"replay-{topic}.dead-letter"])
-        notes = f"{topic}.dead-letter.replayed"
-        found = admin.describe_configs([ConfigResource("TOPIC", notes)], config_filter="all")
-        assert found["topic"][notes]["cleanup.policy"]["value"] == "compact"
     letters(3)
     assert replay()[1].startswith("1 dead letters sent back")
     assert replay()[1].startswith("0 dead letters sent back")
     assert [key for key, _ in values(kafka, topic)] == [b"1", b"2", b"3"]
+    notes = f"{topic}.dead-letter.replayed"
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        found = admin.describe_configs([ConfigResource("TOPIC", notes)], config_filter="all")
+    assert found["topic"][notes]["cleanup.policy"]["value"] == "compact"
 
 
 def test_many_bytes_are_sent_back_in_several_transactions(kafka, topic, letters, replay):
