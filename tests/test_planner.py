@@ -304,3 +304,36 @@ def test_only_partitions_that_exist_have_positions(spark, kafka, one, settings):
     assert planner.positions() == {TopicAndPartition(one, 0): 0}
     assert planner.committed() == {}
     planner.close()
+
+
+def test_a_stream_that_is_behind_catches_up_with_larger_batches(
+    spark, kafka, one, produce, settings
+):
+    """Batches that take longer than an interval don't pile up, each as small as the last."""
+    sizes, offsets, sent = [], [], []
+    ssc = new_streaming_context(spark, 0.2)
+    earliest = {**settings, "auto.offset.reset": "earliest"}
+    stream = KafkaUtils.createDirectStream(ssc, [one], earliest)
+    plans = []
+    usual = stream._batches._plan
+
+    def plan(interval):
+        produce(one, [b"x"])  # one record an interval
+        usual(interval)
+        plans.append(interval)
+
+    stream._batches._plan = plan
+
+    def process(df, batch_id):
+        if not sizes:  # the first batch takes twenty intervals
+            begun = len(plans)
+            wait_until(lambda: len(plans) > begun + 20)
+            sent.append(len(plans))
+        found = [row.offset for row in df.collect()]
+        sizes.append(len(found))
+        offsets.extend(found)
+
+    stream.foreachBatch(process)
+    run_stream(ssc, until=lambda: sent and len(offsets) >= sent[0], timeout=300)
+    assert sorted(offsets) == list(range(len(offsets)))
+    assert max(sizes) > 10

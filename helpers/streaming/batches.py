@@ -49,6 +49,10 @@ AWAY_SECONDS = 60
 # for a while (offsets.retention.minutes), whether or not anybody reads.
 RECOMMIT_SECONDS = 15
 
+# How many batches may wait for one another. A stream whose batches take longer than an interval
+# would otherwise plan one an interval for ever, each as small as the last, and never catch up.
+MOST_WAITING = 3
+
 # How long to wait before the next try of what failed because something is away.
 RETRY_SECONDS = 0.5
 
@@ -443,7 +447,7 @@ class Batches:
     def _new_plan(self, interval: int) -> Plan:
         """Plan an interval with what has come since the last one."""
         try:
-            ranges = self._planner.next_batch(self._limit.most)
+            ranges = self._planner.next_batch(_nothing if self._is_behind() else self._limit.most)
             self._away_since = None
         except BrokerAwayError as error:
             self._wait_for_the_broker(error)
@@ -451,6 +455,12 @@ class Batches:
         plan = Plan(ranges, self._planner.positions(), self._planner.topic_ids())
         self._insist(lambda: self._write(interval, plan))
         return plan
+
+    def _is_behind(self) -> bool:
+        """Return whether batches wait already: one larger batch later is done sooner than many."""
+        with self._lock:
+            waiting = {planned.batch_id for planned in self._planned if not planned.is_done}
+        return len(waiting - {None}) >= MOST_WAITING
 
     def _write(self, interval: int, plan: Plan) -> None:
         """Keep a plan for the time after a crash, if the context has a checkpoint.
@@ -662,6 +672,11 @@ def _advanced(
     """Return offsets moved on to where ranges end, never back."""
     moved = {partition: max(end, offsets.get(partition, end)) for partition, end in ends.items()}
     return {**offsets, **moved}
+
+
+def _nothing(left: Mapping[TopicAndPartition, int]) -> dict[TopicAndPartition, int]:
+    """Leave all offsets to a later batch."""
+    return dict.fromkeys(left, 0)
 
 
 def _count(planned: _Planned) -> int:
