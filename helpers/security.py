@@ -23,6 +23,7 @@ from typing import Any
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 
 from helpers.jars import JarsError, java_command
+from helpers.redaction import is_secret
 
 PROTOCOL = "SASL_SSL"
 MECHANISM = "SCRAM-SHA-512"
@@ -36,9 +37,6 @@ _ALIAS = "broker"
 
 _LOGGER = logging.getLogger(__name__)
 
-# The settings whose values are nobody else's business: all that Kafka calls passwords, and more.
-SECRET_SETTINGS = r"passw|passphrase|jaas|secret|token|private\.key|keystore\.key"
-_SECRET = re.compile(SECRET_SETTINGS, re.IGNORECASE)
 
 _BLANKS = " \t\f"  # in a properties file
 
@@ -173,17 +171,6 @@ def client_settings(
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": str(certificate),
     }
-
-
-def is_secret(name: str) -> bool:
-    """Tell whether the value of a setting of Kafka's is nobody else's business.
-
-    Examples
-    --------
-    >>> is_secret("sasl.jaas.config"), is_secret("ssl.truststore.location")
-    (True, False)
-    """
-    return _SECRET.search(name) is not None
 
 
 def read_config(path: str | Path) -> dict[str, str]:

@@ -35,7 +35,7 @@ from helpers.jars import (
     spark_and_scala,
     spark_home,
 )
-from helpers.security import SECRET_SETTINGS
+from helpers.redaction import SECRET_SETTINGS
 
 if TYPE_CHECKING:
     import pandas

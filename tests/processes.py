@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_python(*arguments: str, seconds: float = 120, **options) -> subprocess.CompletedProcess:
+def run_python(*arguments: str, seconds: float = 1_200, **options) -> subprocess.CompletedProcess:
     """Run this Python with arguments, from the repository's root."""
     options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, **options}
     return subprocess.run(

@@ -61,7 +61,7 @@ def test_make_run_ends_with_the_totals():
     """Otherwise the first command that is shown would not do what is said of it."""
     (command,) = commands("make run EVENTS=20000")
     run = subprocess.run(
-        shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=300,
+        shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=1_800,
         stdin=subprocess.DEVNULL, env=without_make(),
     )
     assert run.returncode == 0, run.stderr

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
 from processes import run_python
 
+from helpers.redaction import is_secret
 from helpers.security import (
     _properties,
     client_settings,
-    is_secret,
     make_certificate,
     python_settings,
     read_config,

@@ -24,7 +24,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.streaming import StreamingContext, StreamingListener
 
-from helpers.security import is_secret
+from helpers.redaction import is_secret
 from helpers.session import get_spark, protect_folder
 from helpers.streaming.errors import (
     ANSWER_SECONDS,

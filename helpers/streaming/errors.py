@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from py4j.protocol import Py4JJavaError
 
-from helpers.security import is_secret
+from helpers.redaction import is_secret
 from helpers.session import root_cause
 
 # How long Kafka may take to answer a question of the planner.

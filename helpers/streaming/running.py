@@ -148,8 +148,10 @@ def java_watched() -> Iterator[None]:
     """
     try:
         yield
-    except (Py4JError, ConnectionError) as error:
-        if isinstance(error, Py4JJavaError) or not _java_has_ended():
+    except (Py4JError, ConnectionError, StreamError) as error:
+        # A batch that failed has its own reason, unless Java was about to die of it.
+        has_reason = isinstance(error, (Py4JJavaError, StreamError))
+        if (has_reason and not _has_lacked_memory()) or not _java_has_ended():
             raise
         raise StreamError(_how_java_ended()) from None
 
@@ -192,10 +194,15 @@ def _java_has_ended() -> bool:
     return True
 
 
+def _has_lacked_memory() -> bool:
+    """Return whether Java's log says that memory was missing."""
+    file = log_file()
+    return file.exists() and "OutOfMemoryError" in file.read_text(errors="replace")
+
+
 def _how_java_ended() -> str:
     """Return why Java ended, as far as its log says, and what helps."""
-    log = log_file().read_text(errors="replace") if log_file().exists() else ""
-    if "OutOfMemoryError" in log:
+    if _has_lacked_memory():
         return (
             "Java ran out of memory and ended; what was committed is kept. Give it more, by "
             'get_spark(memory="4g") or spark-submit --driver-memory 4g, or smaller batches, by '

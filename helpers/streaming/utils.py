@@ -291,6 +291,11 @@ def _check_ranges(ranges: list[OffsetRange], settings: Mapping[str, str]) -> Non
         ends = client.ends({part.topicAndPartition() for part in ranges})
     for part in ranges:
         end = ends[part.topicAndPartition()]
+        if part.fromOffset > end:
+            raise StreamError(
+                f"{part.topic}, partition {part.partition}, is to be read from offset "
+                f"{part.fromOffset}, but ends at {end}: give a range of records that exist."
+            )
         if part.untilOffset > end:
             raise StreamError(
                 f"{part.topic}, partition {part.partition}, ends at offset {end}, so there is "
