@@ -22,16 +22,11 @@ from pyspark.sql.functions import array, lit
 
 from helpers.broker import LocalKafka
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
-from helpers.model import (
-    Contract,
-    ServingModel,
-    build_model,
-    save_serving_model,
-    scaled_network,
-)
+from helpers.model import build_model
 from helpers.notebook import record_in
 from helpers.records import rows_to_events
-from helpers.session import get_spark
+from helpers.serving import Contract, ServingModel, save_serving_model, scaled_network
+from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
 
 # By how many events a count may differ on another processor, which rounds in another order: only
@@ -131,8 +126,8 @@ def serving_model(make_serving_model: Callable) -> ServingModel:
 
 
 _WITH_SPARK = (
-    "files", "higgs", "model", "monitor", "records", "serving", "session", "sinks", "streaming",
-    "training", "transformers",
+    "higgs", "monitor", "records", "serving", "sinks", "spark", "streaming", "training",
+    "transformers",
 )  # fmt: skip
 
 
@@ -160,7 +155,7 @@ def names_in_docstrings(
     doctest_namespace["Vectors"] = Vectors
     if module in _WITH_SPARK and words & {"spark", "scored"}:
         spark = doctest_namespace["spark"] = request.getfixturevalue("spark")
-    if module == "serving":
+    if module == "serving" and words & {"serving_model", "model_path", "events"}:
         model = doctest_namespace["serving_model"] = request.getfixturevalue("serving_model")
         doctest_namespace["model_path"] = request.getfixturevalue("tmp_path") / "model.keras"
         save_serving_model(model, doctest_namespace["model_path"])

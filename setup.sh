@@ -75,5 +75,5 @@ echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, some mi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 echo "fetching the jars of Kafka and of Spark's Kafka connector ..." >&2
-.venv/bin/python -c 'from helpers import broker, session; broker.fetch(); session.fetch()'
+.venv/bin/python -c 'from helpers import broker, spark; broker.fetch(); spark.fetch()'
 touch "$stamp"

@@ -50,8 +50,8 @@ from helpers.higgs import EVENT_ID, FEATURES, LABEL, generate_events, read_event
 from helpers.model import build_model
 from helpers.monitor import Monitor
 from helpers.notebook import definitions, find_notebook, parameters
-from helpers.session import get_spark, scratch_folder
 from helpers.sinks import ParquetSink
+from helpers.spark import get_spark, scratch_folder
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
 from helpers.training import AveragingTrainer, SingleTrainer, Trainer
 from helpers.transformers import ModelPredictor

@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
-from helpers.broker import check_address
+from helpers.broker import python_settings
 from helpers.higgs import EVENT_ID, FEATURES, generate_events, read_events
-from helpers.security import config_option, python_settings
+from helpers.kafka_settings import check_address, config_option
 
 CODECS = ("none", "gzip", "lz4", "snappy", "zstd")
 FIRST_EVENT_ID = 100_000  # as in the challenge's file

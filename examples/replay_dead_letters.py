@@ -41,9 +41,9 @@ from kafka.codec import zstd_encode
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-from helpers.broker import check_address
+from helpers.broker import python_settings
+from helpers.kafka_settings import check_address, config_option, setting_option
 from helpers.records import printable
-from helpers.security import config_option, python_settings, setting_option
 from helpers.sinks import DEAD_LETTERS
 
 Repair = Callable[[bytes | None], bytes | None]

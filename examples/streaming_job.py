@@ -23,16 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helper
 
 from pyspark.sql import DataFrame, SparkSession
 
-from helpers.broker import check_address
 from helpers.higgs import EVENT_ID
-from helpers.jars import JarsError
+from helpers.kafka_settings import check_address, config_option, setting_option
 from helpers.model import build_model
 from helpers.monitor import Monitor
 from helpers.records import keep_bad_records, observe_records, parse_events
-from helpers.security import config_option, setting_option
 from helpers.serving import ModelFile
-from helpers.session import SessionError, get_spark
 from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError, prepare_dead_letters
+from helpers.spark import JarsError, SessionError, get_spark
 from helpers.streaming import (
     KafkaQuery,
     KafkaUtils,
@@ -42,7 +40,7 @@ from helpers.streaming import (
     run_stream,
     topic_ids,
 )
-from helpers.streaming.running import java_watched
+from helpers.streaming.context import java_watched
 from helpers.transformers import EventNormalizer, LabelIndexTransformer, ModelPredictor
 
 # What a batch may have: enough to be fast, few enough to be done in seconds. spark-submit's own
@@ -261,7 +259,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="where Spark keeps how far it is; with --engine structured only, for a DStream asks "
         "the output")  # fmt: skip
     add("--model", metavar="PATH",
-        help="a file of helpers.model.save_serving_model, which may be replaced while the job "
+        help="a file of helpers.serving.save_serving_model, which may be replaced while the job "
         "runs; default: the walkthrough's random network")  # fmt: skip
     add("--interval", type=_seconds, default=1.0, metavar="S",
         help="seconds between batches; default: %(default)s")  # fmt: skip

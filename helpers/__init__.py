@@ -1,13 +1,25 @@
-"""The module behind the notebooks: one concept a file, each usable on its own.
+"""The module behind the notebooks: a dozen rooms, each a word of the tutorial.
 
-From the bottom up: `higgs` (the events), `model` (the network), `jars` (what Java needs),
-`security` (what a secured Kafka needs), `broker` (Apache Kafka on this machine), `checks` (what a
-run needs), `session` (Spark), `files` (small files on Spark's file systems), `streaming` (Kafka as
-a DStream), `records` (JSON to columns), `transformers` (the network as a Spark ML stage),
-`training_task` and `training` (a network learns from a Spark DataFrame), `serving` (a trained
-network in a stream), `sinks` (where scored events go), `monitor` (a stream's batches as a live
-table) and `notebook` (a notebook run from the command line). A file imports only from those named
-before it.
+From the bottom up; a room imports only from rooms above it in this table:
+
+| room | what it holds |
+|---|---|
+| `higgs` | the events: their columns, their files, a generator |
+| `model` | the network: built, sent to workers as bytes, called |
+| `kafka_settings` | the settings of Kafka's clients, and which of them are secret |
+| `spark` | the Spark session, Java's jars, files on Spark's file systems |
+| `broker` | a real Kafka broker on this machine |
+| `preflight` | what a run needs, each with the command that provides it |
+| `streaming` | Kafka as a DStream and as a Structured Streaming query |
+| `records` | bytes to events, and what a good record is |
+| `transformers` | the network as a Spark ML stage |
+| `sinks` | scored events, each stored once |
+| `serving` | the file of a trained network, and serving it |
+| `training` | a network learns from a Spark DataFrame |
+| `monitor` | a stream's batches as a live table and a plot |
+| `notebook` | a notebook run from the command line |
+
+A room that is a package shows in its ``__init__`` what the others may import from it.
 """
 
 import os as _os

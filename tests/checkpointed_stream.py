@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pyspark.streaming import StreamingContext
 
-from helpers.session import get_spark
+from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, run_stream
 
 SECONDS = 2  # an interval

@@ -11,8 +11,8 @@ from pyspark import SparkContext
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
-from helpers.session import get_spark
 from helpers.sinks import ParquetSink
+from helpers.spark import get_spark
 from helpers.streaming import KafkaQuery, KafkaUtils, new_streaming_context, run_stream
 
 POINTS = ("before writing", "before committing", "after committing", "nowhere")

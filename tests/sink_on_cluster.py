@@ -9,8 +9,8 @@ from pathlib import Path
 
 from test_sinks import Sink, stored, write
 
-from helpers.session import get_spark
 from helpers.sinks import SinkError
+from helpers.spark import get_spark
 
 
 def main(master: str, hidden: str, shared: str) -> None:

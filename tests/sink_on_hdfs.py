@@ -8,11 +8,9 @@ import sys
 
 from test_sinks import Sink, stored, write
 
-from helpers.files import full_path
-from helpers.jars import fetch_jars
-from helpers.session import get_spark
 from helpers.sinks import SinkError
 from helpers.sinks.commits import CommitLog
+from helpers.spark import fetch_jars, full_path, get_spark
 
 # Hadoop in one Java process, for tests, and what it needs.
 HADOOP = (

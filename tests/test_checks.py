@@ -17,10 +17,12 @@ import pyspark
 import pytest
 from processes import ROOT, run_python, running
 
-from helpers import checks, jars
-from helpers.broker import LOOPBACK, check_address, free_port
+from helpers.broker import LOOPBACK, free_port
+from helpers.kafka_settings import check_address
 from helpers.notebook import find_notebook, parameters
-from helpers.session import main, preflight
+from helpers.preflight import checks, preflight
+from helpers.preflight.__main__ import main
+from helpers.spark import jars
 
 PROXY = "-D{0}.proxyHost=127.0.0.1 -D{0}.proxyPort=9"
 UNREACHABLE = f"{PROXY.format('http')} {PROXY.format('https')}"
@@ -116,7 +118,7 @@ def check_in(bare_python, tmp_path, monkeypatch):
 def ask(python, call):
     """Make a check in another process."""
     run = subprocess.run(
-        [python, "-c", f"import json; from helpers.checks import *; print(json.dumps({call}))"],
+        [python, "-c", f"import json; from {checks.__name__} import *; print(json.dumps({call}))"],
         cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
     )
     assert run.returncode == 0, run.stderr
@@ -419,7 +421,7 @@ def test_a_wrong_workers_python_is_replaced_by_this_one(
 ON_A_CLUSTER = """
 import json, os, sys, threading, time
 from pyspark import SparkConf, SparkContext
-from helpers import checks
+from helpers.preflight import checks
 python, spark, marker = sys.argv[1:]
 os.environ["SPARK_HOME"] = spark
 settings = {
@@ -517,7 +519,7 @@ def test_a_malformed_address_is_corrected(malformed, corrected):
     assert not broker.ok
     assert "is no address of a Kafka broker: write host:port." in broker.found
     assert shlex.split(broker.remedy) == [
-        sys.executable, "-m", "helpers.session", "--bootstrap-servers", corrected
+        sys.executable, "-m", "helpers.preflight", "--bootstrap-servers", corrected
     ]
     check_address(corrected)
 
@@ -618,7 +620,7 @@ def test_a_port_that_a_broker_has_is_good(kafka):
 
 WITHOUT_LOOPBACK = """
 import subprocess
-from helpers.checks import check_ports
+from helpers.preflight.checks import check_ports
 ports = check_ports()
 print(ports, subprocess.call(ports.remedy, shell=True), check_ports().ok, sep="\\n")
 """
@@ -657,7 +659,7 @@ def test_preflight_is_a_table_with_a_row_for_each_check(kafka):
 
 def test_the_command_line_says_that_all_is_there():
     """Otherwise a script could not tell whether the run may start."""
-    run = run_python("-m", "helpers.session", "--memory", "1g", "--cores", "1")
+    run = run_python("-m", "helpers.preflight", "--memory", "1g", "--cores", "1")
     assert (run.returncode, run.stderr) == (0, ""), run.stdout
     lines = run.stdout.splitlines()
     assert len(lines) == 8
@@ -669,7 +671,7 @@ def test_the_command_line_says_that_all_is_there():
 def test_the_command_line_without_java_says_how_to_get_it(installer):
     """Otherwise a newcomer's first sight would be a traceback."""
     installer("apt-get")
-    run = run_python("-m", "helpers.session", "--memory", "1g")
+    run = run_python("-m", "helpers.preflight", "--memory", "1g")
     assert (run.returncode, run.stderr) == (1, "")
     lines = run.stdout.splitlines()
     assert lines[0].split() == ["MISSING", "Java", "no", "java", "on", "PATH"]
@@ -688,5 +690,5 @@ def test_the_command_line_passes_on_what_it_is_told(kafka, capsys):
 
 def test_a_session_does_not_import_what_only_the_checks_need():
     """Otherwise each import of the session, on each worker too, would take a second longer."""
-    program = "import sys, helpers.session; print({'pandas', 'kafka', 'psutil'} & set(sys.modules))"
+    program = "import sys, helpers.spark; print({'pandas', 'kafka', 'psutil'} & set(sys.modules))"
     assert run_python("-c", program).stdout == "set()\n"

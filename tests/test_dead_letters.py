@@ -259,7 +259,7 @@ def test_letters_that_are_large_unpacked_fit_into_javas_memory(kafka, topic, tmp
     program = f"""
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
-from helpers.session import get_spark
+from helpers.spark import get_spark
 from helpers.sinks import ParquetSink
 from helpers.streaming import OffsetRange
 from test_dead_letters import OneBatch

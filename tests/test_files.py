@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from helpers.files import JsonFolder
+from helpers.spark import JsonFolder
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers import jars
+from helpers.spark import jars
 
 PROXY = "-D{0}.proxyHost=127.0.0.1 -D{0}.proxyPort=9"
 UNREACHABLE = f"{PROXY.format('http')} {PROXY.format('https')}"

@@ -9,7 +9,7 @@ from jupyter_client.manager import start_new_kernel
 from processes import ROOT, is_alive, wait_until
 
 SETUP = """
-from helpers.session import get_spark
+from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
 import os
 counts = []
@@ -78,7 +78,7 @@ def test_spark_ends_with_the_kernel(kernel, kafka, topic):
     """Otherwise each kernel that dies would leave a Java process, and its files in /tmp."""
     _, client = kernel
     execute(client, SETUP.format(topic=topic, servers=kafka.bootstrap_servers))
-    look = "from helpers.session import log_file\n"
+    look = "from helpers.spark import log_file\n"
     look += "print(os.getpid(), spark.sparkContext._gateway.proc.pid, log_file().parent)"
     kernel_process, java_process, folder = execute(client, look)[1].split()
     assert Path(folder).is_dir()

@@ -10,19 +10,16 @@ import numpy
 import pytest
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
-from helpers.model import (
+from helpers.model import build_model, compiled_predict, model_from_bytes, model_to_bytes
+from helpers.serving import (
     CONTRACT,
     ServingModel,
     ServingModelError,
-    _digest,
-    build_model,
-    compiled_predict,
     fingerprint,
     load_serving_model,
-    model_from_bytes,
-    model_to_bytes,
     save_serving_model,
 )
+from helpers.serving.archive import _digest
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ SETUP = """
 import threading
 from pyspark.sql import functions as F
 from helpers.monitor import Batch, Monitor
-from helpers.session import get_spark
+from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
 
 spark = get_spark(cores=1)

@@ -11,7 +11,7 @@ import pytest
 from processes import ROOT, dry_run_make, running, wait_until
 
 from helpers.broker import free_port
-from helpers.jars import spark_home
+from helpers.spark import spark_home
 
 JOB = str(ROOT / "examples" / "streaming_job.py")
 SECONDS = 300

@@ -170,7 +170,7 @@ def test_a_deadline_that_passes_while_the_broker_is_away_names_the_broker(
 
 STREAM_IN_LITTLE_MEMORY = """
 import sys
-from helpers.session import get_spark
+from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
 
 spark = get_spark(cores=1, memory="500m", config={"spark.ui.enabled": "false"})

@@ -36,7 +36,7 @@ def commands(start):
 
 def test_every_command_is_one_that_is_tested_here():
     """Otherwise a new command would be promised and never tried."""
-    tried = ("make", f"{PYTHON}-m helpers.broker", f"{PYTHON}-m helpers.session")
+    tried = ("make", f"{PYTHON}-m helpers.broker", f"{PYTHON}-m helpers.preflight")
     tried += (f"{PYTHON}examples/kafka_producer.py", f"{PYTHON}score_pumps.py")
     tried += (f"{PYTHON}examples/streaming_job.py", f"{PYTHON}examples/replay_dead_letters.py")
     assert [command for command in COMMANDS if not command.startswith(tried)] == []
@@ -135,7 +135,7 @@ def test_the_replay_command_mends_as_written(kafka, topic, produce, tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("command", commands(f"{PYTHON}-m helpers.session"))
+@pytest.mark.parametrize("command", commands(f"{PYTHON}-m helpers.preflight"))
 def test_the_check_before_a_run_finds_all_there(command):
     """Otherwise the first thing to type when something fails would fail itself."""
     run = run_python(*shlex.split(command)[1:])

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
 from processes import run_python
 
-from helpers.redaction import is_secret
-from helpers.security import (
-    _properties,
-    client_settings,
-    make_certificate,
-    python_settings,
-    read_config,
-    setting_option,
-)
+from helpers.broker import client_settings, make_certificate, python_settings
+from helpers.kafka_settings import _properties, is_secret, read_config, setting_option
 
 PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
 

@@ -7,9 +7,8 @@ import pytest
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
-from helpers.model import save_serving_model
 from helpers.records import MODEL_VERSION, parse_events, rows_to_events
-from helpers.serving import ModelFile, ServingTransformer
+from helpers.serving import ModelFile, ServingTransformer, save_serving_model
 
 
 @pytest.fixture

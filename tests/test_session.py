@@ -11,8 +11,7 @@ import pytest
 from kafka import KafkaAdminClient
 from processes import run_python, wait_until
 
-from helpers import session
-from helpers.session import SessionError, get_spark, protect_folder
+from helpers.spark import SessionError, get_spark, protect_folder, session
 
 
 def test_the_existing_session_is_used(spark):
@@ -70,7 +69,7 @@ def test_a_running_session_without_connector_gets_it(kafka, produce):
     program = f"""
 from pyspark.sql import SparkSession
 SparkSession.builder.master("local[1]").config("spark.ui.enabled", False).getOrCreate()
-from helpers.session import get_spark
+from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
 spark = get_spark()
 counts = []
@@ -92,7 +91,7 @@ print("counted", sum(counts))
 def test_logs_stay_out_of_the_output_and_nothing_is_left(tmp_path):
     """Otherwise cells would be full of Java's warnings, and /tmp of Spark's folders."""
     program = (
-        "from helpers.session import *; spark = get_spark(cores=1);"
+        "from helpers.spark import *; spark = get_spark(cores=1);"
         "print(spark.range(5).count(), 'WARN' in log_file().read_text())"
     )
     run = run_python("-c", program, env={**os.environ, "TMPDIR": str(tmp_path)})
@@ -114,7 +113,7 @@ def test_spark_home_names_the_spark_that_is_used(tmp_path):
         for source in Path(py4j.__file__).parent.glob("*.py"):
             archive.write(source, f"py4j/{source.name}")
     environment = {**os.environ, "SPARK_HOME": str(tmp_path)}
-    program = "import helpers.session, pyspark; print(pyspark.__file__)"
+    program = "import helpers.spark, pyspark; print(pyspark.__file__)"
     run = run_python("-c", program, env=environment)
     assert run.stdout.startswith(f"{tmp_path}/python/pyspark"), run.stderr
 

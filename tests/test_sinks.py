@@ -11,7 +11,6 @@ from processes import wait_until
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
-import helpers.files
 from helpers.sinks import (
     BadRecordError,
     ParquetSink,
@@ -22,6 +21,7 @@ from helpers.sinks import (
     read_scored,
 )
 from helpers.sinks.progress import Progress
+from helpers.spark import files as files_of_spark
 from helpers.streaming import (
     KafkaUtils,
     OffsetRange,
@@ -656,7 +656,7 @@ def test_a_batch_whose_manifest_counts_is_stored_whatever_fails_after_it(
         write(sink, spark, 0, 10)
         files = sink._commits._files
         if failing == "flush":
-            monkeypatch.setattr("helpers.files._flush", unreliable(helpers.files._flush))
+            monkeypatch.setattr(files_of_spark, "_flush", unreliable(files_of_spark._flush))
         else:
             method = failing.split()[0]
             monkeypatch.setattr(files, method, unreliable(getattr(files, method)))

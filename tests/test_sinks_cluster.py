@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from processes import ROOT, run_python, running, wait_until
 
-from helpers.jars import spark_home
+from helpers.spark import spark_home
 
 # The worker sees an empty file system in the place of the folder.
 HIDE = 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"'

@@ -6,7 +6,7 @@ import pytest
 from processes import running, wait_until
 
 from helpers.broker import free_port, port_is_free
-from helpers.jars import fetch_jars, java_command
+from helpers.spark import fetch_jars, java_command
 from helpers.streaming import (
     Broker,
     KafkaUtils,

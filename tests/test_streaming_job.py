@@ -12,12 +12,11 @@ import pytest
 from kafka import KafkaConsumer, KafkaProducer
 from processes import ROOT, run_python, running
 
-from helpers.broker import LocalKafka
+from helpers.broker import LocalKafka, python_settings
 from helpers.higgs import FEATURES, generate_events
-from helpers.jars import spark_home
-from helpers.model import save_serving_model
-from helpers.security import python_settings
+from helpers.serving import save_serving_model
 from helpers.sinks import read_scored
+from helpers.spark import spark_home
 
 JOB = ROOT / "examples" / "streaming_job.py"
 SECONDS = 180

@@ -9,9 +9,8 @@ import pytest
 from kafka import KafkaProducer
 from processes import wait_until
 
-from helpers.broker import BrokerError, LocalKafka
-from helpers.security import python_settings
-from helpers.session import log_file
+from helpers.broker import BrokerError, LocalKafka, python_settings
+from helpers.spark import log_file
 from helpers.streaming import KafkaUtils, StreamError, new_streaming_context, run_stream
 
 TOPIC = "secret-events"

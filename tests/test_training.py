@@ -16,11 +16,10 @@ from processes import run_python, wait_until
 from pyspark.ml.functions import array_to_vector
 from sklearn.metrics import roc_auc_score
 
-from helpers import training
 from helpers.higgs import FEATURES, LABEL, generate_events
 from helpers.model import build_model, compiled_predict, model_to_bytes
-from helpers.training import AveragingTrainer, SingleTrainer, TrainingError
-from helpers.training_task import Replica, Rows, read_rows
+from helpers.training import AveragingTrainer, SingleTrainer, TrainingError, trainers
+from helpers.training.task import Replica, Rows, read_rows
 from helpers.transformers import ModelPredictor
 
 
@@ -85,12 +84,12 @@ def auc_of(model, unseen):
 def test_one_process_one_worker_and_two_learn_the_same(events, unseen, capsys):
     """The number of workers doesn't decide what a network is worth."""
     recipe = {"batch_size": 128, "num_epoch": 6}
-    trainers = [SingleTrainer(build_model(), **recipe)]
-    trainers += [AveragingTrainer(build_model(), num_workers=n, **recipe) for n in (1, 2)]
-    found = [auc_of(trainer.train(events, unseen[0]), unseen) for trainer in trainers]
+    both = [SingleTrainer(build_model(), **recipe)]
+    both += [AveragingTrainer(build_model(), num_workers=n, **recipe) for n in (1, 2)]
+    found = [auc_of(trainer.train(events, unseen[0]), unseen) for trainer in both]
     assert min(found) > 0.85
     assert max(found) - min(found) < 0.01
-    for trainer in trainers:
+    for trainer in both:
         history = pd.DataFrame(trainer.get_history())
         assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
         assert history["loss"].iloc[-1] < history["loss"].iloc[0] - 0.1
@@ -165,13 +164,13 @@ def test_a_round_has_the_updates_that_were_asked_for(spark, monkeypatch, window,
     trainer = AveragingTrainer(
         tiny(), **by_number(num_workers=1, batch_size=40, communication_window=window)
     )
-    sizes, average = [], training._average
+    sizes, average = [], trainers._average
 
     def note(results):
         sizes.append(int(sum(result["totals"][0] for result in results)))
         return average(results)
 
-    monkeypatch.setattr(training, "_average", note)
+    monkeypatch.setattr(trainers, "_average", note)
     trainer.train(rows)
     assert len(sizes) == rounds
     assert sum(sizes) == 400

@@ -20,7 +20,7 @@ from processes import wait_until
 
 from helpers.higgs import FEATURES, generate_events
 from helpers.model import build_model
-from helpers.session import get_spark
+from helpers.spark import get_spark
 from helpers.training import AveragingTrainer
 
 # Spark keeps the executors' folders in its own; there is no setting for another place.

@@ -16,9 +16,9 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from helpers.files import JsonFolder
 from helpers.sinks.errors import taken_over
 from helpers.sinks.progress import Progress
+from helpers.spark import JsonFolder
 from helpers.streaming.offsets import TopicAndPartition
 
 # So many batches' files are merged into one, and so many merged ones again, or as many of them as

@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID
 from helpers.records import vector_entries
-from helpers.session import root_cause
+from helpers.spark import root_cause
 from helpers.streaming.errors import (
     ANSWER_SECONDS,
     StreamError,

@@ -14,8 +14,8 @@ import time
 
 from pyspark.sql import SparkSession
 
-from helpers.files import JsonFolder
 from helpers.sinks.errors import taken_over
+from helpers.spark import JsonFolder
 
 _LOGGER = logging.getLogger(__name__)
 

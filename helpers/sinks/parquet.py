@@ -36,7 +36,6 @@ from typing import Any
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
-from helpers.files import folder_names, remove_folder
 from helpers.higgs import EVENT_ID
 from helpers.records import MODEL_VERSION, observed, vector_entries
 from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
@@ -46,6 +45,7 @@ from helpers.sinks.lease import Lease
 from helpers.sinks.parts import finished_part, merge, read_parts, with_size
 from helpers.sinks.progress import Progress, Source, check_ranges
 from helpers.sinks.starts import StartLog
+from helpers.spark import folder_names, remove_folder
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)

@@ -10,16 +10,16 @@ from dataclasses import replace
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 
-from helpers.files import (
+from helpers.sinks.commits import Part
+from helpers.sinks.errors import SinkError
+from helpers.spark import (
     flush_folder,
     folder_names,
     folder_size,
     java_class,
     remove_folder,
+    root_cause,
 )
-from helpers.session import root_cause
-from helpers.sinks.commits import Part
-from helpers.sinks.errors import SinkError
 
 # What the files have. `bad` is what a bad record was, and why it is bad.
 _STORED = (

@@ -22,14 +22,14 @@ From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `
 """
 
 from helpers.streaming.client import topic_ids
+from helpers.streaming.context import new_streaming_context, run_stream, stop_streaming
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import StreamError
+from helpers.streaming.kafka_utils import KafkaMessageAndMetadata, KafkaUtils, utf8_decoder
 from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import RangeReader
-from helpers.streaming.running import new_streaming_context, run_stream, stop_streaming
 from helpers.streaming.structured import KafkaQuery, read_stream
-from helpers.streaming.utils import KafkaMessageAndMetadata, KafkaUtils, utf8_decoder
 
 __all__ = [
     "Broker",

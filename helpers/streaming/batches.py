@@ -24,8 +24,8 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.streaming import StreamingContext, StreamingListener
 
-from helpers.redaction import is_secret
-from helpers.session import get_spark, protect_folder
+from helpers.kafka_settings import is_secret
+from helpers.spark import get_spark, protect_folder
 from helpers.streaming.errors import (
     ANSWER_SECONDS,
     BrokerAwayError,

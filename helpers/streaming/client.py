@@ -16,7 +16,7 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
-from helpers.session import root_cause
+from helpers.spark import root_cause
 from helpers.streaming.errors import ANSWER_SECONDS, StreamError, explained
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import (

@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame, Row
 from pyspark.streaming import DStream, StreamingContext
 from pyspark.streaming.dstream import TransformedDStream
 
-from helpers.session import scratch_folder
+from helpers.spark import scratch_folder
 from helpers.streaming.batches import Batches, batch_id_of
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from py4j.protocol import Py4JJavaError
 
-from helpers.redaction import is_secret
-from helpers.session import root_cause
+from helpers.kafka_settings import is_secret
+from helpers.spark import root_cause
 
 # How long Kafka may take to answer a question of the planner.
 ANSWER_SECONDS = 15

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, field
 
 from pyspark.sql import SparkSession
 
-from helpers.files import JsonFolder
+from helpers.spark import JsonFolder
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
 

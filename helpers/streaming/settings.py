@@ -10,7 +10,7 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from helpers.broker import check_address
+from helpers.kafka_settings import check_address
 
 ZOOKEEPER_PORT = 2181
 ZOOKEEPER_SECONDS = 3

@@ -21,8 +21,9 @@ from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming import StreamingQuery
 
-from helpers.files import JsonFolder, folder_names, full_path, read_file
+from helpers.spark import JsonFolder, folder_names, full_path, read_file
 from helpers.streaming.client import KafkaClient
+from helpers.streaming.context import FINISH_SECONDS, interrupt_noted, java_watched
 from helpers.streaming.errors import (
     BrokerAwayError,
     StreamError,
@@ -34,7 +35,6 @@ from helpers.streaming.errors import (
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import source_options
-from helpers.streaming.running import FINISH_SECONDS, interrupt_noted, java_watched
 from helpers.streaming.settings import modern_settings
 
 _LOGGER = logging.getLogger(__name__)

@@ -32,9 +32,9 @@ from pyspark.sql.types import ArrayType, DataType, NumericType
 
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.records import vector_entries
-from helpers.session import root_cause
+from helpers.spark import root_cause
 from helpers.streaming.errors import summary
-from helpers.training_task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
+from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 # The reductions of a Keras loss that are a mean over the rows of an update.
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")

@@ -1,4 +1,4 @@
-"""A serving model at work: in a table or a stream, and replaced while the stream runs."""
+"""The serving model in a file, which may be replaced while a stream runs."""
 
 from __future__ import annotations
 
@@ -6,60 +6,11 @@ import logging
 import os
 from pathlib import Path
 
-from pyspark.ml import Transformer
-from pyspark.sql import Column, DataFrame
-from pyspark.sql import functions as F
-
-from helpers.model import ServingModel, ServingModelError, load_serving_model
-from helpers.records import MODEL_VERSION, vector_entries
-from helpers.transformers import ModelPredictor
+from helpers.serving.archive import load_serving_model
+from helpers.serving.contract import ServingModel, ServingModelError
+from helpers.serving.transformer import ServingTransformer
 
 _LOGGER = logging.getLogger(__name__)
-
-
-class ServingTransformer(Transformer):
-    """Score events as a serving model's contract says.
-
-    Parameters
-    ----------
-    model : ServingModel
-        The network and its contract.
-    features_col : str
-        Events that `helpers.records.parse_events` made with the model's `schema`. Where there is no
-        such column, the features are taken from the columns that have their names. An event of
-        which one is null or NaN has no prediction: it is null.
-
-    Examples
-    --------
-    >>> ServingTransformer(serving_model).transform(events).columns
-    ['EventId', 'prediction', 'reason', 'unused', 'prediction_index', 'model_version']
-    """
-
-    def __init__(self, model: ServingModel, features_col: str = "event") -> None:
-        super().__init__()
-        self._contract, self._version = model.contract, model.version
-        self._predictor = ModelPredictor(
-            keras_model=model.network, features_col=features_col,
-            feature_names=model.contract.feature_names,
-        )  # fmt: skip
-
-    def _transform(self, dataset: DataFrame) -> DataFrame:
-        scored = self._predictor.transform(dataset)
-        return scored.withColumns(
-            {
-                "prediction_index": self._index(vector_entries(scored["prediction"])),
-                MODEL_VERSION: F.lit(self._version),
-            }
-        )
-
-    def _index(self, probabilities: Column) -> Column:
-        """Return the class: signal from the threshold on, otherwise the other one."""
-        signal = self._contract.signal_index
-        probability = probabilities[signal]
-        is_signal = probability >= self._contract.threshold
-        index = F.when(is_signal, float(signal)).otherwise(float(1 - signal))
-        # No number is no answer; Spark would hold it for the largest of all.
-        return F.when(probability.isNotNull() & ~F.isnan(probability), index)
 
 
 class ModelFile:
@@ -72,7 +23,7 @@ class ModelFile:
     Parameters
     ----------
     path : str or path-like
-        What `helpers.model.save_serving_model` writes.
+        What `helpers.serving.save_serving_model` writes.
 
     Raises
     ------

@@ -11,7 +11,7 @@ from pyspark import SparkContext, StorageLevel
 from pyspark.sql import Row
 from pyspark.streaming import StreamingContext
 
-from helpers.session import get_spark
+from helpers.spark import get_spark
 from helpers.streaming.batches import Batches
 from helpers.streaming.client import KafkaClient
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD

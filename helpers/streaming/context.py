@@ -15,7 +15,7 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 from pyspark.streaming import StreamingContext
 
-from helpers.session import log_file, root_cause
+from helpers.spark import log_file, root_cause
 from helpers.streaming.batches import Batches, batches_of
 from helpers.streaming.errors import StreamError, summary
 

@@ -9,14 +9,12 @@ In a terminal of its own: ``python -m helpers.broker --port 9092``.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -35,8 +33,9 @@ from kafka.admin import (
 )
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-from helpers import security as secured
-from helpers.jars import JarsError, fetch_jars, java_command, spark_home
+from helpers.broker import security as secured
+from helpers.kafka_settings import check_address
+from helpers.spark import fetch_jars, java_command, spark_home
 
 KAFKA_VERSION = "4.4.0"
 KAFKA_JARS = (
@@ -119,7 +118,7 @@ class LocalKafka:
         ends with its own last log lines.
     ValueError
         If the port is not between 1 and 65535, or `security` is no such thing.
-    helpers.jars.JarsError
+    helpers.spark.JarsError
         If Java is missing or the broker's jars can't be fetched.
 
     Notes
@@ -278,7 +277,7 @@ class LocalKafka:
         Returns
         -------
         dict of str to str
-            By Kafka's own names. `helpers.security.python_settings` makes arguments of kafka-python
+            By Kafka's own names. `helpers.broker.python_settings` makes arguments of kafka-python
             of them.
 
         Raises
@@ -478,23 +477,6 @@ class LocalKafka:
             self._temporary.cleanup()
 
 
-def check_address(bootstrap_servers: str) -> None:
-    """Raise `ValueError` unless the text is ``host:port``, or several of them with commas between.
-
-    Examples
-    --------
-    >>> check_address("127.0.0.1:9092,127.0.0.1:9093")
-    >>> check_address("127.0.0.1")
-    Traceback (most recent call last):
-    ...
-    ValueError: '127.0.0.1' is no address of a Kafka broker: write host:port.
-    """
-    for address in bootstrap_servers.split(","):
-        host, _, port = address.strip().rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(f"{address!r} is no address of a Kafka broker: write host:port.")
-
-
 def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
     """Return how many records each partition of a topic holds; nothing if there is no such topic.
 
@@ -609,27 +591,3 @@ def _poll(condition: Callable[[], bool], seconds: float, otherwise: str) -> None
 
 def _tail(log: str, lines: int = 15) -> str:
     return "\n".join(log.strip().splitlines()[-lines:])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run a broker in the foreground until Ctrl-C or SIGTERM."""
-    description = "Run a real Apache Kafka broker on this machine, until Ctrl-C."
-    parser = argparse.ArgumentParser(prog="python -m helpers.broker", description=description)
-    parser.add_argument("--port", type=int, default=9092, help="default: %(default)s")
-    parser.add_argument("--folder", help="keep the data here; default: a temporary folder")
-    options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        with LocalKafka(port=options.port, folder=options.folder) as kafka:
-            print(f"ready at {kafka.bootstrap_servers}; Ctrl-C ends it", flush=True)
-            return kafka.wait()
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
-        return 0
-    except (BrokerError, JarsError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """What a run needs, one check for each thing: it is there, or the command that mends it is told.
 
-`helpers.session.preflight` makes a table of them.
+`helpers.preflight.preflight` makes a table of them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from helpers.broker import (
     KAFKA_JARS,
     KAFKA_VERSION,
     LOOPBACK,
-    check_address,
     free_port,
     port_is_free,
 )
-from helpers.jars import (
+from helpers.kafka_settings import check_address
+from helpers.spark import (
     CONNECTOR,
     INSTALL_JAVA,
     JarsError,
@@ -66,7 +66,7 @@ _DISK = _GB  # an estimate: the broker's data and Spark's files of some 100,000 
 
 _LEAST_MEMORY = _GB + _MEMORY_BESIDE_SPARK
 _LESS_MEMORY = "make run MEMORY=1g CORES=1"
-_FETCH = "from helpers import broker, session; broker.fetch(); session.fetch()"
+_FETCH = "from helpers import broker, spark; broker.fetch(); spark.fetch()"
 
 # It only looks for the modules: importing TensorFlow takes ten seconds. Debian and others mark the
 # system's own Python, in which pip refuses to install (PEP 668).
@@ -221,7 +221,7 @@ def check_broker(bootstrap_servers: str = "") -> Check:
         check_address(bootstrap_servers)
     except ValueError as error:
         corrected = f"{host}:{port if port.isdecimal() else BROKER_PORT}"
-        remedy = _python("-m", "helpers.session", "--bootstrap-servers", corrected)
+        remedy = _python("-m", "helpers.preflight", "--bootstrap-servers", corrected)
         return _missing(what, str(error), remedy)
     if _answers(bootstrap_servers):
         return _there(what, f"answers at {bootstrap_servers}")
@@ -249,7 +249,7 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
     """
     amount = re.fullmatch(r"(\d+)([kmgt])b?", memory.lower())
     if amount is None:
-        remedy = _python("-m", "helpers.session", "--memory", "2g")
+        remedy = _python("-m", "helpers.preflight", "--memory", "2g")
         return _missing("memory", f"{memory!r} is no amount of memory: write it as in 2g", remedy)
     more_workers = max(0, (cores or os.cpu_count()) - _CORES_IN_THAT)
     needed = int(amount[1]) * 2 ** (10 * "_kmgt".index(amount[2])) + _MEMORY_BESIDE_SPARK

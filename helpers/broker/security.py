@@ -1,13 +1,11 @@
-"""What a secured Kafka broker and its clients need: a certificate, passwords, and their settings.
+"""What a secured Kafka broker and its clients need: a certificate, passwords, and settings.
 
-Settings have Kafka's own names, those of its Java clients, so that one dictionary is enough for the
-planner, for Spark's source, and, through `python_settings`, for kafka-python. Programs read them
-from a file (`read_config`), because a command line can be seen by everybody.
+Settings have Kafka's names, those of its Java clients, so that one dictionary is enough for the
+planner, for Spark's source, and, through `python_settings`, for kafka-python.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -16,29 +14,31 @@ import ssl
 import subprocess
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 
-from helpers.jars import JarsError, java_command
-from helpers.redaction import is_secret
+from helpers.spark import JarsError, java_command
 
 PROTOCOL = "SASL_SSL"
+
 MECHANISM = "SCRAM-SHA-512"
+
 LOOPBACK = "127.0.0.1"
+
 KEYTOOL_SECONDS = 30
+
 CERTIFICATE_DAYS = 365
 
 _SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule"
+
 _PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
+
 _ALIAS = "broker"
 
 _LOGGER = logging.getLogger(__name__)
-
-
-_BLANKS = " \t\f"  # in a properties file
 
 # What kafka-python's clients can be told in words, with the defaults that show of which kind it is.
 _ARGUMENTS = {
@@ -48,6 +48,7 @@ _ARGUMENTS = {
     if default is None or isinstance(default, str | int | float)
     if not name.endswith(("serializer", "provider", "_context"))
 }
+
 _TLS_SETTINGS = {
     "ssl.truststore.type", "ssl.truststore.location", "ssl.truststore.certificates",
     "ssl.truststore.password", "ssl.keystore.type", "ssl.keystore.location", "ssl.keystore.key",
@@ -80,7 +81,7 @@ def make_certificate(folder: Path, password: str) -> None:
 
     Raises
     ------
-    helpers.jars.JarsError
+    helpers.spark.JarsError
         If Java, or the `keytool` that comes with it, is missing.
     """
     store, certificate = folder / "broker.p12", folder / "certificate.pem"
@@ -173,83 +174,6 @@ def client_settings(
     }
 
 
-def read_config(path: str | Path) -> dict[str, str]:
-    r"""Return the settings in a file of Kafka's properties format, as its own tools read it.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file, which `java.util.Properties` would read in the same way: comments, continued
-        lines, ``\uXXXX``, in Latin-1.
-
-    Raises
-    ------
-    OSError
-        If the file can't be read.
-    ValueError
-        If it has a ``\u`` without four hexadecimal digits.
-
-    Warns
-    -----
-    A warning in the log says so if others can read the secrets in it.
-
-    Examples
-    --------
-    >>> file = getfixture("tmp_path") / "client.properties"
-    >>> _ = file.write_text("# the broker's\nsecurity.protocol = SASL_SSL\n")
-    >>> read_config(file)
-    {'security.protocol': 'SASL_SSL'}
-    """
-    file = Path(path)
-    try:
-        settings = dict(_properties(file.read_text("latin-1", errors="strict")))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    if any(map(is_secret, settings)) and file.stat().st_mode & 0o044:
-        _LOGGER.warning("%s holds secrets, and other users can read it: chmod 600 %s", file, file)
-    return settings
-
-
-def config_option(text: str) -> dict[str, str]:
-    """Return the settings in the file that a program's ``--kafka-config`` names.
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        If it can't be read.
-    """
-    try:
-        return read_config(text)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def setting_option(text: str) -> tuple[str, str]:
-    """Return name and value of a program's ``--kafka-option``.
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        If there is no ``=``, or the value is a secret.
-
-    Examples
-    --------
-    >>> setting_option("security.protocol=SASL_SSL")
-    ('security.protocol', 'SASL_SSL')
-    """
-    name, equals, value = text.partition("=")
-    if is_secret(name) or "PRIVATE KEY" in value:
-        raise argparse.ArgumentTypeError(
-            f"{name} holds a secret, and every user of this machine can see a command line (ps): "
-            "write it into a file, and name that with --kafka-config."
-        )
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text} is not of the form K=V")
-    return name, value
-
-
 def python_settings(
     settings: Mapping[str, str], client: type = KafkaAdminClient
 ) -> dict[str, Any]:
@@ -290,37 +214,6 @@ def python_settings(
     if tls:
         arguments["ssl_context"] = _tls_context(tls)
     return arguments
-
-
-def _properties(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the names and values in the text of a properties file."""
-    lines = iter(re.split(r"\r\n|\r|\n", text))
-    for line in lines:
-        logical = line.lstrip(_BLANKS)
-        if logical in ("", "\\") or logical[0] in "#!":
-            continue
-        while re.search(r"(?<!\\)(?:\\\\)*\\$", logical):
-            logical = logical[:-1] + next(lines, "").lstrip(_BLANKS)
-        name, value = re.fullmatch(
-            rf"((?:[^\\=:{_BLANKS}]|\\.)*)[{_BLANKS}]*[=:]?[{_BLANKS}]*(.*)", logical, re.DOTALL
-        ).groups()
-        yield _unescaped(name), _unescaped(value)
-
-
-def _unescaped(text: str) -> str:
-    """Return a name or value of a properties file without the backslashes in it."""
-
-    def character(found: re.Match) -> str:
-        escaped = found[1]
-        if escaped == "u":
-            raise ValueError(f"\\u is not followed by four hexadecimal digits: {found[0]!r}.")
-        if len(escaped) > 1:
-            return chr(int(escaped[1:], 16))
-        return {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}.get(escaped, escaped)
-
-    plain = re.sub(r"\\(u[0-9a-fA-F]{4}|.)", character, text, flags=re.DOTALL)
-    # Java's strings are UTF-16, where characters such as emoji are written as two.
-    return plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 def _as_argument(name: str, value: str, default: object) -> object:

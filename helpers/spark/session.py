@@ -1,23 +1,14 @@
-"""The Spark session: the one that is there already, or a new one with all that the kit needs.
-
-Whether all is there that a run needs: ``python -m helpers.session``.
-"""
+"""The Spark session: the existing one, or a new one with all that the kit needs."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import functools
 import logging
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from py4j.java_gateway import JavaObject
 from py4j.protocol import Py4JJavaError
@@ -27,7 +18,8 @@ from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 import helpers
-from helpers.jars import (
+from helpers.kafka_settings import SECRET_SETTINGS
+from helpers.spark.jars import (
     CONNECTOR,
     JarsError,
     fetch_jars,
@@ -35,32 +27,13 @@ from helpers.jars import (
     spark_and_scala,
     spark_home,
 )
-from helpers.redaction import SECRET_SETTINGS
-
-if TYPE_CHECKING:
-    import pandas
-
-    from helpers.checks import Check
+from helpers.spark.scratch import log_file, scratch_folder
 
 _REDACTED_OPTIONS = "spark.sql.redaction.options.regex"
 
 _CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
 
-# What Spark and the kit write into the checkpoint of a streaming context.
-_CHECKPOINT_FILES = (
-    r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
-)
-
 _LOGGER = logging.getLogger(__name__)
-
-# Java is still on its way out when this begins, and may write once more.
-_REMOVE_AT_THE_END = """
-cat
-for attempt in 1 2 3 4 5; do rm -rf "$1" && sleep 1 && test ! -e "$1" && exit; done
-"""
-
-# A watcher that is forgotten would find its pipe closed, and remove the folder too early.
-_WATCHERS: list[subprocess.Popen] = []
 
 
 class SessionError(RuntimeError):
@@ -106,7 +79,7 @@ def get_spark(
     ------
     SessionError
         If Spark doesn't start, or there is no Kafka connector for its version.
-    helpers.jars.JarsError
+    helpers.spark.JarsError
         If Java or Spark's own jars are missing, or the connector can't be fetched.
 
     Examples
@@ -129,108 +102,6 @@ def get_spark(
     return spark
 
 
-def preflight(
-    bootstrap_servers: str = "", memory: str = "2g", cores: int | None = None
-) -> pandas.DataFrame:
-    """Check all that a run needs, and say for what is missing which command mends it.
-
-    Nothing is changed, except that the jars of Kafka and of the connector are fetched if they
-    aren't on disk.
-
-    Parameters
-    ----------
-    bootstrap_servers : str
-        The broker that the run will use, as ``host:port``; empty if it starts one of its own.
-    memory : str
-        Java's memory in the run, as in ``"2g"``.
-    cores : int, optional
-        How many tasks the run has at a time on this machine; by default one a core.
-
-    Returns
-    -------
-    pandas.DataFrame
-        A row for each thing, with ``what`` it is, whether it is ``ok``, what was ``found``, and the
-        ``remedy``, which is empty where all is well. In a notebook, ``preflight().style`` shows
-        long commands whole.
-
-    Examples
-    --------
-    >>> preflight().columns.tolist()
-    ['what', 'ok', 'found', 'remedy']
-    """
-    import pandas
-
-    return pandas.DataFrame(_checks(bootstrap_servers, memory, cores))
-
-
-def log_file() -> Path:
-    """Return the file that Spark logs to when `get_spark` started it: the place to look first.
-
-    Examples
-    --------
-    >>> log_file().name
-    'spark.log'
-    """
-    return scratch_folder() / "spark.log"
-
-
-@functools.cache
-def scratch_folder() -> Path:
-    """Return the folder for what Spark needs while this process runs; it goes with the process.
-
-    Examples
-    --------
-    >>> scratch_folder().is_dir()
-    True
-    """
-    folder = tempfile.mkdtemp(prefix="spark-")
-    # The watcher reads from a pipe that only this process holds; the pipe's end is this process'.
-    watcher = subprocess.Popen(
-        ["/bin/sh", "-c", _REMOVE_AT_THE_END, "watcher", folder],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    _WATCHERS.append(watcher)
-    return Path(folder)
-
-
-def protect_folder(spark: SparkSession, path: str) -> None:
-    """Keep a folder that holds settings, passwords among them, from other users.
-
-    A folder that is missing is created; one with other things than Spark's in it stays as it is,
-    and a warning in the log says so.
-
-    Parameters
-    ----------
-    spark : pyspark.sql.SparkSession
-        The session whose Hadoop client is used.
-    path : str
-        The folder's path or URI, such as that of a streaming context's checkpoint.
-
-    Examples
-    --------
-    >>> protect_folder(spark, str(getfixture("tmp_path") / "checkpoint"))
-    >>> oct((getfixture("tmp_path") / "checkpoint").stat().st_mode)
-    '0o40700'
-    """
-    hadoop = spark._jvm.org.apache.hadoop.fs
-    folder, only_mine = hadoop.Path(path), hadoop.permission.FsPermission("700")
-    files = folder.getFileSystem(spark._jsc.hadoopConfiguration())
-    if not files.exists(folder):
-        files.mkdirs(folder)
-    elif not files.getFileStatus(folder).getPermission().toShort() & 0o077:
-        return
-    names = [found.getPath().getName() for found in files.listStatus(folder)]
-    if all(re.fullmatch(_CHECKPOINT_FILES, name) for name in names):
-        with contextlib.suppress(Py4JJavaError):  # it is somebody else's
-            files.setPermission(folder, only_mine)
-            return
-    _LOGGER.warning(
-        "%s holds settings with their passwords, and other users can read it: chmod 700 it, or use "
-        "a folder of its own.", path,
-    )  # fmt: skip
-
-
 def root_cause(error: Py4JJavaError) -> JavaObject:
     """Return the Java exception that was first, which the others were wrapped around."""
     cause = error.java_exception
@@ -242,34 +113,6 @@ def root_cause(error: Py4JJavaError) -> JavaObject:
 def fetch() -> None:
     """Fetch the Kafka connector's jars, so that the first session needs no network."""
     _connector_jars(*spark_and_scala())
-
-
-def _checks(bootstrap_servers: str, memory: str, cores: int | None) -> list[Check]:
-    """Return the checks of all that a run needs."""
-    # Here and not above, because a session needs no pandas.
-    from helpers import checks
-
-    return [
-        checks.check_java(),
-        checks.check_spark(),
-        checks.check_connector(),
-        checks.check_worker_python(),
-        checks.check_broker(bootstrap_servers),
-        checks.check_memory(memory, cores),
-        checks.check_disk(),
-        checks.check_ports(),
-    ]
-
-
-def _as_table(checks: list[Check]) -> str:
-    """Return checks as lines of aligned text, with a remedy under each thing that is missing."""
-    width = max(len(check.what) for check in checks)
-    lines = []
-    for check in checks:
-        lines.append(f"{'ok' if check.ok else 'MISSING':<7}  {check.what:<{width}}  {check.found}")
-        if not check.ok:
-            lines.append(f"{'':<7}  {'':<{width}}  mend it with: {check.remedy}")
-    return "\n".join(lines)
 
 
 def _settings(
@@ -420,22 +263,3 @@ def _ship_helpers(spark: SparkSession) -> None:
         for source in package.rglob("*.py"):
             archive.write(source, source.relative_to(package.parent))
     context.addPyFile(str(file))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print what a run needs and whether it is there, and return 1 if something is missing."""
-    description = "Check all that a run needs; what is missing is told with what mends it."
-    parser = argparse.ArgumentParser(prog="python -m helpers.session", description=description)
-    parser.add_argument(
-        "--bootstrap-servers", default="", metavar="host:port", help="the broker of the run"
-    )
-    parser.add_argument("--memory", default="2g", help="Java's memory; default: %(default)s")
-    parser.add_argument("--cores", type=int, help="tasks at a time; default: one a core")
-    options = parser.parse_args(arguments)
-    checks = _checks(options.bootstrap_servers, options.memory, options.cores)
-    print(_as_table(checks))
-    return 0 if all(check.ok for check in checks) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

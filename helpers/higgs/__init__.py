@@ -1,0 +1,61 @@
+"""Higgs boson challenge events: their columns, their files, and a generator of similar events.
+
+The ATLAS collaboration published simulated proton-proton collisions for the Higgs boson machine
+learning challenge of 2014. Each event has 30 features: quantities that a detector measures
+(``PRI_``, for primitive) and quantities that physicists compute from them (``DER_``, for derived).
+The task is to tell the decays of a Higgs boson into two tau leptons (signal, ``s``) from other
+processes that look alike (background, ``b``).
+
+`read_events` reads the published files. `generate_events` draws events of the same kind with a
+simplified physics model, so that the tutorial also works without a download.
+
+References
+----------
+.. [1] C. Adam-Bourdarios et al., "Learning to discover: the Higgs boson machine learning
+   challenge", 2014, its appendix describes the features. Published with the results in PMLR 42,
+   pages 19-55, 2015, http://proceedings.mlr.press/v42/cowa14.html
+.. [2] ATLAS collaboration, "Dataset from the ATLAS Higgs Boson Machine Learning Challenge 2014",
+   CERN Open Data record 328, https://doi.org/10.7483/OPENDATA.ATLAS.ZBP2.M5T8
+"""
+
+from helpers.higgs.columns import (
+    BOOKKEEPING,
+    EVENT_ID,
+    FEATURES,
+    INTEGERS,
+    LABEL,
+    LABELS,
+    MISSING,
+    SCHEMA,
+    SOURCE,
+)
+from helpers.higgs.files import read_events, read_events_in_spark
+from helpers.higgs.generator import PROCESSES, generate_events
+from helpers.higgs.kinematics import derive_columns
+from helpers.higgs.significance import (
+    EXPECTED_BACKGROUND,
+    EXPECTED_SIGNAL,
+    significance,
+    significance_curve,
+)
+
+__all__ = [
+    "BOOKKEEPING",
+    "EVENT_ID",
+    "EXPECTED_BACKGROUND",
+    "EXPECTED_SIGNAL",
+    "FEATURES",
+    "INTEGERS",
+    "LABEL",
+    "LABELS",
+    "MISSING",
+    "PROCESSES",
+    "SCHEMA",
+    "SOURCE",
+    "derive_columns",
+    "generate_events",
+    "read_events",
+    "read_events_in_spark",
+    "significance",
+    "significance_curve",
+]

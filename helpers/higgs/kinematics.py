@@ -1,0 +1,251 @@
+"""Quantities that physicists compute from what a detector measures."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from helpers.higgs.columns import MISSING
+
+
+def transverse_mass(
+    pt_1: ArrayLike, phi_1: ArrayLike, pt_2: ArrayLike, phi_2: ArrayLike
+) -> NDArray[np.float64]:
+    r"""Compute the transverse mass of two particles, :math:`\sqrt{2 p_1 p_2 (1 - \cos\Delta\phi)}`.
+
+    Parameters
+    ----------
+    pt_1, pt_2 : array_like, shape (n,)
+        Transverse momenta in GeV.
+    phi_1, phi_2 : array_like, shape (n,)
+        Azimuth angles in radians.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        Transverse mass in GeV.
+
+    References
+    ----------
+    ``DER_mass_transverse_met_lep`` in the appendix of [1]_.
+
+    Examples
+    --------
+    >>> float(transverse_mass(30.0, 0.0, 30.0, np.pi))
+    60.0
+    """
+    return np.sqrt(2 * np.multiply(pt_1, pt_2) * (1 - np.cos(np.subtract(phi_1, phi_2))))
+
+
+def invariant_mass(
+    pt_1: ArrayLike,
+    eta_1: ArrayLike,
+    phi_1: ArrayLike,
+    pt_2: ArrayLike,
+    eta_2: ArrayLike,
+    phi_2: ArrayLike,
+) -> NDArray[np.float64]:
+    r"""Compute the mass of two particles that have no mass themselves.
+
+    The formula is :math:`\sqrt{2 p_1 p_2 (\cosh\Delta\eta - \cos\Delta\phi)}`. The published jets
+    have a mass that no column tells, so ``DER_mass_jet_jet`` comes out a few GeV too small.
+
+    Parameters
+    ----------
+    pt_1, pt_2 : array_like, shape (n,)
+        Transverse momenta in GeV.
+    eta_1, eta_2 : array_like, shape (n,)
+        Pseudorapidities.
+    phi_1, phi_2 : array_like, shape (n,)
+        Azimuth angles in radians.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        Invariant mass in GeV.
+
+    References
+    ----------
+    ``DER_mass_vis`` and ``DER_mass_jet_jet`` in the appendix of [1]_.
+
+    Examples
+    --------
+    >>> float(invariant_mass(45.0, 1.0, 0.0, 45.0, 1.0, np.pi))
+    90.0
+    """
+    delta_eta, delta_phi = np.subtract(eta_1, eta_2), np.subtract(phi_1, phi_2)
+    return np.sqrt(2 * np.multiply(pt_1, pt_2) * (np.cosh(delta_eta) - np.cos(delta_phi)))
+
+
+def angular_distance(
+    eta_1: ArrayLike, phi_1: ArrayLike, eta_2: ArrayLike, phi_2: ArrayLike
+) -> NDArray[np.float64]:
+    r"""Compute the distance of two directions, :math:`\sqrt{\Delta\eta^2 + \Delta\phi^2}`.
+
+    Parameters
+    ----------
+    eta_1, eta_2 : array_like, shape (n,)
+        Pseudorapidities.
+    phi_1, phi_2 : array_like, shape (n,)
+        Azimuth angles in radians; their difference is taken the short way round the circle.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        Angular distance.
+
+    References
+    ----------
+    ``DER_deltar_tau_lep`` in the appendix of [1]_.
+
+    Examples
+    --------
+    >>> float(angular_distance(0.0, 3.0, 0.0, -3.0).round(3))
+    0.283
+    """
+    return np.hypot(np.subtract(eta_1, eta_2), wrapped(np.subtract(phi_1, phi_2)))
+
+
+def phi_centrality(phi: ArrayLike, phi_1: ArrayLike, phi_2: ArrayLike) -> NDArray[np.float64]:
+    r"""Tell how centrally a direction lies between two others in the transverse plane.
+
+    With :math:`A = \sin(\phi - \phi_1)` and :math:`B = \sin(\phi_2 - \phi)`, both multiplied by
+    the sign of :math:`\sin(\phi_2 - \phi_1)`, the centrality is :math:`(A + B) / \sqrt{A^2 + B^2}`.
+
+    Parameters
+    ----------
+    phi : array_like, shape (n,)
+        Azimuth angle of the direction in radians.
+    phi_1, phi_2 : array_like, shape (n,)
+        Azimuth angles of the two others in radians.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        From :math:`\sqrt 2` in the middle of the two, over 1 on either, to :math:`-\sqrt 2`
+        opposite; 0 where all three lie on one line, which leaves the middle undefined.
+
+    References
+    ----------
+    ``DER_met_phi_centrality`` in the appendix of [1]_.
+
+    Examples
+    --------
+    >>> phi_centrality(np.array([0.5, 1.0, 3.642]), 0.0, 1.0).round(3).tolist()
+    [1.414, 1.0, -1.414]
+    """
+    orientation = np.sign(np.sin(np.subtract(phi_2, phi_1)))
+    a = np.sin(np.subtract(phi, phi_1)) * orientation
+    b = np.sin(np.subtract(phi_2, phi)) * orientation
+    length = np.hypot(a, b)
+    return np.divide(a + b, length, out=np.zeros_like(length), where=length > 0)
+
+
+def eta_centrality(eta: ArrayLike, eta_1: ArrayLike, eta_2: ArrayLike) -> NDArray[np.float64]:
+    r"""Tell how centrally a pseudorapidity lies between those of two jets.
+
+    The formula is :math:`\exp(-4 (\eta - \bar\eta)^2 / (\eta_1 - \eta_2)^2)`, where
+    :math:`\bar\eta` is the mean of the jets' pseudorapidities.
+
+    Parameters
+    ----------
+    eta : array_like, shape (n,)
+        Pseudorapidity.
+    eta_1, eta_2 : array_like, shape (n,)
+        Pseudorapidities of the jets.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        1 in the middle of the jets, 1/e on either, towards 0 outside.
+
+    References
+    ----------
+    ``DER_lep_eta_centrality`` in the appendix of [1]_.
+
+    Examples
+    --------
+    >>> eta_centrality(np.array([0.0, 2.0]), 2.0, -2.0).round(3).tolist()
+    [1.0, 0.368]
+    """
+    middle, gap = np.add(eta_1, eta_2) / 2, np.subtract(eta_1, eta_2)
+    # Jets at one pseudorapidity have nothing between them: a tiny gap gives the limit, not 0 / 0.
+    return np.exp(-4 * ((eta - middle) / np.maximum(np.abs(gap), 1e-9)) ** 2)
+
+
+class Particle(NamedTuple):
+    """Momenta of one kind of particle, one entry per event."""
+
+    pt: NDArray[np.float64]
+    """Transverse momentum in GeV: the part across the beams."""
+    eta: NDArray[np.float64]
+    """Pseudorapidity: 0 across the beams, large along them."""
+    phi: NDArray[np.float64]
+    """Azimuth angle around the beams in radians."""
+
+
+def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
+    """Compute the derived columns of events from their primitive columns.
+
+    Parameters
+    ----------
+    events : pandas.DataFrame
+        Events with all ``PRI_`` columns.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A copy of `events` whose ``DER_`` columns hold their definitions' values, rounded to 3
+        decimals as the published ones are, and `MISSING` where the event has too few jets. Only
+        ``DER_mass_MMC`` is kept as it is: it comes from a likelihood, not from a formula.
+
+    References
+    ----------
+    The ``DER_`` columns in the appendix of [1]_.
+
+    Examples
+    --------
+    >>> events = generate_events(1000, seed=1)
+    >>> derive_columns(events).equals(events)
+    True
+    """
+    # NaN spreads through every formula: a result is missing where an input is.
+    column = events.replace(MISSING, np.nan)
+    tau, lep, leading, subleading = (
+        Particle(*(column[f"PRI_{name}_{part}"].to_numpy() for part in Particle._fields))
+        for name in ("tau", "lep", "jet_leading", "jet_subleading")
+    )
+    met, met_phi = column["PRI_met"].to_numpy(), column["PRI_met_phi"].to_numpy()
+    higgs = plane(tau.pt, tau.phi) + plane(lep.pt, lep.phi) + plane(met, met_phi)
+    # Absent jets add nothing, and by definition neither do jets beyond these two.
+    jets = sum(np.nan_to_num(plane(jet.pt, jet.phi)) for jet in (leading, subleading))
+    derived = {
+        "DER_mass_transverse_met_lep": transverse_mass(lep.pt, lep.phi, met, met_phi),
+        "DER_mass_vis": invariant_mass(*tau, *lep),
+        "DER_pt_h": np.abs(higgs),
+        "DER_deltaeta_jet_jet": np.abs(leading.eta - subleading.eta),
+        "DER_mass_jet_jet": invariant_mass(*leading, *subleading),
+        "DER_prodeta_jet_jet": leading.eta * subleading.eta,
+        "DER_deltar_tau_lep": angular_distance(tau.eta, tau.phi, lep.eta, lep.phi),
+        "DER_pt_tot": np.abs(higgs + jets),
+        "DER_sum_pt": tau.pt + lep.pt + column["PRI_jet_all_pt"].to_numpy(),
+        "DER_pt_ratio_lep_tau": lep.pt / tau.pt,
+        "DER_met_phi_centrality": phi_centrality(met_phi, lep.phi, tau.phi),
+        "DER_lep_eta_centrality": eta_centrality(lep.eta, leading.eta, subleading.eta),
+    }
+    return events.assign(
+        **{name: np.nan_to_num(values.round(3), nan=MISSING) for name, values in derived.items()}
+    )
+
+
+def plane(pt: NDArray[np.float64], phi: NDArray[np.float64]) -> NDArray[np.complex128]:
+    """Return transverse momenta as complex numbers: adding these adds the vectors."""
+    return pt * np.exp(1j * phi)
+
+
+def wrapped(angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the same angle between -pi and pi."""
+    return np.angle(np.exp(1j * angle))

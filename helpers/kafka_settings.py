@@ -1,0 +1,155 @@
+"""The settings of Kafka's clients, by Kafka's names: where they come from, and which are secret.
+
+Programs read them from a file, because every user of a machine can see its command lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+_LOGGER = logging.getLogger(__name__)
+
+# The settings whose values are nobody else's business: all that Kafka calls passwords, and more.
+SECRET_SETTINGS = r"passw|passphrase|jaas|secret|token|private\.key|keystore\.key"
+_SECRET = re.compile(SECRET_SETTINGS, re.IGNORECASE)
+
+_BLANKS = " \t\f"  # in a properties file
+
+
+def is_secret(name: str) -> bool:
+    """Tell whether the value of a setting of Kafka's is nobody else's business.
+
+    Examples
+    --------
+    >>> is_secret("sasl.jaas.config"), is_secret("ssl.truststore.location")
+    (True, False)
+    """
+    return _SECRET.search(name) is not None
+
+def check_address(bootstrap_servers: str) -> None:
+    """Raise `ValueError` unless the text is ``host:port``, or several of them with commas between.
+
+    Examples
+    --------
+    >>> check_address("127.0.0.1:9092,127.0.0.1:9093")
+    >>> check_address("127.0.0.1")
+    Traceback (most recent call last):
+    ...
+    ValueError: '127.0.0.1' is no address of a Kafka broker: write host:port.
+    """
+    for address in bootstrap_servers.split(","):
+        host, _, port = address.strip().rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"{address!r} is no address of a Kafka broker: write host:port.")
+
+
+def read_config(path: str | Path) -> dict[str, str]:
+    r"""Return the settings in a file of Kafka's properties format, as its own tools read it.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        The file, which `java.util.Properties` would read in the same way: comments, continued
+        lines, ``\uXXXX``, in Latin-1.
+
+    Raises
+    ------
+    OSError
+        If the file can't be read.
+    ValueError
+        If it has a ``\u`` without four hexadecimal digits.
+
+    Warns
+    -----
+    A warning in the log says so if others can read the secrets in it.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "client.properties"
+    >>> _ = file.write_text("# the broker's\nsecurity.protocol = SASL_SSL\n")
+    >>> read_config(file)
+    {'security.protocol': 'SASL_SSL'}
+    """
+    file = Path(path)
+    try:
+        settings = dict(_properties(file.read_text("latin-1", errors="strict")))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if any(map(is_secret, settings)) and file.stat().st_mode & 0o044:
+        _LOGGER.warning("%s holds secrets, and other users can read it: chmod 600 %s", file, file)
+    return settings
+
+
+def config_option(text: str) -> dict[str, str]:
+    """Return the settings in the file that a program's ``--kafka-config`` names.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it can't be read.
+    """
+    try:
+        return read_config(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def setting_option(text: str) -> tuple[str, str]:
+    """Return name and value of a program's ``--kafka-option``.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If there is no ``=``, or the value is a secret.
+
+    Examples
+    --------
+    >>> setting_option("security.protocol=SASL_SSL")
+    ('security.protocol', 'SASL_SSL')
+    """
+    name, equals, value = text.partition("=")
+    if is_secret(name) or "PRIVATE KEY" in value:
+        raise argparse.ArgumentTypeError(
+            f"{name} holds a secret, and every user of this machine can see a command line (ps): "
+            "write it into a file, and name that with --kafka-config."
+        )
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not of the form K=V")
+    return name, value
+
+
+def _properties(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the names and values in the text of a properties file."""
+    lines = iter(re.split(r"\r\n|\r|\n", text))
+    for line in lines:
+        logical = line.lstrip(_BLANKS)
+        if logical in ("", "\\") or logical[0] in "#!":
+            continue
+        while re.search(r"(?<!\\)(?:\\\\)*\\$", logical):
+            logical = logical[:-1] + next(lines, "").lstrip(_BLANKS)
+        name, value = re.fullmatch(
+            rf"((?:[^\\=:{_BLANKS}]|\\.)*)[{_BLANKS}]*[=:]?[{_BLANKS}]*(.*)", logical, re.DOTALL
+        ).groups()
+        yield _unescaped(name), _unescaped(value)
+
+
+def _unescaped(text: str) -> str:
+    """Return a name or value of a properties file without the backslashes in it."""
+
+    def character(found: re.Match) -> str:
+        escaped = found[1]
+        if escaped == "u":
+            raise ValueError(f"\\u is not followed by four hexadecimal digits: {found[0]!r}.")
+        if len(escaped) > 1:
+            return chr(int(escaped[1:], 16))
+        return {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}.get(escaped, escaped)
+
+    plain = re.sub(r"\\(u[0-9a-fA-F]{4}|.)", character, text, flags=re.DOTALL)
+    # Java's strings are UTF-16, where characters such as emoji are written as two.
+    return plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")

@@ -1,0 +1,243 @@
+"""The file of a trained network and its contract."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import keras
+import numpy
+
+from helpers.model import model_from_bytes, model_to_bytes
+from helpers.serving.contract import Contract, ServingModel, ServingModelError
+
+CONTRACT = "contract.json"  # its name in the .keras file, which is a ZIP archive
+
+_KERAS_FILES = ("metadata.json", "config.json", "model.weights.h5")  # what Keras' own files have
+
+_DIGEST_LENGTH = 12  # hexadecimal digits of a version
+
+# How much larger than in its archive a part may be. Keras doesn't compress; what somebody else has
+# compressed a thousandfold is there to fill the memory.
+_MOST_EXPANSION = 100
+
+
+def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> ServingModel:
+    """Write a network and its contract to one file, which Keras alone can open, too.
+
+    A file that is there is replaced in one step: whoever serves from it has the old or the new one.
+
+    Parameters
+    ----------
+    model : ServingModel
+        The network, with two outputs, and its contract.
+    path : str or path-like
+        Where to; the name ends in ``.keras``. Its folder is made if it isn't there.
+
+    Returns
+    -------
+    ServingModel
+        What `load_serving_model` makes of the file, its version among it.
+
+    Raises
+    ------
+    ServingModelError
+        If network and contract disagree, or the path is none of this machine, or of a file that
+        isn't called ``.keras``.
+    """
+    path = _local(path)
+    if path.suffix != ".keras":
+        raise ServingModelError(f"{path} must end in .keras, by which Keras knows such a file.")
+    files = _files_in(model_to_bytes(model.network), path)
+    contract = asdict(model.contract)
+    written = _json({"contract": contract, "digest": _digest(files, contract)})
+    content = _archive({**files, CONTRACT: written})
+    saved = _serving_model_in(content, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        draft = Path(folder) / path.name
+        draft.write_bytes(content)
+        draft.replace(path)
+    return saved
+
+
+def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
+    """Return the network and its contract from a file; no code in the file runs.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A file that `save_serving_model` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ServingModelError
+        If it is no serving model, its parts disagree, or the path is none of this machine.
+
+    Examples
+    --------
+    >>> contract = Contract(
+    ...     feature_names=("mass", "energy"), means=(90.0, 40.0), scales=(30.0, 20.0),
+    ...     class_names=("background", "signal"), signal_index=1, threshold=0.5,
+    ...     training_data="none", metrics={})
+    >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])
+    >>> network = scaled_network(network, contract.means, contract.scales)
+    >>> path = getfixture("tmp_path") / "model.keras"
+    >>> saved = save_serving_model(ServingModel(network, contract), path)
+    >>> load_serving_model(path).contract == contract
+    True
+    """
+    path = _local(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    # Read once: the file may be replaced at any moment.
+    return _serving_model_in(path.read_bytes(), path)
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    """Return a path of this machine; raise `ServingModelError` for another file system's."""
+    if re.match(r"[a-z][a-z0-9]+:/", str(path)):
+        raise ServingModelError(f"{path} is no path of this machine: copy the file to one.")
+    return Path(path)
+
+
+def _serving_model_in(content: bytes, path: Path) -> ServingModel:
+    """Return the serving model that a file with this content holds."""
+    files = _files_in(content, path)
+    contract, written, noted = _contract_in(files, path)
+    faults = contract.faults()
+    try:
+        digest = _digest(files, written)
+    except (ValueError, RecursionError) as error:
+        raise ServingModelError(f"{path} has no network that can be loaded: {error}.") from None
+    if digest != noted:
+        faults.append("network or contract were changed after they were saved together")
+    if not faults:
+        # Without the contract: Keras takes a part that it doesn't know for a folder of assets.
+        network = _network_in(_archive({name: files[name] for name in _KERAS_FILES}), path)
+        faults = _disagreements(network, contract)
+    if faults:
+        raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
+    return ServingModel(network, contract, digest[:_DIGEST_LENGTH])
+
+
+def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
+    """Return the files that a ``.keras`` file consists of, each checked against its checksum."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            known = [name for name in archive.namelist() if name in (*_KERAS_FILES, CONTRACT)]
+            for part in map(archive.getinfo, known):
+                if part.file_size > _MOST_EXPANSION * part.compress_size:
+                    raise ValueError(f"{part.filename} would be {part.file_size} bytes")
+            files = {name: archive.read(name) for name in known}
+    except Exception as error:  # a damaged archive has many errors
+        raise ServingModelError(f"{path} is no .keras file, or is damaged: {error}.") from error
+    missing = [name for name in _KERAS_FILES if name not in files]
+    if missing:
+        raise ServingModelError(f"{path} is no .keras file, or is damaged: it has no {missing[0]}.")
+    return files
+
+
+def _archive(files: Mapping[str, bytes]) -> bytes:
+    """Return the content of an archive of these files."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, part in files.items():
+            archive.writestr(name, part)
+    return content.getvalue()
+
+
+def _contract_in(
+    files: Mapping[str, bytes], path: Path
+) -> tuple[Contract, dict[str, object], str]:
+    """Return the contract in a ``.keras`` file, as it is written there, and the digest there."""
+    if CONTRACT not in files:
+        raise ServingModelError(
+            f"{path} has no contract: write it with helpers.serving.save_serving_model."
+        )
+    try:
+        whole = json.loads(files[CONTRACT])
+        parts = dict(whole["contract"])
+        known = {part.name: part.type for part in fields(Contract)}
+        for name, value in parts.items():
+            if known[name].startswith("tuple"):
+                parts[name] = tuple(_checked_list(name, value))
+        contract = Contract(**parts)
+        contract.faults()  # which can't compare what has another type
+        return contract, whole["contract"], whole["digest"]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ServingModelError(f"{path} has a contract that isn't whole: {error}.") from None
+
+
+def _checked_list(name: str, value: object) -> list:
+    """Return a list as it is; raise `TypeError` for a text, whose letters would pass for one."""
+    if not isinstance(value, list):
+        raise TypeError(f"{name} is no list")
+    return value
+
+
+def _network_in(content: bytes, path: Path) -> keras.Model:
+    """Return the network in the content of Keras' own file."""
+    try:
+        network = model_from_bytes(content)
+        if not (network.input_shape and network.output_shape):
+            raise ValueError("it has no inputs or no outputs")
+    except Exception as error:  # whatever Keras meets in a file that somebody has made
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
+    return network
+
+
+def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
+    """Return where a network isn't what its contract says."""
+    inputs, outputs = network.input_shape[1:], network.output_shape[1:]
+    names, classes = contract.feature_names, contract.class_names
+    rules = {
+        f"the network has inputs {inputs}, the contract {len(names)} features":
+            inputs == (len(names),),
+        f"the network has outputs {outputs}, the contract {len(classes)} classes":
+            outputs == (len(classes),),
+        "the network doesn't scale its inputs with the contract's means and scales (make it with "
+        "helpers.serving.scaled_network)": _scales_with(network, contract),
+    }  # fmt: skip
+    return [fault for fault, holds in rules.items() if not holds]
+
+
+def _scales_with(network: keras.Model, contract: Contract) -> bool:
+    """Tell whether a network's first layer has a contract's means and scales."""
+    layer = network.layers[0]
+    if not isinstance(layer, keras.layers.Normalization) or layer.invert:
+        return False
+    mean, variance = (numpy.ravel(numbers) for numbers in (layer.mean, layer.variance))
+    pairs = ((mean, contract.means), (numpy.sqrt(variance), contract.scales))
+    # The layer keeps 32-bit floats.
+    return all(len(one) == len(other) and numpy.allclose(one, other, rtol=1e-5, atol=1e-30)
+               for one, other in pairs)  # fmt: skip
+
+
+def _digest(files: Mapping[str, bytes], contract: Mapping[str, object]) -> str:
+    """Return the digest of the network in the files of a ``.keras`` file, and of its contract."""
+    layers = json.loads(files["config.json"], object_hook=_without_address)
+    digest = hashlib.sha256(_json([contract, layers]))
+    digest.update(files["model.weights.h5"])
+    return digest.hexdigest()
+
+
+def _without_address(part: dict[str, object]) -> dict[str, object]:
+    """Return a part of a network's description without where Keras had it in its memory."""
+    return {name: value for name, value in part.items() if name != "shared_object_id"}
+
+
+def _json(content: object) -> bytes:
+    """Return what a contract has as JSON; NumPy's numbers and arrays become Python's."""
+    return json.dumps(content, indent=1, sort_keys=True, default=lambda n: n.tolist()).encode()

@@ -1,0 +1,185 @@
+"""What has to hold where a trained network serves: its contract."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import keras
+import numpy
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql.types import DoubleType, LongType, StructType
+
+from helpers.higgs import EVENT_ID
+from helpers.model import model_from_bytes, model_to_bytes
+
+_LIBRARIES = ("keras", "tensorflow-cpu", "tensorflow", "numpy", "pyspark")
+
+
+def fingerprint(df: DataFrame) -> str:
+    """Return what identifies a set of rows, whatever their order.
+
+    Parameters
+    ----------
+    df : pyspark.sql.DataFrame
+        Rows of numbers, texts or other values that Spark can hash.
+
+    Returns
+    -------
+    str
+        The number of rows, and a digest of their values and of the columns' names.
+
+    Examples
+    --------
+    >>> df = spark.createDataFrame([(1, "s"), (2, "b")], "EventId int, Label string")
+    >>> fingerprint(df) == fingerprint(df.orderBy("Label"))
+    True
+    >>> fingerprint(df).startswith("2 rows, ")
+    True
+    """
+    names = sorted(df.columns)
+    columns = [F.col(f"`{name}`") for name in names]
+    # The hash passes over nulls, wherever they are.
+    hashes = F.xxhash64(*columns, *[column.isNull() for column in columns]).cast("decimal(20, 0)")
+    rows, total = df.select(F.count(F.lit(1)), F.sum(hashes)).first()
+    digest = hashlib.sha256(f"{names} {rows} {total}".encode()).hexdigest()
+    return f"{rows} rows, {digest[:16]}"
+
+
+class ServingModelError(ValueError):
+    """The file is no serving model, or its parts disagree; the message says which."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What has to hold where a network serves.
+
+    Attributes
+    ----------
+    feature_names : tuple of str
+        The network's inputs, in their order.
+    means, scales : tuple of float
+        What each feature is scaled with, ``(value - mean) / scale``, by the network's own first
+        layer.
+    class_names : tuple of str
+        The network's two outputs, in their order.
+    signal_index : int
+        Which of them is signal.
+    threshold : float
+        The probability of signal from which an event is called signal.
+    training_data : str
+        The `fingerprint` of the rows that the network was trained on.
+    metrics : dict of str to float
+        How good the network was on events that training did not see.
+    event_id : str
+        The field that identifies an event.
+    missing : float, optional
+        The value that stands for one that is missing, and is scaled like any other.
+    libraries : dict of str to str
+        The versions that the network was trained with.
+    """
+
+    feature_names: tuple[str, ...]
+    means: tuple[float, ...]
+    scales: tuple[float, ...]
+    class_names: tuple[str, ...]
+    signal_index: int
+    threshold: float
+    training_data: str
+    metrics: dict[str, float]
+    event_id: str = EVENT_ID
+    missing: float | None = None
+    libraries: dict[str, str] = field(default_factory=lambda: _library_versions())
+
+    def faults(self) -> list[str]:
+        """Return what is wrong in itself, in clauses; none if nothing is."""
+        names, classes, count = self.feature_names, self.class_names, len(self.feature_names)
+        numbers = {"means": self.means, "scales": self.scales}
+        texts = (*names, *classes, self.event_id, *self.metrics)
+        rules = {
+            f"features are named twice: {_repeated(names)}": len(set(names)) == count,
+            f"the field of the id, {self.event_id!r}, is a feature": self.event_id not in names,
+            f"it has {len(classes)} classes, not two": len(set(classes)) == len(classes) == 2,
+            f"signal_index is {self.signal_index!r}": repr(self.signal_index) in ("0", "1"),
+            f"threshold is {self.threshold}, not between 0 and 1": 0 < self.threshold < 1,
+            "a name is no text": all(isinstance(name, str) for name in texts),
+            "a scale isn't above 0": all(scale > 0 for scale in self.scales),
+            "a metric is not finite": all(map(math.isfinite, self.metrics.values())),
+        }
+        for name, values in numbers.items():
+            rules[f"it has {len(values)} {name} for {count} features"] = len(values) == count
+            rules[f"{name} are not all finite"] = all(map(math.isfinite, values))
+        return [fault for fault, holds in rules.items() if not holds]
+
+
+@dataclass(frozen=True)
+class ServingModel:
+    """A network, its contract, and its version.
+
+    Attributes
+    ----------
+    network : keras.Model
+        Takes features as they are, of shape (events, features), and scales them itself.
+    contract : Contract
+        What its inputs and outputs are.
+    version : str
+        The beginning of a digest of network and contract: the same ones have the same version,
+        whenever they are saved. Empty if they never were.
+    """
+
+    network: keras.Model
+    contract: Contract
+    version: str = ""
+
+    @property
+    def schema(self) -> StructType:
+        """The fields of an event, for `helpers.records.parse_events`."""
+        schema = StructType().add(self.contract.event_id, LongType())
+        for name in self.contract.feature_names:
+            schema = schema.add(name, DoubleType())
+        return schema
+
+
+def scaled_network(
+    network: keras.Model, means: Sequence[float], scales: Sequence[float]
+) -> keras.Model:
+    """Return a network that scales its inputs itself, before a copy of one trained on scaled ones.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Was trained on ``(value - mean) / scale``.
+    means, scales : sequence of float
+        One of each a feature, such as ``mean`` and ``std`` of Spark's `StandardScalerModel`.
+
+    Examples
+    --------
+    >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Activation("linear")])
+    >>> scaled = scaled_network(network, means=[1.0, 2.0], scales=[1.0, 4.0])
+    >>> scaled(numpy.array([[3.0, 4.0]], dtype="float32")).numpy().tolist()
+    [[2.0, 0.5]]
+    """
+    variance = numpy.square(scales)
+    scaling = keras.layers.Normalization(mean=means, variance=variance, name="scaling")
+    network = model_from_bytes(model_to_bytes(network))  # without an optimizer, if it has one
+    return keras.Sequential([keras.Input((len(means),), name="features"), scaling, network])
+
+
+def _library_versions() -> dict[str, str]:
+    """Return the versions of what a network's numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # tensorflow comes under one of two names
+            continue
+    return versions
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))

@@ -1,0 +1,57 @@
+"""Spark on a laptop and on a cluster: the session, its jars, and files where Spark can reach them.
+
+`get_spark` returns the existing session or starts one with the Kafka connector. `jars` fetches what
+Java needs, `files` reads and writes small files on any of Spark's file systems, and `scratch` has
+the folder for temporary files and the log.
+"""
+
+from helpers.spark.files import (
+    JsonFolder,
+    flush_folder,
+    folder_names,
+    folder_size,
+    full_path,
+    java_class,
+    read_file,
+    remove_folder,
+)
+from helpers.spark.jars import (
+    CONNECTOR,
+    INSTALL_JAVA,
+    JarsError,
+    NoSuchJarError,
+    fetch_jars,
+    jars_folder,
+    java_command,
+    spark_and_scala,
+    spark_home,
+)
+from helpers.spark.scratch import log_file, protect_folder, scratch_folder
+from helpers.spark.session import SessionError, fetch, get_spark, root_cause
+
+__all__ = [
+    "CONNECTOR",
+    "INSTALL_JAVA",
+    "JarsError",
+    "JsonFolder",
+    "NoSuchJarError",
+    "SessionError",
+    "fetch",
+    "fetch_jars",
+    "flush_folder",
+    "folder_names",
+    "folder_size",
+    "full_path",
+    "get_spark",
+    "jars_folder",
+    "java_class",
+    "java_command",
+    "log_file",
+    "protect_folder",
+    "read_file",
+    "remove_folder",
+    "root_cause",
+    "scratch_folder",
+    "spark_and_scala",
+    "spark_home",
+]

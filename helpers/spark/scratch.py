@@ -1,0 +1,98 @@
+"""Folders of a running Spark: its temporary files, its log, and settings that others can't read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import SparkSession
+
+# What Spark and the kit write into the checkpoint of a streaming context.
+_LOGGER = logging.getLogger(__name__)
+
+_CHECKPOINT_FILES = (
+    r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
+)
+
+# Java is still on its way out when this begins, and may write once more.
+_REMOVE_AT_THE_END = """
+cat
+for attempt in 1 2 3 4 5; do rm -rf "$1" && sleep 1 && test ! -e "$1" && exit; done
+"""
+
+# A watcher that is forgotten would find its pipe closed, and remove the folder too early.
+_WATCHERS: list[subprocess.Popen] = []
+
+
+def log_file() -> Path:
+    """Return the file that Spark logs to when `get_spark` started it: the place to look first.
+
+    Examples
+    --------
+    >>> log_file().name
+    'spark.log'
+    """
+    return scratch_folder() / "spark.log"
+
+
+@functools.cache
+def scratch_folder() -> Path:
+    """Return the folder for what Spark needs while this process runs; it goes with the process.
+
+    Examples
+    --------
+    >>> scratch_folder().is_dir()
+    True
+    """
+    folder = tempfile.mkdtemp(prefix="spark-")
+    # The watcher reads from a pipe that only this process holds; the pipe's end is this process'.
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", _REMOVE_AT_THE_END, "watcher", folder],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    _WATCHERS.append(watcher)
+    return Path(folder)
+
+
+def protect_folder(spark: SparkSession, path: str) -> None:
+    """Keep a folder that holds settings, passwords among them, from other users.
+
+    A folder that is missing is created; one with other things than Spark's in it stays as it is,
+    and a warning in the log says so.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client is used.
+    path : str
+        The folder's path or URI, such as that of a streaming context's checkpoint.
+
+    Examples
+    --------
+    >>> protect_folder(spark, str(getfixture("tmp_path") / "checkpoint"))
+    >>> oct((getfixture("tmp_path") / "checkpoint").stat().st_mode)
+    '0o40700'
+    """
+    hadoop = spark._jvm.org.apache.hadoop.fs
+    folder, only_mine = hadoop.Path(path), hadoop.permission.FsPermission("700")
+    files = folder.getFileSystem(spark._jsc.hadoopConfiguration())
+    if not files.exists(folder):
+        files.mkdirs(folder)
+    elif not files.getFileStatus(folder).getPermission().toShort() & 0o077:
+        return
+    names = [found.getPath().getName() for found in files.listStatus(folder)]
+    if all(re.fullmatch(_CHECKPOINT_FILES, name) for name in names):
+        with contextlib.suppress(Py4JJavaError):  # it is somebody else's
+            files.setPermission(folder, only_mine)
+            return
+    _LOGGER.warning(
+        "%s holds settings with their passwords, and other users can read it: chmod 700 it, or use "
+        "a folder of its own.", path,
+    )  # fmt: skip
