@@ -126,7 +126,7 @@ def serving_model(make_serving_model: Callable) -> ServingModel:
 
 
 _WITH_SPARK = (
-    "higgs", "monitor", "records", "serving", "sinks", "spark", "streaming", "training",
+    "higgs", "monitor", "records", "scoring", "serving", "sinks", "spark", "streaming", "training",
     "transformers",
 )  # fmt: skip
 
@@ -134,10 +134,12 @@ _WITH_SPARK = (
 def _scored_event(spark: SparkSession) -> DataFrame:
     """Return an event as a batch's function hands it to a sink."""
     columns = (
-        "EventId long, prediction_index double, topic string, partition int, offset long, "
-        "timestamp timestamp, bad struct<key: binary, value: binary, reason: string>"
+        "EventId long, predicted_index double, topic string, partition int, offset long, "
+        "timestamp timestamp, bad struct<key: binary, value: binary, reason: string>, "
+        "unused array<string>"
     )
-    event = spark.createDataFrame([(100_000, 0.0, "events", 0, 0, datetime.now(), None)], columns)
+    row = (100_000, 0.0, "events", 0, 0, datetime.now(), None, None)
+    event = spark.createDataFrame([row], columns)
     return event.withColumn("prediction", array_to_vector(array(lit(0.75), lit(0.25))))
 
 
@@ -163,7 +165,7 @@ def names_in_docstrings(
         doctest_namespace["events"] = rows_to_events(rows, model.schema)
     if module == "sinks" and "scored" in words:
         doctest_namespace["scored"] = _scored_event(spark)
-    needs_kafka = module in ("streaming", "sinks")
+    needs_kafka = module in ("scoring", "sinks", "streaming")
     if not needs_kafka or not words & {"kafka", "ssc", "stream"}:
         yield
         return

@@ -50,6 +50,7 @@ from helpers.higgs import EVENT_ID, FEATURES, LABEL, generate_events, read_event
 from helpers.model import build_model
 from helpers.monitor import Monitor
 from helpers.notebook import definitions, find_notebook, parameters
+from helpers.scoring import Score, score_stream
 from helpers.sinks import ParquetSink
 from helpers.spark import get_spark, scratch_folder
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
@@ -104,9 +105,9 @@ def limit_events_per_s(model: keras.Model, seconds: float = SGEMM_SECONDS) -> fl
 
 
 def drain(
-    spark: SparkSession, bootstrap_servers: str, functions: dict[str, Any]
+    spark: SparkSession, bootstrap_servers: str, score: Score
 ) -> tuple[dict[str, int], float]:
-    """Stream the topic from its beginning to its end through the walkthrough's functions.
+    """Stream the topic from its beginning to its end into a new sink.
 
     Parameters
     ----------
@@ -114,8 +115,8 @@ def drain(
         The session.
     bootstrap_servers : str
         The broker's address.
-    functions : dict
-        What `helpers.notebook.definitions` returns.
+    score : callable
+        From a batch's records to scored events.
 
     Returns
     -------
@@ -124,8 +125,6 @@ def drain(
     float
         Seconds from when the first batch was planned to when the last one was committed.
     """
-    monitor: Monitor = functions["monitor"]
-    sink = functions["sink"] = ParquetSink(spark, f"{scratch_folder()}/scored-{uuid.uuid4()}")
     settings = {
         "bootstrap.servers": bootstrap_servers,
         "group.id": f"benchmark-{uuid.uuid4()}",
@@ -138,12 +137,11 @@ def drain(
         ended = time.time()
         return stream.lag() == 0
 
+    monitor, folder = Monitor(), f"{scratch_folder()}/scored-{uuid.uuid4()}"
     ssc = new_streaming_context(spark, INTERVAL_SECONDS)
     stream = KafkaUtils.createDirectStream(ssc, [TOPIC], settings)
-    stream.foreachBatch(functions["process_instances"])
-    monitor.begin(lag=stream.lag_after)
-    with sink:
-        sink.begin(stream)
+    with ParquetSink(spark, folder, signal_index=0) as sink:
+        score_stream(stream, score, sink, monitor)
         run_stream(ssc, until=is_drained, timeout=DRAIN_SECONDS)
     planned = monitor.batches[0].batch_id / 1000
     return monitor.totals(), ended - planned
@@ -171,19 +169,19 @@ def measure(events: int, runs: int) -> dict[str, Any]:
     RuntimeError
         If a drain scored another number of events.
     """
-    functions = definitions("1_walkthrough", "pipeline")
-    functions["monitor"] = Monitor()
+    walkthrough = definitions("1_walkthrough", "pipeline")
+    score, model = walkthrough["process_instances"], walkthrough["model"]
     with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
         _produce(kafka.bootstrap_servers, events)
         for _ in range(WARM_UPS):
-            drain(spark, kafka.bootstrap_servers, functions)
-        limits, speeds = [limit_events_per_s(functions["model"])], []
+            drain(spark, kafka.bootstrap_servers, score)
+        limits, speeds = [limit_events_per_s(model)], []
         for _ in range(runs):
-            totals, seconds = drain(spark, kafka.bootstrap_servers, functions)
+            totals, seconds = drain(spark, kafka.bootstrap_servers, score)
             if totals["events"] != events:
                 raise RuntimeError(f"{totals['events']} events were scored, not {events}.")
             speeds.append(events / seconds)
-            limits.append(limit_events_per_s(functions["model"]))
+            limits.append(limit_events_per_s(model))
     limit, speed = statistics.median(limits), statistics.median(speeds)
     drained = {"min": min(speeds), "median": speed, "max": max(speeds)}
     return {

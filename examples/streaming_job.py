@@ -16,7 +16,6 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
@@ -25,9 +24,10 @@ from pyspark.sql import DataFrame, SparkSession
 
 from helpers.higgs import EVENT_ID
 from helpers.kafka_settings import check_address, config_option, setting_option
-from helpers.model import build_model
+from helpers.model import build_model, normalized_network
 from helpers.monitor import Monitor
-from helpers.records import keep_bad_records, observe_records, parse_events
+from helpers.records import parse_events
+from helpers.scoring import Score, score_stream
 from helpers.serving import ModelFile
 from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError, prepare_dead_letters
 from helpers.spark import JarsError, SessionError, get_spark
@@ -36,21 +36,17 @@ from helpers.streaming import (
     KafkaUtils,
     StreamError,
     TopicAndPartition,
+    java_watched,
     new_streaming_context,
     run_stream,
     topic_ids,
 )
-from helpers.streaming.context import java_watched
-from helpers.transformers import EventNormalizer, LabelIndexTransformer, ModelPredictor
+from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
 # What a batch may have: enough to be fast, few enough to be done in seconds. spark-submit's own
 # spark.streaming.kafka.maxRatePerPartition, for DStreams, wins.
 RECORDS_PER_BATCH = 100_000
 RECORDS_PER_PARTITION_AND_SECOND = 10_000
-
-
-# From Kafka's records to scored ones.
-Score = Callable[[DataFrame], DataFrame]
 
 
 class Job:
@@ -65,9 +61,7 @@ class Job:
     sink : ParquetSink
         Where the scored events go; it is open.
     score : callable
-        What makes a batch's records into scored events.
-    signal_index : int
-        Which class is signal.
+        From a batch's records to scored events.
     stopping : threading.Event
         Set when the job is to end.
     """
@@ -78,21 +72,10 @@ class Job:
         options: argparse.Namespace,
         sink: ParquetSink,
         score: Score,
-        signal_index: int,
         stopping: threading.Event,
     ) -> None:
         self._spark, self._options, self._sink, self._stopping = spark, options, sink, stopping
-        self._settings = kafka_settings(options)
-        self._monitor = Monitor()
-        self._score, self._signal_index = score, signal_index
-
-    def process_instances(self, df: DataFrame, batch_id: int) -> None:
-        """Score a batch, unless it is in the sink already."""
-        if self._sink.has(batch_id):
-            return
-        with self._monitor.batch(batch_id) as counts:
-            scored = keep_bad_records(self._score(df))
-            self._sink.write(observe_records(scored, counts, self._signal_index), batch_id)
+        self._score, self._settings = score, kafka_settings(options)
 
     def run_dstream(self) -> None:
         """Score with a DStream: the sink says where it begins, so it needs no checkpoint."""
@@ -100,47 +83,36 @@ class Job:
         stream = KafkaUtils.createDirectStream(
             ssc, [self._options.topic], self._settings, positions=self._positions()
         )
-        there, done = stream.lag(), 0
-
-        def process(df: DataFrame, batch_id: int) -> None:
-            nonlocal done
-            self.process_instances(df, batch_id)
-            done += sum(part.count() for part in stream.ranges_of(batch_id))
-
-        self._sink.begin(stream)
-        self._monitor.begin(lag=stream.lag_after)
-        stream.foreachBatch(process)
+        backlog = stream.lag()
+        scoring = score_stream(stream, self._score, self._sink, Monitor())
 
         def is_over() -> bool:
             if self._stopping.is_set() or not self._options.available_now:
                 return self._stopping.is_set()
             # Offsets that are deleted meanwhile are never done, but don't lag behind either.
-            return done >= there or stream.lag() == 0
+            return scoring.offsets_done >= backlog or stream.lag() == 0
 
         run_stream(ssc, until=is_over, timeout=math.inf)
 
     def run_structured(self) -> None:
         """Score with Structured Streaming: Spark keeps in the checkpoint where it is."""
-        positions = self._positions()
+        positions, monitor = self._positions(), Monitor()
         query = KafkaQuery(
             self._spark, [self._options.topic], self._settings, self._options.checkpoint,
             positions, RECORDS_PER_BATCH,
         )  # fmt: skip
-        with query:
+        with query, monitor.follow(self._spark):
             missing = [
                 part for part, end in query.finished().items() if positions.get(part, 0) < end
             ]
             if missing:
                 raise SinkError(
-                    f"{self._options.checkpoint} goes on behind what {self._options.output} has: "
+                    f"{self._options.checkpoint} resumes after what {self._options.output} has: "
                     "give the --output that it belongs to, or a new --checkpoint."
                 )
-            self._sink.begin(query)
-            self._monitor.begin()
-            query.foreachBatch(self.process_instances)
+            score_stream(query, self._score, self._sink, monitor)
             interval = None if self._options.available_now else self._options.interval
-            with self._monitor.follow(self._spark):
-                query.run(until=self._stopping.is_set, interval=interval)
+            query.run(until=self._stopping.is_set, interval=interval)
 
     def _positions(self) -> dict[TopicAndPartition, int]:
         """Return where the output ends, and so where a stream resumes."""
@@ -151,25 +123,20 @@ def score_with_file(file: ModelFile) -> Score:
     """Return what scores records with a serving model; each batch with the version in the file."""
 
     def score(records: DataFrame) -> DataFrame:
-        transformer, model = file.current(), file.model
-        return transformer.transform(parse_events(records, model.schema))
+        serving = file.current()
+        return serving.transform(parse_events(records, serving.model.schema))
 
     return score
 
 
 def score_as_walkthrough() -> Score:
     """Return what scores records with the walkthrough's random network."""
-    stages = [
-        EventNormalizer(features_col="event"),
-        ModelPredictor(keras_model=build_model(), features_col="event", output_col="prediction"),
-        LabelIndexTransformer(output_dim=2, input_col="prediction", output_col="prediction_index"),
-    ]
+    model = normalized_network(build_model())
+    predictor = ModelPredictor(keras_model=model, features_col="event")
+    label_indexer = LabelIndexTransformer(output_dim=2)
 
     def score(records: DataFrame) -> DataFrame:
-        scored = parse_events(records)
-        for stage in stages:
-            scored = stage.transform(scored)
-        return scored
+        return label_indexer.transform(predictor.predict(parse_events(records)))
 
     return score
 
@@ -223,10 +190,11 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
         if options.on_bad_record == "dead-letter":
             prepare_dead_letters(spark, [options.topic], settings)
         with ParquetSink(
-            spark, options.output, options.on_bad_record, settings, event_id, signal_index,
-            options.from_beginning,
+            spark, options.output, signal_index=signal_index, event_id=event_id,
+            on_bad_record=options.on_bad_record, settings=settings,
+            from_beginning=options.from_beginning,
         ) as sink:
-            job = Job(spark, options, sink, score, signal_index, stopping)
+            job = Job(spark, options, sink, score, stopping)
             job.run_dstream() if options.engine == "dstream" else job.run_structured()
     finally:
         spark.stop()

@@ -17,6 +17,7 @@ From the bottom up; a room imports only from rooms above it in this table:
 | `serving` | the file of a trained network, and serving it |
 | `training` | a network learns from a Spark DataFrame |
 | `monitor` | a stream's batches as a live table and a plot |
+| `scoring` | the one place that joins a stream, a function, a sink and a monitor |
 | `notebook` | a notebook run from the command line |
 
 A room that is a package shows in its ``__init__`` what the others may import from it.

@@ -61,6 +61,27 @@ def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.M
     )
 
 
+def normalized_network(network: keras.Model) -> keras.Model:
+    """Return a network that scales the features of each event to length 1 itself.
+
+    Its first layer computes what Spark ML's `Normalizer` with ``p=2`` computes, so no stage before
+    it has to.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Takes features of length 1.
+
+    Examples
+    --------
+    >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Activation("linear")])
+    >>> normalized_network(network)(numpy.array([[3.0, 4.0]])).numpy().round(6).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    layer = keras.layers.UnitNormalization(name="normalization")
+    return keras.Sequential([keras.Input(network.input_shape[1:], name="features"), layer, network])
+
+
 def _dense(
     units: int, activation: str, weights: keras.initializers.Initializer, name: str
 ) -> keras.layers.Dense:

@@ -181,72 +181,46 @@ def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     return parse_events(records, schema).select(*columns)
 
 
-def keep_bad_records(scored: DataFrame) -> DataFrame:
-    """Put what a bad record was, and why it is bad, into the column `bad`.
+def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
+    """Return scored records with the columns that a sink takes.
 
     Parameters
     ----------
     scored : pyspark.sql.DataFrame
-        Has the columns of Spark's Kafka source, and ``reason``.
+        Has the columns of Spark's Kafka source, and one of events as `parse_events` makes it and
+        `helpers.transformers.ModelPredictor` leaves it.
+    event_col : str
+        The column of events.
 
     Returns
     -------
     pyspark.sql.DataFrame
-        With each record's place (``topic``, ``partition``, ``offset``) and ``timestamp``, without
-        the other columns of the source, and with ``bad``: null for a good record, otherwise a
-        struct of ``key``, ``value`` and ``reason``.
+        Instead of the column of events its id, and
+
+        - ``topic``, ``partition``, ``offset``, ``timestamp``: the record's place and time in Kafka;
+        - ``bad``: null for a good record, otherwise a struct of ``key``, ``value``, ``reason``;
+        - ``unused``: names of fields that the record has and the schema doesn't, or null.
+
+        All other columns stay, such as the prediction.
 
     Examples
     --------
-    >>> stored = [b"{}", "events", 0, 7, None, None, "EventId is missing"]
+    >>> stored = [b"{}", "events", 0, 7, None, None, (None, "EventId is missing", None)]
     >>> columns = "value binary, topic string, partition int, offset long, timestamp timestamp, "
-    >>> columns += "key binary, reason string"
+    >>> columns += "key binary, event struct<EventId: long, reason: string, unused: array<string>>"
     >>> bad = keep_bad_records(spark.createDataFrame([stored], columns)).first()
-    >>> bad.offset, bad.bad.reason
-    (7, 'EventId is missing')
+    >>> bad.offset, bad.EventId, bad.bad.reason
+    (7, None, 'EventId is missing')
     """
-    fields = functions.struct("key", "value", "reason")
-    bad = functions.when(functions.col("reason").isNotNull(), fields)
-    return scored.withColumn("bad", bad).drop("key", "value", "timestampType", "reason")
-
-
-def observe_records(
-    scored: DataFrame, counts: Observation, signal_index: int = 0
-) -> DataFrame:
-    """Have a batch counted while it is written, so that counting needs no second Spark action.
-
-    Parameters
-    ----------
-    scored : pyspark.sql.DataFrame
-        Has ``prediction_index``, ``bad`` and ``unused``.
-    counts : pyspark.sql.Observation
-        Gets ``events`` (that were scored), ``signal`` (how many of these are called so), ``bad``
-        and ``unused`` (names of fields, in lists).
-    signal_index : int
-        Which class is signal; class 0 in the original notebook.
-
-    Returns
-    -------
-    pyspark.sql.DataFrame
-        Without ``unused``; an action on it fills `counts`.
-
-    Examples
-    --------
-    >>> columns = "prediction_index double, bad string, unused array<string>"
-    >>> scored = spark.createDataFrame([(0.0, None, None), (None, "why", ["Weight"])], columns)
-    >>> counts = Observation()
-    >>> observe_records(scored, counts).count()
-    2
-    >>> counts.get == {"events": 1, "signal": 1, "bad": 1, "unused": [["Weight"]]}
-    True
-    """
-    return scored.observe(
-        counts,
-        functions.count("prediction_index").alias("events"),
-        functions.count_if(functions.col("prediction_index") == signal_index).alias("signal"),
-        functions.count("bad").alias("bad"),
-        functions.collect_set("unused").alias("unused"),
-    ).drop("unused")
+    event_id = scored.schema[event_col].dataType.names[0]
+    event = functions.col(event_col)
+    content = functions.struct("key", "value", event["reason"].alias("reason"))
+    bad = functions.when(event["reason"].isNotNull(), content)
+    replaced = (event_col, "key", "value", "timestampType")
+    others = [name for name in scored.columns if name not in replaced]
+    return scored.select(
+        event[event_id].alias(event_id), *others, bad.alias("bad"), event["unused"].alias("unused")
+    )
 
 
 def observed(counts: Observation) -> dict[str, Any] | None:

@@ -48,43 +48,6 @@ _SCORES = ArrayType(DoubleType())
 Network = TypeVar("Network")
 
 
-class EventNormalizer(
-    Transformer, HasFeaturesCol, DefaultParamsWritable, DefaultParamsReadable
-):
-    """Scale the features of each event to length 1.
-
-    It computes what Spark ML's `Normalizer` with ``p=2`` does with vectors, but in Python, between
-    parsing and the network, so that an event crosses from Java to Python once.
-
-    Parameters
-    ----------
-    features_col : str
-        A column of events as `helpers.records.parse_events` makes it. It is replaced; events of
-        length 0 and bad records stay as they are.
-
-    Examples
-    --------
-    >>> events = "event struct<EventId: long, features: array<double>, reason: string>"
-    >>> df = spark.createDataFrame([((1, [3.0, 4.0], None),)], events)
-    >>> EventNormalizer().transform(df).first().event.features
-    [0.6, 0.8]
-    """
-
-    def __init__(self, features_col: str = "event") -> None:
-        super().__init__()
-        self._set(featuresCol=features_col)
-
-    def _transform(self, dataset: DataFrame) -> DataFrame:
-        name = self.getFeaturesCol()
-        event_type = _column_type(dataset, name)
-        if not _holds_events(event_type):
-            raise ValueError(
-                f"column {name!r} must hold events, not {event_type.simpleString()}: make them "
-                "with helpers.records.parse_events."
-            )
-        return dataset.withColumn(name, functions.arrow_udf(_normalize, event_type)(dataset[name]))
-
-
 class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLReadable):
     """Add a Keras model's output to a DataFrame, as a vector column.
 
@@ -96,8 +59,9 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         The model, with one input of shape (features,) and one output of shape (classes,).
     features_col : str
         A column of events as `helpers.records.parse_events` makes it, with as many features as the
-        model has inputs; or a vector column with as many entries. A column of events is replaced by
-        the columns of its fields, without the features; a bad record's output is null.
+        model has inputs; or a vector column with as many entries. An event leaves the network with
+        the prediction in place of its features, so that neither crosses from Python to Java and
+        back; a bad record's output is null.
     output_col : str
         The new column's name: a vector with one entry a class.
     feature_names : sequence of str, optional
@@ -161,12 +125,9 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         if names:
             _check_features(dataset, name, names)
         scored_type = _with_output(features_type, output)
-        scored = dataset.withColumn(
-            name, _network_function(context, model, scored_type)(dataset[name])
-        )
-        fields = [functions.col(name)[field].alias(field) for field in scored_type.names]
-        others = [other for other in dataset.columns if other != name]
-        return _with_vector(scored.select(*others, *fields), output)
+        event = _network_function(context, model, scored_type)(dataset[name])
+        scored = dataset.withColumn(name, event)
+        return _with_vector(scored.withColumn(output, scored[name][output]), output)
 
     def _checked_model_bytes(self) -> bytes:
         if self._model_bytes is None:
@@ -234,7 +195,7 @@ class LabelIndexTransformer(
     --------
     >>> from pyspark.ml.linalg import Vectors
     >>> scored = spark.createDataFrame([(Vectors.dense([0.3, 0.7]),)], ["prediction"])
-    >>> LabelIndexTransformer(output_dim=2).transform(scored).first().prediction_index
+    >>> LabelIndexTransformer(output_dim=2).transform(scored).first().predicted_index
     1.0
     """
 
@@ -252,7 +213,7 @@ class LabelIndexTransformer(
         self,
         output_dim: int = 2,
         input_col: str = "prediction",
-        output_col: str = "prediction_index",
+        output_col: str = "predicted_index",
         default_index: int = 0,
         activation_threshold: float = 0.55,
     ) -> None:
@@ -370,19 +331,6 @@ def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
         return _Loaded(compiled_predict(network), network.input_shape[-1])
 
     return kept_network(digest, load)
-
-
-def _normalize(events: pyarrow.Array) -> pyarrow.Array:
-    """Scale the features of one Arrow batch of events to length 1, on a worker."""
-    features = events.field("features")
-    missing = features.is_null().to_numpy(zero_copy_only=False)
-    if missing.all():
-        return events
-    matrix = matrix_of(features, width=features.drop_null().value_lengths()[0].as_py())
-    lengths = numpy.sqrt(numpy.einsum("ij,ij->i", matrix, matrix))
-    lengths[lengths == 0] = 1
-    scaled = list_array(matrix / lengths[:, numpy.newaxis], missing)
-    return _replace_features(events, scaled, [field.name for field in events.type])
 
 
 def _replace_features(

@@ -11,6 +11,7 @@ from pyspark import SparkContext
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
+from helpers.scoring import score_stream
 from helpers.sinks import ParquetSink
 from helpers.spark import get_spark
 from helpers.streaming import KafkaQuery, KafkaUtils, new_streaming_context, run_stream
@@ -23,26 +24,19 @@ def main(engine: str, servers: str, topic: str, folder: str, point: str) -> None
     config = {"spark.streaming.kafka.maxRatePerPartition": 100, "spark.ui.enabled": "false"}
     spark = get_spark(cores=1, memory="1g", config=config)
     settings = {"bootstrap.servers": servers, "auto.offset.reset": "earliest"}
-    with DyingSink(spark, f"{folder}/scored") as sink:
+    with DyingSink(spark, f"{folder}/scored", signal_index=0) as sink:
         sink.point = point
-
-        def process(df, batch_id):
-            if not sink.has(batch_id):
-                sink.write(score(df), batch_id)
-
         if engine == "dstream":
             ssc = new_streaming_context(spark, 0.5)
             stream = KafkaUtils.createDirectStream(
                 ssc, [topic], settings, positions=sink.positions()
             )
-            sink.begin(stream)
-            stream.foreachBatch(process)
+            score_stream(stream, score, sink)
             run_stream(ssc, until=lambda: stream.lag() == 0, timeout=120)
         else:
             checkpoint, positions = f"{folder}/checkpoint", sink.positions()
             with KafkaQuery(spark, [topic], settings, checkpoint, positions, 100) as query:
-                sink.begin(query)
-                query.foreachBatch(process)
+                score_stream(query, score, sink)
                 query.run(timeout=120)
     print("done", flush=True)
 
@@ -53,11 +47,11 @@ class DyingSink(ParquetSink):
     point = "nowhere"
     batches = 0
 
-    def write(self, scored, batch_id):
+    def write(self, *arguments):
         """Write a batch, or die before."""
         self.batches += 1
         self.die_at("before writing")
-        super().write(scored, batch_id)
+        return super().write(*arguments)
 
     def _commit(self, *arguments):
         self.die_at("before committing")
@@ -73,13 +67,15 @@ class DyingSink(ParquetSink):
 
 def score(df):
     """Give each record the same prediction; its value is the event's id."""
-    return df.select(
+    event = F.struct(
         F.col("value").cast("string").cast("long").alias("EventId"),
-        array_to_vector(F.array(F.lit(0.5), F.lit(0.5))).alias("prediction"),
-        F.lit(0.0).alias("prediction_index"),
-        "topic", "partition", "offset", "timestamp",
-        F.lit(None).cast("struct<key: binary, value: binary, reason: string>").alias("bad"),
-    )  # fmt: skip
+        F.lit(None).cast("string").alias("reason"),
+        F.lit(None).cast("array<string>").alias("unused"),
+    )
+    prediction = array_to_vector(F.array(F.lit(0.5), F.lit(0.5)))
+    return df.withColumns(
+        {"event": event, "prediction": prediction, "predicted_index": F.lit(0.0)}
+    )
 
 
 if __name__ == "__main__":

@@ -20,28 +20,9 @@ from helpers.sinks import (
     send_dead_letters,
     send_predictions,
 )
-from helpers.streaming import OffsetRange, StreamError
+from helpers.streaming import OffsetRange, StreamError, TopicAndPartition
 
 MIB = 1024**2
-
-
-class OneBatch:
-    """A stream that has planned one batch, as a sink takes it."""
-
-    def __init__(self, planned):
-        self.planned = planned
-
-    def ranges_of(self, batch_id):
-        """Return the batch's ranges."""
-        return [self.planned]
-
-    def topic_ids(self):
-        """Return the ids that the topics have now."""
-        return {self.planned.topic: self.planned.topic_id}
-
-    def positions(self):
-        """Return where the stream begins."""
-        return {}
 
 
 def bad_rows(spark, topic, values):
@@ -50,6 +31,13 @@ def bad_rows(spark, topic, values):
     columns += "bad struct<key: binary, value: binary, reason: string>"
     stored = [(topic, 0, n, None, (b"key", value, "why")) for n, value in enumerate(values)]
     return spark.createDataFrame(stored, columns)
+
+
+def letter_sink(spark, folder, settings):
+    """Return a sink that sends bad records to Kafka."""
+    return ParquetSink(
+        spark, str(folder), signal_index=0, on_bad_record="dead-letter", settings=settings
+    )
 
 
 def consume(kafka, topic, count):
@@ -71,9 +59,9 @@ def settings(kafka):
 
 def test_a_dead_letter_has_all_that_the_record_was(spark, kafka, topic, settings, tmp_path):
     """Its topic's identity among it: the same offset of another topic is another record."""
-    with ParquetSink(spark, str(tmp_path), "dead-letter", settings) as sink:
-        sink.begin(OneBatch(OffsetRange(topic, 0, 0, 10, topic_id="the-id")))
-        sink.write(rows(spark, 0, 10, bad=[3], topic=topic), batch_id=0)
+    with letter_sink(spark, tmp_path, settings) as sink:
+        sink.begin({}, {topic: "the-id"})
+        sink.write(rows(spark, 0, 10, bad=[3], topic=topic), [OffsetRange(topic, 0, 0, 10)])
     (letter,) = consume(kafka, f"{topic}.dead-letter", 1)
     assert (letter.key, letter.value) == (b"key", b"\xffrubbish")
     assert {name: value.decode() for name, value in letter.headers} == {
@@ -113,11 +101,11 @@ def test_a_letter_that_is_too_large_stops_no_other(
     filler = {"zstd": os.urandom(50_000), "uncompressed": b"x" * 50_000}[codec]
     value = F.when(F.col("offset") == 1, F.lit(filler)).otherwise(F.col("bad.value"))
     bad = bad.withColumn("bad", F.col("bad").withField("value", value))
-    with ParquetSink(spark, str(tmp_path), "dead-letter", settings) as sink:
-        sink.begin(OneBatch(OffsetRange(topic, 0, 0, 3, topic_id="the-id")))
+    with letter_sink(spark, tmp_path, settings) as sink:
+        sink.begin({}, {topic: "the-id"})
         with caplog.at_level(logging.ERROR):
-            sink.write(bad, batch_id=0)
-        assert sink.has(0)
+            sink.write(bad, [OffsetRange(topic, 0, 0, 3)])
+        assert sink.positions() == {TopicAndPartition(topic, 0): 3}
     letters = consume(kafka, f"{topic}.dead-letter", 2)
     assert {dict(letter.headers)["offset"] for letter in letters} == {b"0", b"2"}
     assert f"{topic}, partition 0, offset 1 is in the sink's files only: it is too" in caplog.text
@@ -260,24 +248,24 @@ def test_letters_that_are_large_unpacked_fit_into_javas_memory(kafka, topic, tmp
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 from helpers.spark import get_spark
-from helpers.sinks import ParquetSink
 from helpers.streaming import OffsetRange
-from test_dead_letters import OneBatch
+from test_dead_letters import letter_sink
 spark = get_spark(cores=2, memory="2g")
 content = F.struct(F.lit(b"key").alias("key"),
                    F.repeat(F.col("id").cast("string"), 900_000 // 4).cast("binary").alias("value"),
                    F.lit("why").alias("reason"))
 rows = spark.range(1_000, 3_600).select(
     F.lit(None).cast("bigint").alias("EventId"),
-    F.lit(None).cast("double").alias("prediction_index"),
+    F.lit(None).cast("double").alias("predicted_index"),
     F.lit(None).cast("array<double>").alias("p"), F.lit("{topic}").alias("topic"),
     F.lit(0).alias("partition"), F.col("id").alias("offset"),
-    F.current_timestamp().alias("timestamp"), content.alias("bad"))
+    F.current_timestamp().alias("timestamp"), content.alias("bad"),
+    F.lit(None).cast("array<string>").alias("unused"))
 rows = rows.withColumn("prediction", F.when(F.col("p").isNotNull(), array_to_vector("p"))).drop("p")
 settings = {{"bootstrap.servers": "{kafka.bootstrap_servers}"}}
-with ParquetSink(spark, "{tmp_path}/scored", "dead-letter", settings) as sink:
-    sink.begin(OneBatch(OffsetRange("{topic}", 0, 1_000, 3_600, topic_id="the-id")))
-    sink.write(rows, 0)
+with letter_sink(spark, "{tmp_path}/scored", settings) as sink:
+    sink.begin({{}}, {{"{topic}": "the-id"}})
+    sink.write(rows, [OffsetRange("{topic}", 0, 1_000, 3_600)])
 """
     here = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     run = run_python("-c", program, seconds=600, env=here)

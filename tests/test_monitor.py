@@ -10,18 +10,14 @@ import nbformat
 import pandas as pd
 import pytest
 from processes import run_python
-from pyspark.sql import functions as F
 
-import helpers.monitor
-from helpers.monitor import Batch, Monitor, MonitorError
+from helpers.monitor import Batch, Monitor, log
 from helpers.notebook import recorded, run
 
 NOON = 1_704_110_400_000  # 2024-01-01, 12:00:00 UTC
-NO_TIME = 0.1  # instead of COUNTS_SECONDS, where the counts never come
 
 SETUP = """
 import threading
-from pyspark.sql import functions as F
 from helpers.monitor import Batch, Monitor
 from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
@@ -31,12 +27,9 @@ ssc = new_streaming_context(spark, 0.5)
 settings = {{"bootstrap.servers": "{servers}", "auto.offset.reset": "earliest"}}
 stream = KafkaUtils.createDirectStream(ssc, ["{topic}"], settings)
 monitor = Monitor()
-events = F.count(F.lit(1)).alias("events")
-unused = F.collect_set(F.lit("<run>")).alias("unused")
 
 def process(df, batch_id):
-    with monitor.batch(batch_id) as counts:
-        df.observe(counts, events, unused).write.format("noop").mode("overwrite").save()
+    monitor.add(Batch(batch_id, df.count(), 0, 0, 0.5, stream.lag_after(batch_id)), ["<run>"])
 
 stream.foreachBatch(process)
 """
@@ -49,11 +42,6 @@ thread = threading.Thread(target=add)
 thread.start()
 thread.join(60)
 """
-
-
-def observe(df, counts, *more, name="events"):
-    """Have the rows of a DataFrame counted as events."""
-    return df.observe(counts, F.count(F.lit(1)).alias(name), *more)
 
 
 def monitor_of(*figures):
@@ -71,7 +59,7 @@ def executed(kafka, produce, tmp_path_factory):
     produce("monitored", [b"{}"] * 1_234)
     sources = {
         "setup": SETUP.format(servers=kafka.bootstrap_servers, topic="monitored"),
-        "begin": "monitor.begin(lag=stream.lag_after)",
+        "begin": "monitor.begin()",
         "run": "run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)",
         "plot": "monitor.plot()",
         "begin again": "monitor.begin()",
@@ -154,41 +142,6 @@ def test_a_line_is_written_at_once(monkeypatch):
     assert file.getvalue().count(b"\n") == 2
 
 
-def test_a_batch_has_what_spark_counted(spark):
-    """Otherwise the table would not be what the stream has done."""
-    monitor = Monitor()
-    monitor.begin(lag=lambda batch_id: batch_id - NOON + 7)
-    signal = F.count_if(F.col("id") < 4).alias("signal")
-    bad = F.count_if(F.col("id") == 5).alias("bad")
-    with monitor.batch(NOON) as counts:
-        observe(spark.range(10), counts, signal, bad).collect()
-    (batch,) = monitor.batches
-    assert batch == Batch(NOON, 10, 4, 1, batch.seconds, lag=7)
-    assert batch.seconds > 0
-
-
-def test_events_are_all_that_must_be_counted(spark):
-    """Otherwise a stream without a network could not be watched, nor an empty batch."""
-    monitor = Monitor()
-    with monitor.batch(NOON) as counts:
-        signal = F.sum("id").alias("signal")  # which is null without a row
-        observe(spark.range(0), counts, signal).collect()
-    (batch,) = monitor.batches
-    assert batch == Batch(NOON, 0, 0, 0, batch.seconds, lag=None)
-
-
-def test_a_batch_that_fails_is_not_counted(spark):
-    """Otherwise a batch that is tried again would be counted twice."""
-    monitor = Monitor()
-    with pytest.raises(RuntimeError, match="the disk is full"), monitor.batch(NOON) as counts:
-        observe(spark.range(10), counts).collect()
-        raise RuntimeError("the disk is full")
-    assert monitor.batches == []
-    with monitor.batch(NOON) as counts:
-        observe(spark.range(10), counts).collect()
-    assert monitor.totals() == {"events": 10, "signal": 0, "bad": 0, "batches": 1}
-
-
 def test_a_batch_that_is_repeated_is_counted_once():
     """Otherwise what fails after the count would make the totals too large."""
     monitor = monitor_of((10, 5, 1.0, 20), (10, 6, 1.0, 10))
@@ -199,7 +152,7 @@ def test_a_batch_that_is_repeated_is_counted_once():
 
 def test_a_long_stream_keeps_the_last_batches_and_the_totals_of_all(capsys, monkeypatch):
     """A stream of a week must not fill the memory, nor a batch take longer for each one before."""
-    monkeypatch.setattr(helpers.monitor, "BATCHES_KEPT", 10)
+    monkeypatch.setattr(log, "BATCHES_KEPT", 10)
     monitor = Monitor()
     for number in range(25):
         monitor.add(Batch(NOON + number * 1_000, 4, 3, 1, 0.5))
@@ -226,9 +179,8 @@ def test_a_batch_whose_report_spark_has_dropped_is_counted(spark, capsys):
     )  # fmt: skip
     with monitor.follow(spark):
         for batch_id in (0, 1, 2, 3):
-            with monitor.batch(batch_id) as counts:
-                observe(spark.range(10), counts).collect()
-        monitor.progressed(progress)
+            monitor.add(Batch(batch_id, 10, 0, 0, 1.0))
+        monitor._listener.onQueryProgress(SimpleNamespace(progress=progress))
         assert [batch.batch_id for batch in monitor.batches] == [0, 1, 2]
         assert [batch.time for batch in monitor.batches] == [NOON] * 3
         assert monitor.batches[2].seconds == 0.25
@@ -244,58 +196,20 @@ def test_begin_forgets_earlier_batches(capsys):
     assert capsys.readouterr().out.count("time (UTC)") == 2
 
 
-def test_a_batch_without_an_action_is_an_error_in_time(spark, monkeypatch):
-    """Otherwise the stream would hang without a word."""
-    monkeypatch.setattr(helpers.monitor, "COUNTS_SECONDS", NO_TIME)
-    monitor = Monitor()
-    with pytest.raises(MonitorError, match="run an action"), monitor.batch(NOON) as counts:
-        observe(spark.range(10), counts)
-    with pytest.raises(MonitorError, match="and not on its `rdd`"), monitor.batch(NOON) as counts:
-        observe(spark.range(10), counts).rdd.count()
-    assert monitor.batches == []
-
-
-def test_a_batch_that_observes_nothing_is_an_error():
-    """Otherwise PySpark would say something of NO_OBSERVE_BEFORE_GET."""
-    with pytest.raises(MonitorError, match="gives to `observe`"), Monitor().batch(NOON):
-        pass
-
-
-def test_a_batch_whose_rows_no_one_needs_is_an_error(spark):
-    """Otherwise the message would be of a null pointer in Java."""
-    with pytest.raises(MonitorError, match="`observe` last"), Monitor().batch(NOON) as counts:
-        observe(spark.range(10), counts).limit(0).collect()
-
-
-def test_a_batch_without_events_is_an_error(spark):
-    """Otherwise a forgotten alias would be a KeyError without a remedy."""
-    with (
-        pytest.raises(MonitorError, match=r"no count of events, only of rows: .* F\.count"),
-        Monitor().batch(NOON) as counts,
-    ):
-        observe(spark.range(10), counts, name="rows").collect()
-
-
-def test_each_unused_field_is_warned_of_once(spark):
+def test_each_unused_field_is_warned_of_once():
     """Otherwise a stream would warn with each batch, or never."""
-    monitor = Monitor()
-
-    def run_batch(column):
-        with monitor.batch(NOON) as counts:
-            observe(spark.range(5), counts, F.collect_set(column).alias("unused")).collect()
-
-    arrays = F.when(F.col("id") > 0, F.array(F.lit("weight"), F.lit("run"), F.lit(None)))
+    monitor, batch = Monitor(), Batch(NOON, 5, 0, 0, 1.0)
     with pytest.warns(UserWarning) as caught:
-        run_batch(arrays)
+        monitor.add(batch, ["weight", "run"])
     (warning,) = caught
     assert str(warning.message) == "fields that are not used: run, weight (they are ignored)"
     assert warning.filename == __file__
     with pytest.warns(UserWarning, match=r"not used: Label \(they"):
-        run_batch(F.when(F.col("id") > 2, "Label").otherwise("weight"))
+        monitor.add(batch, ["Label", "weight"])
     monitor.begin()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run_batch(arrays)
+        monitor.add(batch, ["run"])
     assert monitor.totals()["batches"] == 1
 
 

@@ -228,7 +228,9 @@ def test_spark_still_words_a_killed_worker_so(spark):
         spark.sparkContext.parallelize([1], 1).foreach(lambda _: os.kill(os.getpid(), 9))
 
 
-def test_every_file_of_the_helpers_is_explained():
-    """Otherwise a new part would not be found."""
-    for path in (ROOT / "helpers").glob("[!_]*.py"):
-        assert f"`helpers/{path.name}`" in README
+def test_every_room_of_the_helpers_is_explained():
+    """A reader finds where a new part belongs, in the README and in the package's own table."""
+    table = (ROOT / "helpers" / "__init__.py").read_text()
+    for path in (ROOT / "helpers").glob("[!_]*"):
+        assert f"`helpers/{path.name}{'/' if path.is_dir() else ''}`" in README
+        assert f"| `{path.stem}` |" in table

@@ -39,7 +39,7 @@ def test_an_event_without_a_feature_has_no_prediction(table, serving_model, valu
     first = table.first()[EVENT_ID]
     feature = F.when(F.col(EVENT_ID) != first, F.col("PRI_met")).otherwise(F.lit(value))
     scored = ServingTransformer(serving_model).transform(table.withColumn("PRI_met", feature))
-    without = [row[EVENT_ID] for row in scored.collect() if row.prediction_index is None]
+    without = [row[EVENT_ID] for row in scored.collect() if row.predicted_index is None]
     assert without == [first]
     assert scored.where("prediction IS NULL").count() == 1
 
@@ -72,11 +72,11 @@ def test_records_are_scored_as_tables_are(spark, table, serving_model, event_val
     records = records.union(spark.createDataFrame([(b"rubbish",)], "value binary")).coalesce(1)
     events = parse_events(records, serving_model.schema)
     scored = ServingTransformer(serving_model).transform(events)
-    *good, bad = scored.orderBy(F.col(EVENT_ID).asc_nulls_last()).collect()
+    *good, bad = scored.orderBy(F.col(f"event.{EVENT_ID}").asc_nulls_last()).collect()
     numpy.testing.assert_allclose(
         [row.prediction[1] for row in good], expected(serving_model), atol=1e-6
     )
-    assert bad.prediction is None and bad.prediction_index is None
+    assert bad.prediction is None and bad.predicted_index is None
 
 
 @pytest.mark.parametrize("signal_index", [0, 1])
@@ -87,7 +87,7 @@ def test_the_threshold_decides(spark, make_serving_model, table, signal_index, t
     rows = ServingTransformer(model).transform(table).collect()
     for row in rows:
         is_signal = row.prediction[signal_index] >= threshold
-        assert row.prediction_index == (signal_index if is_signal else 1 - signal_index)
+        assert row.predicted_index == (signal_index if is_signal else 1 - signal_index)
 
 
 def test_a_new_version_serves_from_the_next_batch_on(

@@ -13,8 +13,10 @@ from pyspark.sql import functions as F
 
 from helpers.sinks import (
     BadRecordError,
+    Counts,
     ParquetSink,
     SinkError,
+    check_topics,
     commits,
     lease,
     read_bad_records,
@@ -44,58 +46,49 @@ def rows(spark, start, end, bad=(), topic="events"):
     return spark.range(start, end).select(
         F.when(~is_bad, 100_000 + offset).alias("EventId"),
         F.when(~is_bad, vector).alias("prediction"),
-        F.when(~is_bad, F.lit(0.0)).alias("prediction_index"),
+        F.when(~is_bad, F.lit(0.0)).alias("predicted_index"),
         F.lit(topic).alias("topic"),
         F.lit(0).alias("partition"),
         offset.alias("offset"),
         F.timestamp_millis(1_700_000_000_000 + offset).alias("timestamp"),
         F.when(is_bad, content).alias("bad"),
+        F.lit(None).cast("array<string>").alias("unused"),
     )
 
 
 class Stream:
-    """A source of batches: what `begin` takes."""
+    """Where a stream begins, and the ids that its topics have now."""
 
     def __init__(self, starts=None):
-        self.ranges = {}  # by batch
         self.ids = {"events": "id-1"}
         self.starts = starts or {}
 
-    def ranges_of(self, batch_id):
-        """Return a batch's ranges."""
-        return self.ranges[batch_id]
-
-    def topic_ids(self):
-        """Return the ids that the topics have now."""
-        return dict(self.ids)
-
-    def positions(self):
-        """Return where the stream begins."""
-        return self.starts
-
     def plan(self, start, end, topic="events"):
-        """Plan a batch; its id is the offset where it begins."""
-        part = OffsetRange(topic, 0, start, end, self.ids.get(topic))
-        self.ranges[start] = [part]
-        return start
+        """Return the ranges of a batch."""
+        return [OffsetRange(topic, 0, start, end, self.ids.get(topic))]
 
 
 class Sink(ParquetSink):
-    """A sink that has begun with a stream of its own."""
+    """A sink that has begun with a stream of its own, and looks at its topics as a stream does."""
 
-    def __init__(self, *arguments, stream=None, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, spark, path, stream=None, signal_index=0, **options):
+        super().__init__(spark, path, signal_index=signal_index, **options)
         self.stream = stream or Stream()
 
     def __enter__(self):
         super().__enter__()
-        self.begin(self.stream)
+        self.begin(self.stream.starts, self.stream.ids)
         return self
+
+    def write(self, scored, ranges):
+        """Write a batch."""
+        return super().write(scored, ranges, lambda: check_topics(ranges, self.stream.ids))
 
 
 def write(sink, spark, start, end, bad=(), topic="events"):
     """Write the records of an offset range as a batch."""
-    sink.write(rows(spark, start, end, bad, topic), sink.stream.plan(start, end, topic))
+    ranges = sink.stream.plan(start, end, topic)
+    return sink.write(rows(spark, start, end, bad, topic), ranges)
 
 
 def stored(spark, path):
@@ -132,7 +125,7 @@ def test_a_batch_that_comes_again_is_not_stored_again(spark, path):
     """Otherwise each crash would count some events twice."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
-        assert sink.has(0)
+        assert sink.left(sink.stream.plan(0, 10)) == []
         write(sink, spark, 0, 10)
     with Sink(spark, path) as sink:  # after a restart
         assert sink.positions() == {PARTITION: 10}
@@ -147,6 +140,17 @@ def test_of_a_batch_that_overlaps_only_the_rest_is_stored(spark, path):
         write(sink, spark, 5, 15)
         assert sink.positions() == {PARTITION: 15}
     assert stored(spark, path) == list(range(15))
+
+
+@pytest.mark.parametrize("signal_index, signal", [(0, 8), (1, 0)])
+def test_a_batch_is_counted_while_it_is_written(spark, path, signal_index, signal):
+    """The sink knows which class is signal, and what its records have that nobody uses."""
+    scored = rows(spark, 0, 10, bad=[3, 7])
+    scored = scored.withColumn("unused", F.array(F.lit("Weight"), F.lit("Run")))
+    with Sink(spark, path, signal_index=signal_index, on_bad_record="skip") as sink:
+        counts = sink.write(scored, sink.stream.plan(0, 10))
+        assert counts == (8, signal, 2, ["Run", "Weight"])
+        assert sink.write(scored, sink.stream.plan(0, 10)) == Counts()
 
 
 def test_a_gap_between_batches_is_told(spark, path, caplog):
@@ -182,7 +186,7 @@ def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
         with pytest.raises(Exception, match="broken"):
             sink.write(broken, sink.stream.plan(0, 10))
         assert list((tmp_path / "scored" / "data").glob("*/*")) == []
-        assert not sink.has(0)
+        assert sink.left(sink.stream.plan(0, 10))
         write(sink, spark, 0, 10)
     assert stored(spark, path) == list(range(10))
 
@@ -264,7 +268,7 @@ def test_of_many_that_find_a_sink_dead_one_takes_its_path(spark, path, impatient
 
     def open_sink():
         try:
-            with ParquetSink(spark, path) as sink:
+            with ParquetSink(spark, path, signal_index=0) as sink:
                 opened.append(sink)
                 done.wait(60)
                 sink._lease.check()
@@ -312,7 +316,7 @@ def test_a_sink_can_be_closed_when_its_file_system_is_away(spark, path, impatien
 
 def test_a_bad_record_stops_a_strict_sink(spark, path):
     """Otherwise those who can't go on without one event would go on."""
-    message = r"events, partition 0, offset 3 is no event: it is no JSON\. To go on"
+    message = r"events, partition 0, offset 3 is not an event: it is no JSON\. To go on"
     with Sink(spark, path) as sink:
         with pytest.raises(BadRecordError, match=message):
             write(sink, spark, 0, 10, bad=[3, 7])
@@ -349,7 +353,7 @@ def test_a_sink_can_be_moved(spark, path, tmp_path):
 def test_wrong_arguments_are_refused(spark, path, arguments, reason):
     """Otherwise a typo would decide over bad records."""
     with pytest.raises(ValueError, match=reason):
-        ParquetSink(spark, path, **arguments)
+        ParquetSink(spark, path, signal_index=0, **arguments)
 
 
 def test_a_folder_that_is_no_sink_is_refused(spark, tmp_path):
@@ -375,8 +379,11 @@ def test_results_that_mean_something_else_are_refused(spark, path, other, reason
 
 def test_a_sink_that_knows_no_stream_is_refused(spark, path):
     """Otherwise it could not know which offsets it has."""
-    with ParquetSink(spark, path) as sink, pytest.raises(SinkError, match="call `begin`"):
-        sink.write(rows(spark, 0, 1), 0)
+    with (
+        ParquetSink(spark, path, signal_index=0) as sink,
+        pytest.raises(SinkError, match="call `begin`"),
+    ):
+        sink.write(rows(spark, 0, 1), Stream().plan(0, 1))
 
 
 def test_a_topic_that_was_created_again_is_refused(spark, path):
@@ -388,11 +395,11 @@ def test_a_topic_that_was_created_again_is_refused(spark, path):
     again.ids["events"] = "id-2"
     message = r"topic events was deleted and created again since the last batch in .*scored.*"
     message += r"new output path, or .* ParquetSink\(\.\.\., from_beginning=True\)"
-    with ParquetSink(spark, path) as sink:
+    with ParquetSink(spark, path, signal_index=0) as sink:
         with pytest.raises(SinkError, match=message):
-            sink.positions(again.topic_ids())
+            sink.positions(again.ids)
         with pytest.raises(SinkError, match=message):
-            sink.begin(again)
+            sink.begin({}, again.ids)
 
 
 def test_a_topic_that_is_created_again_while_the_stream_runs_is_refused(spark, path):
@@ -405,7 +412,7 @@ def test_a_topic_that_is_created_again_while_the_stream_runs_is_refused(spark, p
             sink.write(rows(spark, 10, 20), batch)
         new = sink.stream.plan(20, 30)
         with pytest.raises(SinkError, match="topic events was deleted and created again"):
-            sink.has(new)
+            sink.left(new)
     assert stored(spark, path) == list(range(10))
 
 
@@ -419,12 +426,12 @@ def test_a_new_topic_can_be_stored_from_its_beginning(spark, path):
     stream.ids["events"] = "id-2"
     others = TopicAndPartition("others", 0)
     for _ in range(2):  # when it starts again, it goes on
-        with ParquetSink(spark, path, from_beginning=True) as sink:
+        with ParquetSink(spark, path, signal_index=0, from_beginning=True) as sink:
             with pytest.raises(SinkError, match="pass Kafka's ids of the topics to `positions`"):
                 sink.positions()
             done = sink.topic_ids()["events"] == "id-2"
             assert sink.positions(stream.ids) == {PARTITION: 5 if done else 0, others: 60}
-            sink.begin(stream)
+            sink.begin({}, stream.ids)
             sink.write(rows(spark, 0, 5), stream.plan(0, 5))
             sink.write(rows(spark, 50, 60, topic="others"), stream.plan(50, 60, "others"))
     assert stored(spark, path) == sorted([*range(10), *range(5), *range(50, 60)])
@@ -447,7 +454,7 @@ def test_a_second_stream_is_refused(spark, path):
     """Its offsets would be compared with those of the first one."""
     with Sink(spark, path) as sink:
         with pytest.raises(SinkError, match="takes the batches of another stream already"):
-            sink.begin(Stream())
+            sink.begin({}, {})
         write(sink, spark, 0, 10)
     with sink:  # opened once more, it can serve another one
         assert sink.positions() == {PARTITION: 10}
@@ -456,29 +463,27 @@ def test_a_second_stream_is_refused(spark, path):
 @pytest.mark.parametrize(
     "ranges, reason",
     [
-        ([], "batch 7 has no offset ranges"),
-        ([(0, 0, 5), (0, 5, 9)], "batch 7 has two offset ranges of events, partition 0"),
-        ([(0, 0, 9), (0, 5, 9)], "batch 7 has two offset ranges of events, partition 0"),
-        ([(0, 5, 5)], "batch 7 has offsets 5 to 5 of events, partition 0"),
-        ([(0, 5, 3)], "batch 7 has offsets 5 to 3 of events, partition 0"),
+        ([], "a batch without offset ranges"),
+        ([(0, 0, 5), (0, 5, 9)], "a batch has two offset ranges of events, partition 0"),
+        ([(0, 0, 9), (0, 5, 9)], "a batch has two offset ranges of events, partition 0"),
+        ([(0, 5, 5)], "a batch has offsets 5 to 5 of events, partition 0"),
+        ([(0, 5, 3)], "a batch has offsets 5 to 3 of events, partition 0"),
     ],
 )
 def test_a_batch_whose_ranges_make_no_sense_is_refused(spark, path, ranges, reason):
     """A batch that the stream doesn't know is not one that is stored."""
     with Sink(spark, path) as sink:
-        sink.stream.ranges[7] = [OffsetRange("events", *part) for part in ranges]
-        for use in (lambda: sink.has(7), lambda: sink.write(rows(spark, 0, 9), 7)):
+        ranges = [OffsetRange("events", *part) for part in ranges]
+        for use in (lambda: sink.left(ranges), lambda: sink.write(rows(spark, 0, 9), ranges)):
             with pytest.raises(SinkError, match=reason):
                 use()
-        with pytest.raises(KeyError):
-            sink.has(8)
     assert stored(spark, path) == []
 
 
 def test_a_sink_that_is_not_open_is_refused(spark, path):
     """Nothing would protect its path from another sink."""
     sink = Sink(spark, path)
-    uses = (lambda: sink.positions(), lambda: sink.has(0), lambda: sink.begin(Stream()),
+    uses = (lambda: sink.positions(), lambda: sink.left([]), lambda: sink.begin({}, {}),
             lambda: write(sink, spark, 0, 10), lambda: sink.topic_ids())  # fmt: skip
     for use in uses:
         with pytest.raises(SinkError, match="is not open: use it in a `with` block"):
@@ -531,7 +536,7 @@ def test_a_batch_whose_files_are_not_all_there_is_not_stored(
             failing.setattr(ParquetSink, "_write_files", lose_one)
             with pytest.raises(SinkError, match=reason):
                 write(sink, spark, 0, 10)
-        assert not sink.has(0)
+        assert sink.left(sink.stream.plan(0, 10))
         write(sink, spark, 0, 10)
     assert stored(spark, path) == list(range(10))
 
@@ -606,17 +611,14 @@ def test_batches_that_are_written_at_once_wait_for_each_other(spark, path):
     """Each gets its number, and neither takes the other's manifest for that of another job."""
     failed = []
 
-    def write_one(topic, batch_id):
+    def write_one(start, topic):
         try:
-            sink.write(rows(spark, batch_id, 20, topic=topic), batch_id)
+            write(sink, spark, start, 20, topic=topic)
         except Exception as error:
             failed.append(error)
 
     with Sink(spark, path) as sink:
-        batches = [
-            ("events", sink.stream.plan(0, 20)),
-            ("others", sink.stream.plan(10, 20, "others")),
-        ]
+        batches = [(0, "events"), (10, "others")]
         threads = [threading.Thread(target=write_one, args=batch) for batch in batches]
         for thread in threads:
             thread.start()
@@ -664,7 +666,7 @@ def test_a_batch_whose_manifest_counts_is_stored_whatever_fails_after_it(
             with pytest.raises(OSError, match="the file system is away"):
                 write(sink, spark, 10, 20)
         write(sink, spark, 10, 20)
-        assert sink.has(10) and next(failures, None) is None
+        assert not sink.left(sink.stream.plan(10, 20)) and next(failures, None) is None
         write(sink, spark, 20, 30)
     assert stored(spark, path) == list(range(30))
 

@@ -14,6 +14,7 @@ from pyspark.streaming import StreamingContext
 
 from helpers.monitor import Monitor
 from helpers.notebook import definitions
+from helpers.scoring import score_stream
 from helpers.sinks import ParquetSink, read_scored
 from helpers.streaming import (
     KafkaUtils,
@@ -460,16 +461,13 @@ def test_each_event_crosses_the_network_exactly_once(
     """Otherwise counting, filtering and writing would each pay for the network again."""
     produce(topic, event_values, [str(n).encode() for n in range(len(event_values))])
     monitor = Monitor()
-    walkthrough = definitions("1_walkthrough", "pipeline")
-    sink = ParquetSink(spark, str(tmp_path / "scored"))
-    walkthrough |= {"monitor": monitor, "sink": sink}
+    score = definitions("1_walkthrough", "pipeline")["process_instances"]
+    sink = ParquetSink(spark, str(tmp_path / "scored"), signal_index=0)
     store = spark._jsparkSession.sharedState().statusStore()
     before = max((e.executionId() for e in _scala_list(store.executionsList())), default=-1)
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
-    monitor.begin(lag=stream.lag_after)
-    stream.foreachBatch(walkthrough["process_instances"])
     with sink:
-        sink.begin(stream)
+        score_stream(stream, score, sink, monitor)
         drain(ssc, stream)
     assert monitor.totals()["events"] == len(event_values)
     assert rows_through_python(spark, before) == len(event_values)

@@ -1,5 +1,6 @@
 """The style of all code, the notebooks' too, and what must not be in the repository."""
 
+import re
 import subprocess
 
 from processes import ROOT, run_python
@@ -27,3 +28,20 @@ def test_no_data_and_no_generated_file_is_committed():
     allowed = (".py", ".ipynb", ".md", ".txt", ".toml", ".cfg", ".sh", ".svg", ".png", ".yml")
     plain = {"Makefile", "LICENSE", ".gitignore", ".ci/run"}
     assert [name for name in listing if not name.endswith(allowed) and name not in plain] == []
+
+
+def test_a_room_imports_only_from_rooms_above_it():
+    """A reader can begin at the top of the table in helpers/ and never meets an unknown word."""
+    helpers = ROOT / "helpers"
+    rooms = re.findall(r"^\| `(\w+)` \|", (helpers / "__init__.py").read_text(), re.MULTILINE)
+    for file in helpers.glob("*/*.py"):
+        place = rooms.index(file.parent.name)
+        for other in re.findall(r"^ *from helpers\.(\w+)", file.read_text(), re.MULTILINE):
+            assert rooms.index(other) <= place, f"{file} imports from {other}"
+
+
+def test_only_the_face_of_a_room_is_imported_from_outside():
+    """What is behind a package's ``__init__`` can change without a look at the programs."""
+    programs = [*(ROOT / "examples").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    for file in programs:
+        assert not re.search(r"from helpers\.\w+\.\w+ import", file.read_text()), file

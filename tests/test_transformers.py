@@ -15,9 +15,9 @@ from pyspark.sql.types import StructField, StructType
 
 from helpers import transformers
 from helpers.higgs import FEATURES, generate_events
-from helpers.model import build_model
+from helpers.model import build_model, normalized_network
 from helpers.records import parse_events
-from helpers.transformers import EventNormalizer, LabelIndexTransformer, ModelPredictor
+from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
 BATCH = 4_096  # rows of an Arrow batch, as `get_spark` sets it
 
@@ -71,36 +71,16 @@ def records(spark, events):
     return spark.createDataFrame([(value,) for value in values], "value binary").coalesce(1)
 
 
-def test_events_are_scaled_as_spark_ml_does_it(vectors, records):
-    """Otherwise a pipeline of Spark ML's own stages would give other scores."""
-    found = EventNormalizer().transform(parse_events(records)).select("event.*").toPandas()
-    assert found["features"].isna().sum() == found["reason"].notna().sum() == 1
-    found = found.dropna(subset=["features"]).sort_values("EventId")
-    expected = vectors.select("EventId", "features").toPandas().sort_values("EventId")
-    numpy.testing.assert_allclose(
-        numpy.stack(found["features"]),
-        numpy.stack([vector.toArray() for vector in expected["features"]]),
-        atol=1e-12,
-    )
-
-
-def test_an_event_of_zeros_stays_as_it_is(spark):
-    """Otherwise it would become NaN, and so would its score."""
-    events = "event struct<EventId: long, features: array<double>, reason: string>"
-    df = spark.createDataFrame([((1, [0.0, 0.0], None),), ((None, None, "bad"),)], events)
-    assert EventNormalizer().transform(df).collect() == df.collect()
-
-
 def test_events_are_scored_like_vectors(model, vectors, records):
     """Otherwise the fast way would be another model; a bad record must not get a score."""
-    predictor = ModelPredictor(keras_model=model, features_col="event")
-    scored = predictor.transform(EventNormalizer().transform(parse_events(records)))
-    assert scored.columns == ["value", "EventId", "prediction", "reason", "unused"]
+    predictor = ModelPredictor(keras_model=normalized_network(model), features_col="event")
+    scored = predictor.transform(parse_events(records))
+    assert scored.columns == ["value", "event", "prediction"]
     expected = ModelPredictor(keras_model=model).transform(vectors)
     expected = {row.EventId: row.prediction for row in expected.collect()}
     rows = scored.collect()
-    assert [row.prediction for row in rows if row.reason] == [None]
-    good = {row.EventId: row.prediction for row in rows if not row.reason}
+    assert [row.prediction for row in rows if row.event.reason] == [None]
+    good = {row.event.EventId: row.prediction for row in rows if not row.event.reason}
     assert good.keys() == expected.keys()
     differences = [good[key].toArray() - expected[key].toArray() for key in good]
     assert numpy.abs(differences).max() < 1e-6
@@ -122,12 +102,6 @@ def test_events_of_another_width_are_refused(spark, model):
     df = spark.createDataFrame([((1, [1.0, 2.0], None),)], events)
     with pytest.raises(PythonException, match="takes 30 features, but a row has 2"):
         ModelPredictor(keras_model=model, features_col="event").transform(df).collect()
-
-
-def test_a_column_that_holds_no_events_is_refused(vectors):
-    """Otherwise the error would be one of Arrow's, from a worker."""
-    with pytest.raises(ValueError, match=r"'EventId' must hold events, not bigint: make them with"):
-        EventNormalizer(features_col="EventId").transform(vectors)
 
 
 def test_sparse_vectors_are_scored_too(spark, model):
@@ -156,7 +130,7 @@ def test_evaluators_of_spark_ml_take_the_prediction(model, vectors):
     scored = scored.withColumn("label", (F.col("Label") == "s").cast("double"))
     area = BinaryClassificationEvaluator(rawPredictionCol="prediction").evaluate(scored)
     accuracy = MulticlassClassificationEvaluator(
-        predictionCol="prediction_index", metricName="accuracy"
+        predictionCol="predicted_index", metricName="accuracy"
     ).evaluate(scored)
     assert 0 < area < 1
     assert 0 < accuracy < 1
@@ -230,14 +204,14 @@ def test_label_index_follows_the_rules_of_distributed_keras(spark, output_dim, d
     stage = LabelIndexTransformer(
         output_dim=output_dim, default_index=default, activation_threshold=threshold
     )
-    found = [row.prediction_index for row in stage.transform(df).collect()]
+    found = [row.predicted_index for row in stage.transform(df).collect()]
     assert found == [reference_index(case, output_dim, default, threshold) for case in cases]
 
 
 def test_the_network_runs_once_however_often_its_result_is_used(spark, model, vectors):
     """Otherwise keeping the prediction, its index and a filter would cost three times as much."""
     scored = LabelIndexTransformer().transform(ModelPredictor(keras_model=model).predict(vectors))
-    used = scored.filter("prediction_index == 0").drop("raw", "features")
+    used = scored.filter("predicted_index == 0").drop("raw", "features")
     plan = used._jdf.queryExecution().executedPlan().toString()
     assert plan.count("ArrowEvalPython") == 1
     assert plan.count("predict(") == 1

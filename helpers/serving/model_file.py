@@ -46,7 +46,7 @@ class ModelFile:
         self._transformer = ServingTransformer(self.model)
 
     def current(self) -> ServingTransformer:
-        """Return what scores with the version that is in the file now."""
+        """Return the stage that scores with the version in the file now; its `model` is that."""
         state = self._state()
         if state != self._seen:
             try:

@@ -23,15 +23,20 @@ class ServingTransformer(Transformer):
         such column, the features are taken from the columns that have their names. An event of
         which one is null or NaN has no prediction: it is null.
 
+    Attributes
+    ----------
+    model : ServingModel
+        The network and its contract.
+
     Examples
     --------
     >>> ServingTransformer(serving_model).transform(events).columns
-    ['EventId', 'prediction', 'reason', 'unused', 'prediction_index', 'model_version']
+    ['event', 'prediction', 'predicted_index', 'model_version']
     """
 
     def __init__(self, model: ServingModel, features_col: str = "event") -> None:
         super().__init__()
-        self._contract, self._version = model.contract, model.version
+        self.model = model
         self._predictor = ModelPredictor(
             keras_model=model.network, features_col=features_col,
             feature_names=model.contract.feature_names,
@@ -41,16 +46,16 @@ class ServingTransformer(Transformer):
         scored = self._predictor.transform(dataset)
         return scored.withColumns(
             {
-                "prediction_index": self._index(vector_entries(scored["prediction"])),
-                MODEL_VERSION: F.lit(self._version),
+                "predicted_index": self._index(vector_entries(scored["prediction"])),
+                MODEL_VERSION: F.lit(self.model.version),
             }
         )
 
     def _index(self, probabilities: Column) -> Column:
         """Return the class: signal from the threshold on, otherwise the other one."""
-        signal = self._contract.signal_index
+        signal = self.model.contract.signal_index
         probability = probabilities[signal]
-        is_signal = probability >= self._contract.threshold
+        is_signal = probability >= self.model.contract.threshold
         index = F.when(is_signal, float(signal)).otherwise(float(1 - signal))
         # No number is no answer; Spark would hold it for the largest of all.
         return F.when(probability.isNotNull() & ~F.isnan(probability), index)

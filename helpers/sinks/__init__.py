@@ -4,6 +4,7 @@
 predictions can go to Kafka.
 """
 
+from helpers.sinks.bad_records import ON_BAD_RECORD
 from helpers.sinks.dead_letters import (
     DEAD_LETTERS,
     prepare_dead_letters,
@@ -11,16 +12,17 @@ from helpers.sinks.dead_letters import (
     send_predictions,
 )
 from helpers.sinks.errors import BadRecordError, SinkError
-from helpers.sinks.parquet import ON_BAD_RECORD, ParquetSink, read_bad_records, read_scored
-from helpers.sinks.progress import Source
+from helpers.sinks.parquet import Counts, ParquetSink, read_bad_records, read_scored
+from helpers.sinks.progress import check_topics
 
 __all__ = [
     "DEAD_LETTERS",
     "ON_BAD_RECORD",
     "BadRecordError",
+    "Counts",
     "ParquetSink",
     "SinkError",
-    "Source",
+    "check_topics",
     "prepare_dead_letters",
     "read_bad_records",
     "read_scored",

@@ -19,7 +19,7 @@ from pyspark.sql import SparkSession
 from helpers.sinks.errors import taken_over
 from helpers.sinks.progress import Progress
 from helpers.spark import JsonFolder
-from helpers.streaming.offsets import TopicAndPartition
+from helpers.streaming import TopicAndPartition
 
 # So many batches' files are merged into one, and so many merged ones again, or as many of them as
 # are no larger than this together: a rewritten gigabyte takes minutes, and brings nothing.

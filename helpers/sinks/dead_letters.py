@@ -21,14 +21,17 @@ from pyspark.sql import functions as F
 from helpers.higgs import EVENT_ID
 from helpers.records import vector_entries
 from helpers.spark import root_cause
-from helpers.streaming.errors import (
+from helpers.streaming import (
     ANSWER_SECONDS,
     StreamError,
     explained,
+    java_map,
+    modern_settings,
+    settings_of,
     summary,
+    use_added_jars,
     without_secrets,
 )
-from helpers.streaming.settings import java_map, modern_settings, settings_of, use_added_jars
 
 _LOGGER = logging.getLogger(__name__)
 

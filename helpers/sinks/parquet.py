@@ -1,17 +1,9 @@
 """Scored events as Parquet files, each event once whatever dies.
 
-A batch is stored in these steps:
-
-1. Spark writes its files, and counts the records. Nobody reads the files yet.
-2. The driver finds the files, with as many rows, and flushes them to the disk.
-3. Bad records are treated as the sink was told.
-4. The topics are still the same ones, and the path is still this sink's.
-5. A manifest, which names all files that count and the next offsets, gets its name in one step of
-   the file system that fails where the name is taken.
-
-The batch counts from step 5 on, and `read_scored` reads what the last manifest names and nothing
-else. So a driver that dies before it has written nothing, and one that dies after it finds the
-batch done: the sink itself says where to resume.
+`ParquetSink.write` stores a batch in five numbered steps, the last of which commits it: a manifest
+that names all committed files and the next offsets. `read_scored` reads the files of the last
+manifest and no others. So a driver that dies before the last step has stored nothing, and one that
+dies after it finds the batch stored: the sink itself says where to resume.
 
 When the files of a hundred batches have come together they are merged into one, and a hundred of
 those again, by a manifest of its own. The files that were merged stay for an hour.
@@ -29,32 +21,48 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID
 from helpers.records import MODEL_VERSION, observed, vector_entries
+from helpers.sinks.bad_records import policy_for
 from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
-from helpers.sinks.dead_letters import send_dead_letters
-from helpers.sinks.errors import BadRecordError, SinkError
+from helpers.sinks.errors import SinkError
 from helpers.sinks.lease import Lease
 from helpers.sinks.parts import finished_part, merge, read_parts, with_size
-from helpers.sinks.progress import Progress, Source, check_ranges
+from helpers.sinks.progress import Progress, check_ranges
 from helpers.sinks.starts import StartLog
 from helpers.spark import folder_names, remove_folder
-from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+from helpers.streaming import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
-
-ON_BAD_RECORD = ("dead-letter", "skip", "stop")
 
 # A batch's ranges by "topic/partition": where they begin, from where on they are left to be stored,
 # where they end; and the batch's number.
 _BOUNDS = "map<string, struct<first: bigint, left: bigint, end: bigint, batch: bigint>>"
+
+
+class Counts(NamedTuple):
+    """What a batch has added to a sink.
+
+    Attributes
+    ----------
+    events, signal, bad : int
+        How many events were stored, how many of these are signal, and how many records were bad.
+    unused : list of str
+        Names of fields that the records have and nobody uses; as `helpers.records.parse_events`
+        finds them, each Arrow batch reports a few.
+    """
+
+    events: int = 0
+    signal: int = 0
+    bad: int = 0
+    unused: list[str] = []  # noqa: RUF012 (nobody changes it)
 
 
 class ParquetSink:
@@ -69,16 +77,16 @@ class ParquetSink:
     path : str
         The folder's path or URI, on any file system that Spark's Hadoop client knows; what an
         earlier sink has written there is continued.
+    signal_index : int
+        Which class is signal.
     on_bad_record : str
-        ``"stop"``: the batch fails at a record that is no event, and nothing of it counts.
-        ``"skip"``: such records are kept in the files only, with their bytes and the reason.
-        ``"dead-letter"``: they are also sent to ``<topic>.dead-letter``, before the batch counts.
+        ``"stop"``: a record that is not an event fails its batch, and nothing of it is stored.
+        ``"skip"``: such records are stored apart, with their bytes and the reason.
+        ``"dead-letter"``: they are also sent to ``<topic>.dead-letter``, before the commit.
     settings : mapping, optional
         For dead letters: settings of a Kafka client by Kafka's names.
     event_id : str
         The column that identifies an event, an integer.
-    signal_index : int
-        Which class is signal.
     from_beginning : bool
         What to do with a topic that was deleted and created again since the path's last batch.
         False: refuse it, because its offsets name other records now. True: forget the offsets of
@@ -90,23 +98,17 @@ class ParquetSink:
         If another sink is open on the path, or the results there have another `event_id` or
         `signal_index`, or are of a topic that was created again.
     ValueError
-        If `on_bad_record` is no such thing, or dead letters have no settings.
+        If `on_bad_record` is none of these, or dead letters have no settings.
 
     Examples
     --------
     >>> path = str(getfixture("tmp_path") / "scored")
-    >>> class OneEvent:
-    ...     def ranges_of(self, batch_id):
-    ...         return [OffsetRange("events", 0, 0, 1, "id-of-topic")]
-    ...     def topic_ids(self):
-    ...         return {"events": "id-of-topic"}
-    ...     def positions(self):
-    ...         return {TopicAndPartition("events", 0): 0}
-    >>> with ParquetSink(spark, path) as sink:
-    ...     sink.begin(OneEvent())
-    ...     sink.write(scored, batch_id=7)
-    ...     sink.has(batch_id=7), sink.positions()
-    (True, {TopicAndPartition(topic='events', partition=0): 1})
+    >>> with ParquetSink(spark, path, signal_index=0) as sink:
+    ...     sink.begin({TopicAndPartition("events", 0): 0}, {"events": "id-of-topic"})
+    ...     sink.write(scored, [OffsetRange("events", 0, 0, 1)])
+    ...     sink.positions()
+    Counts(events=1, signal=1, bad=0, unused=[])
+    {TopicAndPartition(topic='events', partition=0): 1}
     >>> read_scored(spark, path).count()
     1
     """
@@ -115,20 +117,16 @@ class ParquetSink:
         self,
         spark: SparkSession,
         path: str,
+        *,
+        signal_index: int,
         on_bad_record: str = "stop",
         settings: Mapping[str, str] | None = None,
         event_id: str = EVENT_ID,
-        signal_index: int = 0,
         from_beginning: bool = False,
     ) -> None:
-        if on_bad_record not in ON_BAD_RECORD:
-            raise ValueError(
-                f"on_bad_record is {on_bad_record!r}: it must be {', '.join(ON_BAD_RECORD)}."
-            )
-        if on_bad_record == "dead-letter" and not settings:
-            raise ValueError("dead letters go to Kafka: give its settings, too.")
         self._spark, self.path = spark, path.rstrip("/")
-        self._on_bad_record, self._settings = on_bad_record, settings
+        self._treat_bad_records = policy_for(on_bad_record, settings)
+        self._on_bad_record = on_bad_record
         self._meaning = {"event_id": event_id, "signal_index": signal_index}
         self._from_beginning = from_beginning
         self._lease: Lease | None = None
@@ -138,8 +136,7 @@ class ParquetSink:
         self._unsure: State | None = None  # whose manifest may count
         self._unmerged: dict[str, int] = {}  # folders that a merge failed with, and at which number
         self._leftovers: set[str] = set()
-        self._source: Source | None = None
-        self._ids_at_begin: dict[str, str] = {}
+        self._topic_ids: dict[str, str] | None = None  # of the stream's topics, once it has begun
         self._writing = threading.Lock()
 
     def __repr__(self) -> str:
@@ -159,13 +156,18 @@ class ParquetSink:
         lease, self._lease = self._lease, None
         lease.close()
 
-    def begin(self, source: Source) -> None:
+    def begin(
+        self, positions: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]
+    ) -> None:
         """Take the batches of a stream from now on; a sink serves one stream.
 
         Parameters
         ----------
-        source : Source
-            The stream: a `KafkaDirectStream` or a `KafkaQuery`.
+        positions : mapping of TopicAndPartition to int
+            Where the stream begins, as `KafkaDirectStream.positions` and `KafkaQuery.positions`
+            return it.
+        topic_ids : mapping of str to str
+            Kafka's ids of the stream's topics now, by topic name.
 
         Raises
         ------
@@ -173,15 +175,14 @@ class ParquetSink:
             If the sink has a stream already, or a topic was deleted and created again.
         """
         self._check_open()
-        if self._source is not None:
+        if self._topic_ids is not None:
             raise SinkError(
                 f"{self.path} takes the batches of another stream already: give each stream a "
                 "sink with a path of its own."
             )
-        topic_ids = source.topic_ids()
         self._state = replace(self._state, progress=self._progress_in(topic_ids))
-        self._starts.keep(source.positions(), topic_ids)
-        self._source, self._ids_at_begin = source, topic_ids
+        self._starts.keep(positions, topic_ids)
+        self._topic_ids = dict(topic_ids)
 
     def positions(self, topic_ids: Mapping[str, str] | None = None) -> dict[TopicAndPartition, int]:
         """Return where a stream resumes: after the last batch, or where it began first.
@@ -212,22 +213,40 @@ class ParquetSink:
         self._check_open()
         return dict(self._state.progress.topic_ids)
 
-    def has(self, batch_id: int) -> bool:
-        """Tell whether all records of a batch are stored, so that it needn't be scored."""
-        ranges = self._ranges(batch_id)
-        return not self._state.progress.left(ranges)
+    def left(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
+        """Return what isn't stored yet of a batch's offset ranges.
 
-    def write(self, scored: DataFrame, batch_id: int) -> None:
-        """Write what the sink doesn't have yet of a batch; in one Spark action.
+        Raises
+        ------
+        SinkError
+            If a stream can't have such ranges, or a topic was deleted and created again.
+        """
+        return self._state.progress.left(self._checked(ranges))
+
+    def write(
+        self,
+        scored: DataFrame,
+        ranges: Iterable[OffsetRange],
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> Counts:
+        """Store what the sink doesn't have yet of a batch, in one Spark action.
+
+        1. Spark writes the batch's files and counts the records. Nobody reads the files yet.
+        2. The driver finds the files, with as many rows, and flushes them to the disk.
+        3. Bad records are treated as the sink was told.
+        4. The stream's last check passes, and the path still belongs to this sink.
+        5. A manifest, which names all committed files and the next offsets, gets its name in one
+           step of the file system that fails where the name is taken.
 
         Parameters
         ----------
         scored : pyspark.sql.DataFrame
-            With the columns that `helpers.records.keep_bad_records` and the transformers make:
-            the event's id, ``prediction`` (a vector of two), ``prediction_index``, ``topic``,
-            ``partition``, ``offset``, ``timestamp``, ``bad``.
-        batch_id : int
-            The batch's id, as the stream names it.
+            With the columns of `helpers.records.keep_bad_records`, ``prediction`` (a vector of
+            two), ``predicted_index``, and ``model_version`` if a serving model scored.
+        ranges : iterable of OffsetRange
+            The batch's offsets.
+        before_commit : callable
+            Raises an exception if the batch must not be committed after all.
 
         Raises
         ------
@@ -237,33 +256,28 @@ class ParquetSink:
             If another sink has taken the path over.
         """
         with self._writing:
-            self._write(scored, batch_id)
-
-    def _write(self, scored: DataFrame, batch_id: int) -> None:
-        """Write what the sink doesn't have yet of a batch, while no other batch is written."""
-        ranges = self._ranges(batch_id)
-        left = self._state.progress.left(ranges)
-        if not left:
-            return
-        self._tell_of_gaps(left)
-        folder = self._state.new_folder()
-        try:
-            counts = self._write_files(self._bounded(scored, ranges, left), folder)
-            part = finished_part(
-                self._spark, self.path, folder, counts["rows"], self._state.number + 1
-            )
-            if counts["bad"]:
-                counts["unsent"] = self._treat_bad_records(part, ranges)
-            self._check_topics(left)
-            self._lease.check()
-        except BaseException:
-            with contextlib.suppress(Exception):  # which must not hide the first one
-                remove_folder(self._spark, f"{self.path}/data/{folder}")
-            raise
-        self._commit(part, left, counts)
-        if self._leftovers:
-            self._remove_leftovers()
-        self._tidy()
+            ranges = self._checked(ranges)
+            left = self._state.progress.left(ranges)
+            if not left:
+                return Counts()
+            self._report_gaps(left)
+            folder = self._state.new_folder()
+            try:
+                rows, counts = self._write_files(self._bounded(scored, ranges, left), folder)  # 1
+                part = self._finished(folder, rows)  # 2
+                unsent = self._treat_bad_records(self._bad(part), ranges) if counts.bad else 0  # 3
+                before_commit()  # 4
+                self._lease.check()
+            except BaseException:
+                with contextlib.suppress(Exception):  # which must not hide the first one
+                    self._remove(folder)
+                raise
+            known = {"events": counts.events, "bad": counts.bad, "unsent": unsent, "rows": rows}
+            self._commit(part, left, known)  # 5
+            if self._leftovers:
+                self._remove_leftovers()
+            self._tidy()
+            return counts
 
     def _open(self) -> None:
         """Find out how far an earlier sink has come."""
@@ -278,7 +292,7 @@ class ParquetSink:
                 )
         parts = [with_size(self._spark, self.path, part) for part in last.parts]
         self._state = replace(last, meaning=self._meaning, parts=parts)
-        self._source, self._unsure, self._unmerged = None, None, {}
+        self._topic_ids, self._unsure, self._unmerged = None, None, {}
         # Listed now, since what appears later may be of a sink that takes over.
         self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
 
@@ -303,33 +317,21 @@ class ParquetSink:
                 "ParquetSink(..., from_beginning=True)."
             )
 
-    def _ranges(self, batch_id: int) -> list[OffsetRange]:
+    def _checked(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
         """Return a batch's ranges with their topics' ids; raise if it can't have them."""
         self._check_open()
-        if self._source is None:
-            raise SinkError("the sink has no stream: call `begin` with the stream.")
+        if self._topic_ids is None:
+            raise SinkError("the sink has no stream: call `begin` first.")
         self._settle()
         ranges = [
-            replace(part, topic_id=part.topic_id or self._ids_at_begin.get(part.topic))
-            for part in self._source.ranges_of(batch_id)
+            replace(part, topic_id=part.topic_id or self._topic_ids.get(part.topic))
+            for part in ranges
         ]
-        check_ranges(ranges, batch_id)
+        check_ranges(ranges)
         self._refuse(self._state.progress.changed({part.topic: part.topic_id for part in ranges}))
         return ranges
 
-    def _check_topics(self, ranges: Iterable[OffsetRange]) -> None:
-        """Raise `SinkError` if a topic has gone since its ranges were planned."""
-        now = self._source.topic_ids()
-        for part in ranges:
-            if part.topic_id and now.get(part.topic) != part.topic_id:
-                raise SinkError(
-                    f"topic {part.topic} was deleted while a batch of it was read, so the batch "
-                    "may lack records and is not stored. Start the stream again, with a new "
-                    "output path, or with ParquetSink(..., from_beginning=True) if the topic was "
-                    "created again."
-                )
-
-    def _tell_of_gaps(self, ranges: Iterable[OffsetRange]) -> None:
+    def _report_gaps(self, ranges: Iterable[OffsetRange]) -> None:
         """Warn of offsets that no batch has, and none will have."""
         for part in ranges:
             expected = self._state.progress.positions.get(part.topicAndPartition(), part.fromOffset)
@@ -363,8 +365,8 @@ class ParquetSink:
             return scored
         return scored.where("bounds IS NULL OR offset >= bounds.left")
 
-    def _write_files(self, scored: DataFrame, folder: str) -> dict[str, int]:
-        """Write a batch's files; return how many rows, events and bad records they have."""
+    def _write_files(self, scored: DataFrame, folder: str) -> tuple[int, Counts]:
+        """Write a batch's files; return how many rows they have, and what is in them."""
         counts = Observation()
         prediction = vector_entries(F.col("prediction"))
         place = F.concat_ws(
@@ -375,7 +377,7 @@ class ParquetSink:
             self._meaning["event_id"],
             prediction[0].alias("probability_0"),
             prediction[1].alias("probability_1"),
-            F.col("prediction_index").cast("int").alias("predicted_index"),
+            F.col("predicted_index").cast("int"),
             version.cast("string").alias(MODEL_VERSION),
             "topic",
             "partition",
@@ -383,6 +385,7 @@ class ParquetSink:
             F.col("timestamp").alias("event_time"),
             F.col("bounds.batch").alias("batch"),
             "bad",
+            "unused",
             F.expr("NOT ifnull(offset >= bounds.first AND offset < bounds.end, false)").alias(
                 "outside"
             ),
@@ -390,40 +393,35 @@ class ParquetSink:
             counts,
             F.count(F.lit(1)).alias("rows"),
             F.count("predicted_index").alias("events"),
+            F.count_if(F.col("predicted_index") == self._meaning["signal_index"]).alias("signal"),
             F.count("bad").alias("bad"),
+            F.collect_set("unused").alias("unused"),
             F.count_if("outside").alias("outside"),
             F.min(F.when(F.col("outside"), place)).alias("one_outside"),
         )
-        stored.drop("outside").write.parquet(f"{self.path}/data/{folder}")
+        stored.drop("unused", "outside").write.parquet(f"{self.path}/data/{folder}")
         found = observed(counts)
         if found is None:
             raise SinkError("Spark has written a batch without counting it, so it is not stored.")
-        if outside := found.pop("outside"):
+        if found["outside"]:
             raise SinkError(
-                f"{outside} records are not in the offset ranges of their batch, such as "
+                f"{found['outside']} records are not in the offset ranges of their batch, such as "
                 f"{found['one_outside']}: write the records that the batch's function got."
             )
-        del found["one_outside"]
-        return found
+        unused = sorted({name for names in found["unused"] for name in names})
+        return found["rows"], Counts(found["events"], found["signal"], found["bad"], unused)
 
-    def _treat_bad_records(self, part: Part, ranges: list[OffsetRange]) -> int:
-        """Do with a batch's bad records what the sink was told; return how many weren't sent."""
+    def _finished(self, folder: str, rows: int) -> Part:
+        """Return a batch's files, flushed; raise if they don't have as many rows as written."""
+        return finished_part(self._spark, self.path, folder, rows, self._state.number + 1)
+
+    def _bad(self, part: Part) -> DataFrame:
+        """Return the bad records of a batch's files."""
         files = read_parts(self._spark, self.path, [part], self._meaning["event_id"])
-        bad = files.where("bad IS NOT NULL")
-        if self._on_bad_record == "stop":
-            first = bad.orderBy("topic", "partition", "offset").first()
-            raise BadRecordError(
-                f"{first.topic}, partition {first.partition}, offset {first.offset} is no event: "
-                f"{first.bad.reason}. To go on without such records, set on_bad_record to "
-                "dead-letter or skip."
-            )
-        if self._on_bad_record == "dead-letter":
-            topic_ids = {part.topic: part.topic_id for part in ranges}
-            return send_dead_letters(bad, self._settings, topic_ids)
-        return 0
+        return files.where("bad IS NOT NULL")
 
-    def _commit(self, part: Part, ranges: list[OffsetRange], counts: dict[str, int]) -> None:
-        """Make the batch count: write its manifest, in one step."""
+    def _commit(self, part: Part, ranges: list[OffsetRange], counts: Mapping[str, Any]) -> None:
+        """Write the manifest of a batch, in one step."""
         state = self._state.with_batch(part, self._state.progress.after(ranges))
         self._publish(state, {"ranges": [astuple(part) for part in ranges], **counts})
 

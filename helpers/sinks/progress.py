@@ -4,26 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from helpers.sinks.errors import SinkError
-from helpers.streaming.offsets import OffsetRange, TopicAndPartition
-
-
-class Source(Protocol):
-    """Where a sink's batches come from.
-
-    A DStream is one (`KafkaDirectStream`), and so is a query (`KafkaQuery`).
-    """
-
-    def ranges_of(self, batch_id: int) -> list[OffsetRange]:
-        """Return the offset ranges of a batch; raise an exception if the batch is unknown."""
-
-    def topic_ids(self) -> dict[str, str]:
-        """Ask Kafka which ids the source's topics have now, and return them by topic name."""
-
-    def positions(self) -> dict[TopicAndPartition, int]:
-        """Return where the next batch begins in each partition."""
+from helpers.streaming import OffsetRange, TopicAndPartition
 
 
 @dataclass(frozen=True)
@@ -91,33 +74,55 @@ class Progress:
         return Progress(positions, self.topic_ids | topic_ids)
 
 
-def check_ranges(ranges: list[OffsetRange], batch_id: int) -> None:
+def check_ranges(ranges: list[OffsetRange]) -> None:
     """Raise `SinkError` if a batch can't have these ranges.
 
     Examples
     --------
-    >>> check_ranges([], batch_id=7)
+    >>> check_ranges([])
     Traceback (most recent call last):
     ...
-    helpers.sinks.errors.SinkError: batch 7 has no offset ranges, so nobody knows which records it
-    has: `begin` must get the source that the batch is from.
+    helpers.sinks.errors.SinkError: a batch without offset ranges can't be stored: nobody knows
+    which records it has.
     """
     if not ranges:
         raise SinkError(
-            f"batch {batch_id} has no offset ranges, so nobody knows which records it has: `begin` "
-            "must get the source that the batch is from."
+            "a batch without offset ranges can't be stored: nobody knows which records it has."
         )
     seen: set[TopicAndPartition] = set()
     for part in ranges:
         name = f"{part.topic}, partition {part.partition}"
         if part.topicAndPartition() in seen:
             raise SinkError(
-                f"batch {batch_id} has two offset ranges of {name}: a sink takes the batches of "
-                "one source, each partition once."
+                f"a batch has two offset ranges of {name}: a sink takes the batches of one source, "
+                "each partition once."
             )
         if not 0 <= part.fromOffset < part.untilOffset:
             raise SinkError(
-                f"batch {batch_id} has offsets {part.fromOffset} to {part.untilOffset} of {name}: "
-                "a range ends after its beginning."
+                f"a batch has offsets {part.fromOffset} to {part.untilOffset} of {name}: a range "
+                "ends after its beginning."
             )
         seen.add(part.topicAndPartition())
+
+
+def check_topics(ranges: Iterable[OffsetRange], topic_ids: Mapping[str, str]) -> None:
+    """Raise `SinkError` if a topic was deleted since its ranges were planned.
+
+    Parameters
+    ----------
+    ranges : iterable of OffsetRange
+        A batch's offsets.
+    topic_ids : mapping of str to str
+        Kafka's ids of the topics now, by topic name.
+
+    Examples
+    --------
+    >>> check_topics([OffsetRange("events", 0, 0, 10, "id-1")], {"events": "id-1"})
+    """
+    for part in ranges:
+        if part.topic_id and topic_ids.get(part.topic) != part.topic_id:
+            raise SinkError(
+                f"topic {part.topic} was deleted while a batch of it was read, so the batch may "
+                "lack records and is not stored. Start the stream again, with a new output path, "
+                "or with ParquetSink(..., from_beginning=True) if the topic was created again."
+            )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pyspark.sql import SparkSession
 
 from helpers.spark import JsonFolder
-from helpers.streaming.offsets import TopicAndPartition
+from helpers.streaming import TopicAndPartition
 
 # Kafka allows names that begin with "_" or ".", which files that don't count have.
 _PREFIX = "topic-"

@@ -22,16 +22,34 @@ From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `
 """
 
 from helpers.streaming.client import topic_ids
-from helpers.streaming.context import new_streaming_context, run_stream, stop_streaming
+from helpers.streaming.context import (
+    java_watched,
+    new_streaming_context,
+    run_stream,
+    stop_streaming,
+)
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
-from helpers.streaming.errors import StreamError
+from helpers.streaming.errors import (
+    ANSWER_SECONDS,
+    StreamError,
+    explained,
+    summary,
+    without_secrets,
+)
 from helpers.streaming.kafka_utils import KafkaMessageAndMetadata, KafkaUtils, utf8_decoder
-from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
+from helpers.streaming.offsets import Broker, OffsetRange, PlannedBatch, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import RangeReader
+from helpers.streaming.settings import (
+    java_map,
+    modern_settings,
+    settings_of,
+    use_added_jars,
+)
 from helpers.streaming.structured import KafkaQuery, read_stream
 
 __all__ = [
+    "ANSWER_SECONDS",
     "Broker",
     "KafkaDirectStream",
     "KafkaMessageAndMetadata",
@@ -40,13 +58,22 @@ __all__ = [
     "KafkaUtils",
     "OffsetPlanner",
     "OffsetRange",
+    "PlannedBatch",
     "RangeReader",
     "StreamError",
     "TopicAndPartition",
+    "explained",
+    "java_map",
+    "java_watched",
+    "modern_settings",
     "new_streaming_context",
     "read_stream",
     "run_stream",
+    "settings_of",
     "stop_streaming",
+    "summary",
     "topic_ids",
+    "use_added_jars",
     "utf8_decoder",
+    "without_secrets",
 ]

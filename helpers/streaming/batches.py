@@ -34,7 +34,7 @@ from helpers.streaming.errors import (
     summary,
     without_secrets,
 )
-from helpers.streaming.offsets import OffsetRange, TopicAndPartition, ends_of
+from helpers.streaming.offsets import OffsetRange, PlannedBatch, TopicAndPartition, ends_of
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.plans import Plan, PlanLog
 from helpers.streaming.rates import RateLimit
@@ -219,15 +219,6 @@ class Batches:
         """Return where the next batch to be planned begins in each partition."""
         return self._planner.positions()
 
-    def planned_ranges(self, batch_id: int) -> list[OffsetRange]:
-        """Return the offset ranges of a batch that isn't committed yet."""
-        ranges = self.ranges(batch_id)
-        if not ranges:
-            raise StreamError(
-                f"batch {batch_id} is not one of this stream's batches that wait to be committed."
-            )
-        return ranges
-
     def ranges(self, interval: int) -> list[OffsetRange]:
         """Return the offset ranges of an interval; none if it has no records."""
         with self._lock:
@@ -244,7 +235,7 @@ class Batches:
             self._fail(f"batch {batch_id_of(batch_time)} can't be read: {error}")
             raise
 
-    def run(self, function: Callable[[DataFrame, int], None], batch_time: datetime) -> None:
+    def run(self, function: Callable[[PlannedBatch], None], batch_time: datetime) -> None:
         """Call a function with a batch; if it fails, once more; then let no later batch begin."""
         batch_id = batch_id_of(batch_time)
         ranges = self.ranges(batch_id)
@@ -254,7 +245,7 @@ class Batches:
         self._running += 1
         try:
             try:
-                function(self._read(ranges), batch_id)
+                function(PlannedBatch(batch_id, ranges, self._read(ranges)))
             except Exception:
                 if self._stopped:
                     raise
@@ -497,11 +488,11 @@ class Batches:
         return self._reader.read(left)
 
     def _last_try(
-        self, function: Callable[[DataFrame, int], None], ranges: list[OffsetRange], batch_id: int
+        self, function: Callable[[PlannedBatch], None], ranges: list[OffsetRange], batch_id: int
     ) -> None:
         """Call a batch's function once more; when that fails, let no later batch begin."""
         try:
-            function(self._read(ranges), batch_id)
+            function(PlannedBatch(batch_id, ranges, self._read(ranges)))
         except Exception:
             self._stopped = True
             raise

@@ -14,7 +14,7 @@ from pyspark.streaming.dstream import TransformedDStream
 
 from helpers.spark import scratch_folder
 from helpers.streaming.batches import Batches, batch_id_of
-from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+from helpers.streaming.offsets import OffsetRange, PlannedBatch, TopicAndPartition
 
 
 class KafkaRDD(RDD):
@@ -98,6 +98,16 @@ class KafkaDirectStream(TransformedDStream):
         --------
         >>> stream.foreachBatch(lambda df, batch_id: df.write.mode("append").parquet("events"))
         """
+        self.for_each_planned_batch(lambda batch: function(batch.records, batch.batch_id))
+
+    def for_each_planned_batch(self, function: Callable[[PlannedBatch], None]) -> None:
+        """Call a function with each batch and its offset ranges, otherwise as `foreachBatch` does.
+
+        Parameters
+        ----------
+        function : callable
+            Takes a `PlannedBatch`.
+        """
         batches = self._batches
 
         def run(batch_time: datetime, _: RDD) -> None:
@@ -154,28 +164,6 @@ class KafkaDirectStream(TransformedDStream):
         helpers.streaming.errors.StreamError: commitAsync is for streams with a group.id whose ...
         """
         self._batches.commit_async(ranges)
-
-    def ranges_of(self, batch_id: int) -> list[OffsetRange]:
-        """Return the offset ranges of a batch that isn't committed yet.
-
-        Parameters
-        ----------
-        batch_id : int
-            The batch's time in milliseconds since 1970.
-
-        Raises
-        ------
-        StreamError
-            If the stream has no such batch.
-
-        Examples
-        --------
-        >>> stream.ranges_of(1_700_000_000_000)
-        Traceback (most recent call last):
-        ...
-        helpers.streaming.errors.StreamError: batch 1700000000000 is not one of this stream's ...
-        """
-        return self._batches.planned_ranges(batch_id)
 
     def topic_ids(self) -> dict[str, str]:
         """Ask Kafka for the ids of the stream's topics, by their names.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
 
 
 @dataclass(frozen=True, order=True)
@@ -70,6 +74,25 @@ class OffsetRange:
         marks between them.
         """
         return self.untilOffset - self.fromOffset
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """A batch of a stream.
+
+    Attributes
+    ----------
+    batch_id : int
+        What Spark calls it; of a DStream, its time in milliseconds since 1970.
+    ranges : list of OffsetRange
+        Its offsets, with the ids of their topics.
+    records : pyspark.sql.DataFrame
+        Its records, with the columns of Spark's Kafka source.
+    """
+
+    batch_id: int
+    ranges: list[OffsetRange]
+    records: DataFrame
 
 
 def ends_of(ranges: list[OffsetRange]) -> dict[TopicAndPartition, int]:

@@ -32,7 +32,7 @@ from helpers.streaming.errors import (
     summary,
     without_secrets,
 )
-from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+from helpers.streaming.offsets import OffsetRange, PlannedBatch, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import source_options
 from helpers.streaming.settings import modern_settings
@@ -98,12 +98,11 @@ class KafkaQuery:
         self._settings = _without_group(modern_settings(settings))
         self._checkpoint = full_path(spark, checkpoint).rstrip("/")
         self._offsets = CheckpointOffsets(spark, self._checkpoint)
-        self._function: Callable[[DataFrame, int], None] | None = None
+        self._function: Callable[[PlannedBatch], None] | None = None
         self._batches_begun = 0
         self._away_since: float | None = None
         self._stopping = False
         self._topic_ids: dict[str, str] = {}
-        self._ranges: tuple[int, list[OffsetRange]] = (-1, [])  # of the last batch asked for
         self._client = KafkaClient(spark, self._settings)
         try:
             self._starts = self._find_starts(positions)
@@ -127,6 +126,16 @@ class KafkaQuery:
         function : callable
             Takes ``(df, batch_id)``: a DataFrame with the columns of Spark's Kafka source, and the
             number of the batch.
+        """
+        self.for_each_planned_batch(lambda batch: function(batch.records, batch.batch_id))
+
+    def for_each_planned_batch(self, function: Callable[[PlannedBatch], None]) -> None:
+        """Call a function with each batch and its offset ranges, otherwise as `foreachBatch` does.
+
+        Parameters
+        ----------
+        function : callable
+            Takes a `PlannedBatch`.
         """
         self._function = function
 
@@ -189,13 +198,10 @@ class KafkaQuery:
         StreamError
             If Spark has planned no such batch, or the query has other sources than these topics.
         """
-        if self._ranges[0] != batch_id:
-            ranges = [
-                replace(part, topic_id=self._topic_ids[part.topic])
-                for part in self._offsets.ranges_of(batch_id)
-            ]
-            self._ranges = batch_id, ranges
-        return self._ranges[1]
+        return [
+            replace(part, topic_id=self._topic_ids[part.topic])
+            for part in self._offsets.ranges_of(batch_id)
+        ]
 
     def topic_ids(self) -> dict[str, str]:
         """Ask Kafka for the ids of the topics, by their names."""
@@ -211,14 +217,21 @@ class KafkaQuery:
 
     def lag(self) -> int:
         """Return how many offsets that the topics have now are not done yet."""
-        done = {**self._starts, **self._offsets.finished()}
-        topics = self._client.topics(self._topics).values()
-        partitions = [part for topic in topics for part in topic.partitions]
-        return sum(end - done.get(part, 0) for part, end in self._client.ends(partitions).items())
+        return self._left({**self._starts, **self._offsets.finished()})
+
+    def lag_after(self, batch_id: int) -> int:
+        """Return what `lag` will be when a planned batch and those before it are done."""
+        return self._left({**self._starts, **self._offsets.after(batch_id)})
 
     def close(self) -> None:
         """Close the connections to Kafka, as the end of a ``with`` block does."""
         self._client.close()
+
+    def _left(self, done: Mapping[TopicAndPartition, int]) -> int:
+        """Return how many offsets the topics have now beyond those that are done."""
+        topics = self._client.topics(self._topics).values()
+        partitions = [part for topic in topics for part in topic.partitions]
+        return sum(end - done.get(part, 0) for part, end in self._client.ends(partitions).items())
 
     def _find_starts(
         self, positions: Mapping[TopicAndPartition, int] | None
@@ -272,19 +285,19 @@ class KafkaQuery:
             if self._topic_ids[topic] != topic_id:
                 raise TopicRecreatedError(topic)
         if ranges:  # Spark has batches without records: the first one of an empty topic
-            self._call(df, batch_id, ranges)
+            self._call(PlannedBatch(batch_id, ranges, df))
         self._away_since = None
 
-    def _call(self, df: DataFrame, batch_id: int, ranges: list[OffsetRange]) -> None:
+    def _call(self, batch: PlannedBatch) -> None:
         """Call the function, once more if it fails; report what retention has deleted."""
-        left = self._client.without_deleted(ranges)
+        left = self._client.without_deleted(batch.ranges)
         try:
-            self._function(df, batch_id)
+            self._function(batch)
         except Exception:
             if self._stopping:
                 raise
-            _LOGGER.warning("batch %s failed and is tried again", batch_id, exc_info=True)
-            self._function(df, batch_id)
+            _LOGGER.warning("batch %s failed and is tried again", batch.batch_id, exc_info=True)
+            self._function(batch)
         # The batch is done: what Kafka says now must not repeat it.
         with contextlib.suppress(StreamError):
             self._report_deleted_meanwhile(left)
@@ -369,8 +382,8 @@ class CheckpointOffsets:
             If the checkpoint has no such batch, has several sources, or has a partition that ends
             before it begins.
         """
-        ends = self._after(batch_id)
-        starts = self._after(batch_id - 1) if batch_id else self._initial()
+        ends = self.after(batch_id)
+        starts = self.after(batch_id - 1) if batch_id else self._initial()
         ranges = []
         for part, end in ends.items():
             start = starts.get(part, 0)  # a partition that is new is read from its beginning
@@ -385,14 +398,14 @@ class CheckpointOffsets:
     def planned(self) -> dict[TopicAndPartition, int]:
         """Return where the last batch that Spark has planned ends; nothing before the first."""
         batches = self._numbers("offsets")
-        return self._after(max(batches)) if batches else {}
+        return self.after(max(batches)) if batches else {}
 
     def finished(self) -> dict[TopicAndPartition, int]:
         """Return where the query's last finished batch ended, in each partition it has read."""
         batches = self._numbers("commits")
         if not batches:
             return {}
-        starts, ends = self._initial(), self._after(max(batches))
+        starts, ends = self._initial(), self.after(max(batches))
         return {part: end for part, end in ends.items() if end > starts.get(part, 0)}
 
     def _numbers(self, folder: str) -> list[int]:
@@ -404,7 +417,7 @@ class CheckpointOffsets:
         *_, offsets = self._lines("sources/0/0")
         return _by_partition(offsets)
 
-    def _after(self, batch_id: int) -> dict[TopicAndPartition, int]:
+    def after(self, batch_id: int) -> dict[TopicAndPartition, int]:
         """Return where a batch ends."""
         lines = self._lines(f"offsets/{batch_id}")
         if len(lines) != _SOURCE_LINE + 1:

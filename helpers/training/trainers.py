@@ -33,7 +33,7 @@ from pyspark.sql.types import ArrayType, DataType, NumericType
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.records import vector_entries
 from helpers.spark import root_cause
-from helpers.streaming.errors import summary
+from helpers.streaming import summary
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 # The reductions of a Keras loss that are a mean over the rows of an update.

@@ -1,0 +1,128 @@
+"""The table of a stream's batches: in a notebook, and line by line in a terminal."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+
+from IPython import get_ipython
+from IPython.display import display
+
+from helpers.monitor.batch import Batch
+
+# How many batches the table in a notebook shows: the last ones.
+ROWS_SHOWN = 20
+
+# How many characters of the name of an unused field are shown.
+CHARACTERS_SHOWN = 40
+
+_HEADINGS = ("time (UTC)", "events", "signal", "bad", "seconds", "events/s", "lag")
+_WIDTHS = (10, 9, 9, 7, 7, 9, 11)
+_UNKNOWN = "-"
+
+# What a notebook shows of a table: its content by MIME type.
+Contents = dict[str, str]
+
+
+class Table:
+    """The table in a notebook, below the cell that makes it, wherever it is changed from."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._handle = display(contents, raw=True, display_id=True)
+
+    def show(self, batch: Batch, contents: Callable[[], Contents]) -> None:
+        """Show the last batches instead of those before."""
+        self._handle.update(contents(), raw=True)
+
+
+class Lines:
+    """Lines for a terminal or a log."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def show(self, batch: Batch, contents: Callable[[], Contents]) -> None:
+        """Print a batch, the first below a heading."""
+        if not self._begun:
+            print(_line(_HEADINGS), flush=True)
+            self._begun = True
+        print(_line(_cells(batch)), flush=True)
+
+
+def open_display() -> Table | Lines:
+    """Return a new table where a notebook shows it, otherwise lines."""
+    return Table(contents_of([], Counter(), set())) if in_notebook() else Lines()
+
+
+def in_notebook() -> bool:
+    """Return whether this is a Jupyter kernel; IPython in a terminal has none."""
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+def shortened(name: str) -> str:
+    """Return a name, cut where it is too long to be shown."""
+    return name if len(name) <= CHARACTERS_SHOWN else f"{name[:CHARACTERS_SHOWN]}..."
+
+
+def about_unused(names: Iterable[str]) -> str:
+    """Return a sentence on fields that the records have and nobody uses."""
+    return f"fields that are not used: {', '.join(sorted(names))} (they are ignored)"
+
+
+def _cells(batch: Batch) -> tuple[str, ...]:
+    """Return a batch as texts, in the order of the headings."""
+    moment = datetime.fromtimestamp(batch.time / 1000, UTC)
+    lag = _UNKNOWN if batch.lag is None else f"{batch.lag:,}"
+    return (f"{moment:%H:%M:%S}", *_figures(batch), lag)
+
+
+def _figures(batch: Batch) -> tuple[str, ...]:
+    rate = batch.events_per_second
+    counts = (f"{count:,}" for count in (batch.events, batch.signal, batch.bad))
+    return (*counts, f"{batch.seconds:,.1f}", _UNKNOWN if math.isnan(rate) else f"{rate:,.0f}")
+
+
+def _total_cells(totals: Counter[str]) -> tuple[str, ...]:
+    """Return the totals as texts, in the order of the headings."""
+    names = ("events", "signal", "bad", "seconds")
+    return ("total", *_figures(Batch(0, **{name: totals[name] for name in names})), "")
+
+
+def _line(cells: Sequence[str]) -> str:
+    """Return cells as a line: the time on the left, numbers on the right of their columns."""
+    numbers = (cell.rjust(width) for cell, width in zip(cells[1:], _WIDTHS[1:], strict=True))
+    return "  ".join([cells[0].ljust(_WIDTHS[0]), *numbers]).rstrip()
+
+
+def contents_of(batches: Sequence[Batch], totals: Counter[str], unused: set[str]) -> Contents:
+    """Return the table for notebooks, as HTML and as text."""
+    rows = [_cells(batch) for batch in batches[-ROWS_SHOWN:]]
+    total = _total_cells(totals)
+    notes = []
+    if totals["batches"] > ROWS_SHOWN:
+        notes.append(f"the last {ROWS_SHOWN} of {totals['batches']:,} batches; the total is of all")
+    if unused:
+        notes.append(about_unused(unused))
+    text = "\n".join([*map(_line, (_HEADINGS, *rows, total)), *notes])
+    return {"text/html": _html(rows, total, notes), "text/plain": text}
+
+
+def _html(rows: Iterable[Sequence[str]], total: Sequence[str], notes: Iterable[str]) -> str:
+    """Return the table as HTML that takes its colours from the page, light or dark."""
+    body = "".join(_html_row("td", row) for row in rows)
+    notes = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+    return (
+        '<table style="border-collapse: collapse; font-variant-numeric: tabular-nums">'
+        f"<thead>{_html_row('th', _HEADINGS, 'border-bottom: 1px solid; ')}</thead>"
+        f"<tbody>{body}</tbody>"
+        f"<tfoot>{_html_row('th', total, 'border-top: 1px solid; ')}</tfoot></table>{notes}"
+    )
+
+
+def _html_row(tag: str, cells: Iterable[str], style: str = "") -> str:
+    style += "text-align: right; padding: 0.2em 0.8em"
+    row = "".join(f'<{tag} style="{style}">{cell}</{tag}>' for cell in cells)
+    return f"<tr>{row}</tr>"

@@ -1,0 +1,75 @@
+"""What a sink does with records that are not events: one function for each way.
+
+Each takes the bad records of a batch's files and the batch's ranges, and returns how many of the
+records could not be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from pyspark.sql import DataFrame
+
+from helpers.sinks.dead_letters import send_dead_letters
+from helpers.sinks.errors import BadRecordError
+from helpers.streaming import OffsetRange
+
+Policy = Callable[[DataFrame, Iterable[OffsetRange]], int]
+
+ON_BAD_RECORD = ("dead-letter", "skip", "stop")
+
+
+def policy_for(on_bad_record: str, settings: Mapping[str, str] | None) -> Policy:
+    """Return what treats bad records.
+
+    Parameters
+    ----------
+    on_bad_record : str
+        One of `ON_BAD_RECORD`.
+    settings : mapping, optional
+        Settings of a Kafka client, for dead letters.
+
+    Raises
+    ------
+    ValueError
+        If there is no such way, or dead letters have no settings.
+
+    Examples
+    --------
+    >>> policy_for("skip", None)(bad=None, ranges=[])
+    0
+    """
+    if on_bad_record not in ON_BAD_RECORD:
+        raise ValueError(
+            f"on_bad_record is {on_bad_record!r}: it must be {', '.join(ON_BAD_RECORD)}."
+        )
+    if on_bad_record == "stop":
+        return _stop
+    if on_bad_record == "skip":
+        return _skip
+    if not settings:
+        raise ValueError("dead letters go to Kafka: give its settings, too.")
+    return partial(_send, settings)
+
+
+def _stop(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
+    """Fail the batch with the place of its first bad record."""
+    first = bad.orderBy("topic", "partition", "offset").first()
+    raise BadRecordError(
+        f"{first.topic}, partition {first.partition}, offset {first.offset} is not an event: "
+        f"{first.bad.reason}. To go on without such records, set on_bad_record to dead-letter or "
+        "skip."
+    )
+
+
+def _skip(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
+    """Leave the records in the sink's files, where `read_bad_records` finds them."""
+    return 0
+
+
+def _send(
+    settings: Mapping[str, str], bad: DataFrame, ranges: Iterable[OffsetRange]
+) -> int:
+    """Send the records to the dead-letter topics of their topics."""
+    return send_dead_letters(bad, settings, {part.topic: part.topic_id for part in ranges})
