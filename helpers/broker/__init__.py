@@ -21,17 +21,3 @@ from helpers.broker.local import (
     port_is_free,
 )
 from helpers.broker.security import python_settings
-
-__all__ = [
-    "ANSWER_SECONDS",
-    "KAFKA_JARS",
-    "KAFKA_VERSION",
-    "LOOPBACK",
-    "BrokerError",
-    "LocalKafka",
-    "count_records",
-    "fetch",
-    "free_port",
-    "port_is_free",
-    "python_settings",
-]

@@ -38,24 +38,3 @@ from helpers.higgs.significance import (
     significance,
     significance_curve,
 )
-
-__all__ = [
-    "BOOKKEEPING",
-    "EVENT_ID",
-    "EXPECTED_BACKGROUND",
-    "EXPECTED_SIGNAL",
-    "FEATURES",
-    "INTEGERS",
-    "LABEL",
-    "LABELS",
-    "MISSING",
-    "PROCESSES",
-    "SCHEMA",
-    "SOURCE",
-    "derive_columns",
-    "generate_events",
-    "read_events",
-    "read_events_in_spark",
-    "significance",
-    "significance_curve",
-]

@@ -9,8 +9,3 @@ elsewhere each batch is a printed line.
 
 from helpers.monitor.batch import Batch
 from helpers.monitor.log import Monitor
-
-__all__ = [
-    "Batch",
-    "Monitor",
-]

@@ -4,7 +4,3 @@
 """
 
 from helpers.preflight.table import preflight
-
-__all__ = [
-    "preflight",
-]

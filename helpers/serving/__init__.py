@@ -16,15 +16,3 @@ from helpers.serving.contract import (
 )
 from helpers.serving.model_file import ModelFile
 from helpers.serving.transformer import ServingTransformer
-
-__all__ = [
-    "Contract",
-    "ModelFile",
-    "ServingModel",
-    "ServingModelError",
-    "ServingTransformer",
-    "fingerprint",
-    "load_serving_model",
-    "save_serving_model",
-    "scaled_network",
-]

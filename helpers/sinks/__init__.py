@@ -14,18 +14,3 @@ from helpers.sinks.dead_letters import (
 from helpers.sinks.errors import BadRecordError, SinkError
 from helpers.sinks.parquet import Counts, ParquetSink, read_bad_records, read_scored
 from helpers.sinks.progress import check_topics
-
-__all__ = [
-    "DEAD_LETTERS",
-    "ON_BAD_RECORD",
-    "BadRecordError",
-    "Counts",
-    "ParquetSink",
-    "SinkError",
-    "check_topics",
-    "prepare_dead_letters",
-    "read_bad_records",
-    "read_scored",
-    "send_dead_letters",
-    "send_predictions",
-]

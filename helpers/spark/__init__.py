@@ -28,30 +28,3 @@ from helpers.spark.jars import (
 )
 from helpers.spark.scratch import log_file, protect_folder, scratch_folder
 from helpers.spark.session import SessionError, fetch, get_spark, root_cause
-
-__all__ = [
-    "CONNECTOR",
-    "INSTALL_JAVA",
-    "JarsError",
-    "JsonFolder",
-    "NoSuchJarError",
-    "SessionError",
-    "fetch",
-    "fetch_jars",
-    "flush_folder",
-    "folder_names",
-    "folder_size",
-    "full_path",
-    "get_spark",
-    "jars_folder",
-    "java_class",
-    "java_command",
-    "log_file",
-    "protect_folder",
-    "read_file",
-    "remove_folder",
-    "root_cause",
-    "scratch_folder",
-    "spark_and_scala",
-    "spark_home",
-]

@@ -47,33 +47,3 @@ from helpers.streaming.settings import (
     use_added_jars,
 )
 from helpers.streaming.structured import KafkaQuery, read_stream
-
-__all__ = [
-    "ANSWER_SECONDS",
-    "Broker",
-    "KafkaDirectStream",
-    "KafkaMessageAndMetadata",
-    "KafkaQuery",
-    "KafkaRDD",
-    "KafkaUtils",
-    "OffsetPlanner",
-    "OffsetRange",
-    "PlannedBatch",
-    "RangeReader",
-    "StreamError",
-    "TopicAndPartition",
-    "explained",
-    "java_map",
-    "java_watched",
-    "modern_settings",
-    "new_streaming_context",
-    "read_stream",
-    "run_stream",
-    "settings_of",
-    "stop_streaming",
-    "summary",
-    "topic_ids",
-    "use_added_jars",
-    "utf8_decoder",
-    "without_secrets",
-]

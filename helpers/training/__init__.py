@@ -7,9 +7,3 @@ of the rows, and the driver averages the weights, from which the next round star
 """
 
 from helpers.training.trainers import AveragingTrainer, SingleTrainer, TrainingError
-
-__all__ = [
-    "AveragingTrainer",
-    "SingleTrainer",
-    "TrainingError",
-]
