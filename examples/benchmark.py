@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helper
 
 import keras
 import nbformat
-import numpy
+import numpy as np
 from pyspark.ml import Pipeline
 from pyspark.ml.feature import OneHotEncoder, StandardScaler, StringIndexer, VectorAssembler
 from pyspark.ml.functions import vector_to_array
@@ -91,8 +91,8 @@ def limit_events_per_s(model: keras.Model, seconds: float = SGEMM_SECONDS) -> fl
     True
     """
     kernels = [layer.kernel for layer in model.layers if isinstance(layer, keras.layers.Dense)]
-    shape = max((tuple(kernel.shape) for kernel in kernels), key=numpy.prod)
-    generator = numpy.random.default_rng(0)
+    shape = max((tuple(kernel.shape) for kernel in kernels), key=np.prod)
+    generator = np.random.default_rng(0)
     left = generator.random((ROWS, shape[0]), dtype="float32")
     right = generator.random(shape, dtype="float32")
     products = 0

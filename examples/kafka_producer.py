@@ -25,7 +25,7 @@ from pathlib import Path
 
 import kafka.codec
 import orjson
-import pandas
+import pandas as pd
 from kafka import KafkaProducer
 from kafka.errors import (
     IllegalStateError,
@@ -158,7 +158,7 @@ class Stopping(threading.Event):
         self.set()
 
 
-def encode(events: pandas.DataFrame) -> Iterator[tuple[bytes, bytes]]:
+def encode(events: pd.DataFrame) -> Iterator[tuple[bytes, bytes]]:
     """Yield key and value of each event: its EventId, and a JSON object of the id and 30 features.
 
     Parameters
@@ -182,7 +182,7 @@ def encode(events: pandas.DataFrame) -> Iterator[tuple[bytes, bytes]]:
         yield str(row[0]).encode(), orjson.dumps(dict(zip(names, row, strict=True)))
 
 
-def chunks(options: argparse.Namespace, stopping: Stopping) -> Iterator[pandas.DataFrame]:
+def chunks(options: argparse.Namespace, stopping: Stopping) -> Iterator[pd.DataFrame]:
     """Yield the events to send, a chunk at a time; with ``--loop`` round after round.
 
     Generated rounds go on with new events and new EventIds; a file's rounds repeat its events.
@@ -384,7 +384,7 @@ def _summary(deliveries: Deliveries, topic: str, seconds: float) -> int:
     return 1 if deliveries.acknowledged < deliveries.sent else 0
 
 
-def _generated_chunks(options: argparse.Namespace, round_number: int) -> Iterator[pandas.DataFrame]:
+def _generated_chunks(options: argparse.Namespace, round_number: int) -> Iterator[pd.DataFrame]:
     """Yield the generated events of a round; the first n of a seed are the same for every n."""
     for first in range(0, options.events, CHUNK):
         chunk = generate_events(
@@ -395,7 +395,7 @@ def _generated_chunks(options: argparse.Namespace, round_number: int) -> Iterato
         yield chunk.head(options.events - first)
 
 
-def _file_chunks(options: argparse.Namespace) -> Iterator[pandas.DataFrame]:
+def _file_chunks(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
     events = read_events(options.csv)
     if options.events is not None:
         events = events.head(options.events)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import keras
-import numpy
+import numpy as np
 
 FEATURE_COUNT = 30
 
@@ -75,7 +75,7 @@ def normalized_network(network: keras.Model) -> keras.Model:
     Examples
     --------
     >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Activation("linear")])
-    >>> normalized_network(network)(numpy.array([[3.0, 4.0]])).numpy().round(6).tolist()
+    >>> normalized_network(network)(np.array([[3.0, 4.0]])).numpy().round(6).tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
     layer = keras.layers.UnitNormalization(name="normalization")
@@ -118,7 +118,7 @@ def model_from_bytes(content: bytes) -> keras.Model:
         return keras.saving.load_model(path, compile=False)
 
 
-def compiled_predict(model: keras.Model) -> Callable[[numpy.ndarray], numpy.ndarray]:
+def compiled_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     """Return a model's fastest way from features to probabilities, compiled once for all sizes.
 
     `keras.Model.predict` sets up a data pipeline on each call and compiles again for each new size
@@ -136,7 +136,7 @@ def compiled_predict(model: keras.Model) -> Callable[[numpy.ndarray], numpy.ndar
 
     Examples
     --------
-    >>> compiled_predict(build_model())(numpy.zeros((3, 30), dtype="float32")).shape
+    >>> compiled_predict(build_model())(np.zeros((3, 30), dtype="float32")).shape
     (3, 2)
     """
     import tensorflow

@@ -27,11 +27,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy
+import numpy as np
 import orjson
 import pyarrow
 from pyspark.ml.functions import vector_to_array
-from pyspark.sql import Column, DataFrame, Observation, Row, functions
+from pyspark.sql import Column, DataFrame, Observation, Row
+from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, DoubleType, LongType, StringType, StructField, StructType
 
 from helpers.higgs import SCHEMA
@@ -43,7 +44,7 @@ MODEL_VERSION = "model_version"  # the column that says which serving model scor
 
 _DENSE = 1  # how VectorUDT marks a dense vector
 _NUMBERS = frozenset((int, float))  # not bool, which Python holds for an int
-_LARGEST = float(numpy.finfo("float32").max)
+_LARGEST = float(np.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _QUOTED = 40  # characters of a bad record that its reason quotes
 # How many names of unused fields an Arrow batch reports, and how much of each: they come from
@@ -120,10 +121,10 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     ['EventId is missing', 'it is an array, not a JSON object']
     """
     schema_json = schema.json()
-    parse = functions.arrow_udf(
+    parse = F.arrow_udf(
         lambda values: _parser(schema_json).events(values), event_type(schema)
     )
-    event = parse(functions.col("value").cast("binary"))
+    event = parse(F.col("value").cast("binary"))
     return records.withColumn("event", event.alias("event", metadata=_metadata(schema)))
 
 
@@ -145,10 +146,10 @@ def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     100000
     """
     event_id, *features = schema.names
-    numbers = [functions.col(name).cast("double") for name in features]
-    fields = [functions.col(event_id), functions.array(*numbers).alias("features")]
-    fields += [functions.lit(None).alias("reason"), functions.lit(None).alias("unused")]
-    event = functions.struct(*fields).cast(event_type(schema))
+    numbers = [F.col(name).cast("double") for name in features]
+    fields = [F.col(event_id), F.array(*numbers).alias("features")]
+    fields += [F.lit(None).alias("reason"), F.lit(None).alias("unused")]
+    event = F.struct(*fields).cast(event_type(schema))
     return rows.select(event.alias("event", metadata=_metadata(schema)))
 
 
@@ -174,9 +175,9 @@ def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     """
     event_id, *features = schema.fields
     name = event_id.name
-    columns = [functions.col(f"event.{name}").cast(event_id.dataType).alias(name)]
+    columns = [F.col(f"event.{name}").cast(event_id.dataType).alias(name)]
     for index, field in enumerate(features):
-        value = functions.col("event.features")[index]
+        value = F.col("event.features")[index]
         columns.append(value.cast(field.dataType).alias(field.name))
     return parse_events(records, schema).select(*columns)
 
@@ -213,9 +214,9 @@ def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
     (7, None, 'EventId is missing')
     """
     event_id = scored.schema[event_col].dataType.names[0]
-    event = functions.col(event_col)
-    content = functions.struct("key", "value", event["reason"].alias("reason"))
-    bad = functions.when(event["reason"].isNotNull(), content)
+    event = F.col(event_col)
+    content = F.struct("key", "value", event["reason"].alias("reason"))
+    bad = F.when(event["reason"].isNotNull(), content)
     replaced = (event_col, "key", "value", "timestampType")
     others = [name for name in scored.columns if name not in replaced]
     return scored.select(
@@ -234,7 +235,7 @@ def observed(counts: Observation) -> dict[str, Any] | None:
     Examples
     --------
     >>> counts = Observation()
-    >>> observe = spark.range(3).observe(counts, functions.count("id").alias("events"))
+    >>> observe = spark.range(3).observe(counts, F.count("id").alias("events"))
     >>> observe.write.format("noop").mode("overwrite").save()
     >>> observed(counts)
     {'events': 3}
@@ -264,7 +265,7 @@ def event_type(schema: StructType = SCHEMA) -> StructType:
     return StructType(fields)
 
 
-def list_array(rows: numpy.ndarray, missing: numpy.ndarray) -> pyarrow.ListArray:
+def list_array(rows: np.ndarray, missing: np.ndarray) -> pyarrow.ListArray:
     """Return the rows of a matrix as an Arrow array of lists.
 
     Parameters
@@ -276,16 +277,16 @@ def list_array(rows: numpy.ndarray, missing: numpy.ndarray) -> pyarrow.ListArray
 
     Examples
     --------
-    >>> list_array(numpy.array([[1.0, 2.0]]), numpy.array([True, False])).to_pylist()
+    >>> list_array(np.array([[1.0, 2.0]]), np.array([True, False])).to_pylist()
     [None, [1.0, 2.0]]
     """
-    ends = numpy.cumsum(~missing, dtype="int32") * rows.shape[1]
-    offsets = pyarrow.array(numpy.concatenate([[0], ends]).astype("int32"))
+    ends = np.cumsum(~missing, dtype="int32") * rows.shape[1]
+    offsets = pyarrow.array(np.concatenate([[0], ends]).astype("int32"))
     mask = pyarrow.array(missing) if missing.any() else None
-    return pyarrow.ListArray.from_arrays(offsets, numpy.ascontiguousarray(rows).ravel(), mask=mask)
+    return pyarrow.ListArray.from_arrays(offsets, np.ascontiguousarray(rows).ravel(), mask=mask)
 
 
-def matrix_of(lists: pyarrow.ListArray, width: int) -> numpy.ndarray:
+def matrix_of(lists: pyarrow.ListArray, width: int) -> np.ndarray:
     """Return the lists that are not null as the rows of a matrix.
 
     Parameters
@@ -334,10 +335,10 @@ def vector_entries(vector: Column) -> Column:
     >>> df.select(vector_entries(df.features).alias("entries")).first().entries
     [0.5, 2.0]
     """
-    dense = functions.unwrap_udt(vector)
+    dense = F.unwrap_udt(vector)
     is_dense = dense["type"] == _DENSE
     sparse = vector.isNotNull()
-    return functions.when(is_dense, dense["values"]).when(sparse, vector_to_array(vector))
+    return F.when(is_dense, dense["values"]).when(sparse, vector_to_array(vector))
 
 
 def printable(text: str) -> str:
@@ -470,12 +471,12 @@ class _Parser:
         values: pyarrow.BinaryArray,
     ) -> pyarrow.StructArray:
         """Return a packed table of ids and features, with its reasons, as an array of structs."""
-        ids = numpy.frombuffer(table, dtype="<i8").reshape(len(reasons), -1)[:, 0]
-        features = numpy.frombuffer(table, dtype="<f8").reshape(len(reasons), -1)[:, 1:]
+        ids = np.frombuffer(table, dtype="<i8").reshape(len(reasons), -1)[:, 0]
+        features = np.frombuffer(table, dtype="<f8").reshape(len(reasons), -1)[:, 1:]
         # All events at once, for a look at each number of each event would take as long as parsing.
-        for index in numpy.flatnonzero((numpy.abs(features) > _LARGEST).any(axis=1)):
+        for index in np.flatnonzero((np.abs(features) > _LARGEST).any(axis=1)):
             reasons[index] = self._reason(values[index].as_py())
-        bad = numpy.array([reason is not None for reason in reasons], dtype=bool)
+        bad = np.array([reason is not None for reason in reasons], dtype=bool)
         arrays = [
             pyarrow.array(ids, mask=bad),
             list_array(features[~bad], bad),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import keras
-import numpy
+import numpy as np
 import pyarrow
 from pyspark import SparkContext
 from pyspark.broadcast import Broadcast
@@ -30,7 +30,8 @@ from pyspark.ml.util import (
     MLWritable,
     MLWriter,
 )
-from pyspark.sql import Column, DataFrame, functions
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
 from pyspark.sql.types import (
     ArrayType,
     DataType,
@@ -119,7 +120,7 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         features_type = _column_type(dataset, name)
         if not has_events:
             _check_vector_column(dataset, name)
-            features = functions.coalesce(vector_entries(dataset[name]), _no_features(name))
+            features = F.coalesce(vector_entries(dataset[name]), _no_features(name))
             scores = _network_function(context, model, _SCORES)(features)
             return dataset.withColumn(output, array_to_vector(scores))
         if names:
@@ -232,16 +233,16 @@ class LabelIndexTransformer(
         entries = vector_entries(prediction)
         indices = range(self.getOrDefault(self.outputDim))
         # Spark holds NaN for larger than any number; a NaN must not be chosen.
-        nothing = functions.lit(float("-inf"))
-        values = [functions.nanvl(functions.get(entries, i), nothing) for i in indices]
-        largest = functions.array_max(functions.array(*values))
+        nothing = F.lit(float("-inf"))
+        values = [F.nanvl(F.get(entries, i), nothing) for i in indices]
+        largest = F.array_max(F.array(*values))
         threshold = self.getOrDefault(self.activationThreshold)
         default = self.getOrDefault(self.defaultIndex)
         # CASE WHEN takes the first condition that holds, which is what the rules ask for.
         rules = [(value >= threshold, index) for index, value in zip(indices, values, strict=True)]
         rules += [(largest <= 0, default)]
         rules += [(value == largest, index) for index, value in zip(indices, values, strict=True)]
-        choice = functools.reduce(lambda case, rule: case.when(*rule), rules, functions)
+        choice = functools.reduce(lambda case, rule: case.when(*rule), rules, F)
         return choice.cast("double")
 
 
@@ -264,13 +265,13 @@ def _network_function(
             return _predict_events(column, names, digest, model)
         return _predict_lists(column, digest, model)
 
-    return functions.arrow_udf(predict, returns).asNondeterministic()
+    return F.arrow_udf(predict, returns).asNondeterministic()
 
 
 class _Loaded(NamedTuple):
     """A network in a worker's memory."""
 
-    predict: Callable[[numpy.ndarray], numpy.ndarray]
+    predict: Callable[[np.ndarray], np.ndarray]
     width: int
 
 
@@ -345,14 +346,14 @@ def _replace_features(
 
 def _with_vector(dataset: DataFrame, name: str) -> DataFrame:
     """Return a table whose column of lists has become one of vectors; null stays null."""
-    vector = functions.when(dataset[name].isNotNull(), array_to_vector(dataset[name]))
+    vector = F.when(dataset[name].isNotNull(), array_to_vector(dataset[name]))
     return dataset.withColumn(name, vector)
 
 
 def _no_features(name: str) -> Column:
     """Return what fails, for rows whose features are null."""
     reason = f"a row has no features (column {name!r} is null): filter such rows out."
-    return functions.raise_error(functions.lit(reason))
+    return F.raise_error(F.lit(reason))
 
 
 def _column_type(dataset: DataFrame, name: str) -> DataType:
@@ -396,10 +397,10 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
             raise ValueError(
                 f"column {name!r} must hold numbers, not {found.simpleString()}: cast it."
             )
-    columns = [functions.col(f"`{name}`").cast("double") for name in names]
-    known = [column.isNotNull() & ~functions.isnan(column) for column in columns]
+    columns = [F.col(f"`{name}`").cast("double") for name in names]
+    known = [column.isNotNull() & ~F.isnan(column) for column in columns]
     # As with records: an event without one of its features has no prediction.
-    return functions.when(functools.reduce(Column.__and__, known), functions.array(*columns))
+    return F.when(functools.reduce(Column.__and__, known), F.array(*columns))
 
 
 def _check_features(dataset: DataFrame, name: str, expected: Sequence[str]) -> None:

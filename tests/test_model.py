@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import keras
-import numpy
+import numpy as np
 import pytest
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
@@ -32,7 +32,7 @@ def model():
 def features():
     """Generated events, each scaled to length 1, as the walkthrough does it."""
     rows = generate_events(5_000, seed=3)[list(FEATURES)].to_numpy()
-    return (rows / numpy.linalg.norm(rows, axis=1, keepdims=True)).astype("float32")
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype("float32")
 
 
 def test_it_is_the_original_network(model):
@@ -46,8 +46,8 @@ def test_it_is_the_original_network(model):
 def test_the_same_seed_gives_the_same_weights(model):
     """Otherwise the notebook's counts would change from run to run."""
     for weights, again in zip(model.get_weights(), build_model().get_weights(), strict=True):
-        numpy.testing.assert_array_equal(weights, again)
-    assert not numpy.array_equal(model.get_weights()[0], build_model(seed=1).get_weights()[0])
+        np.testing.assert_array_equal(weights, again)
+    assert not np.array_equal(model.get_weights()[0], build_model(seed=1).get_weights()[0])
 
 
 def test_random_weights_call_about_half_of_the_events_class_0(model, features):
@@ -59,7 +59,7 @@ def test_random_weights_call_about_half_of_the_events_class_0(model, features):
 def test_bytes_carry_the_model(model, features):
     """Otherwise the workers would score with other weights than the driver."""
     copy = model_from_bytes(model_to_bytes(model))
-    numpy.testing.assert_array_equal(
+    np.testing.assert_array_equal(
         compiled_predict(copy)(features), compiled_predict(model)(features)
     )
 
@@ -74,7 +74,7 @@ def test_bytes_that_are_no_model_are_refused():
 def test_compiled_predict_equals_keras(model, features, size):
     """Otherwise the fast way would not be the same network; batches of one row included."""
     expected = model.predict(features[:size], verbose=0)
-    numpy.testing.assert_allclose(compiled_predict(model)(features[:size]), expected, atol=1e-6)
+    np.testing.assert_allclose(compiled_predict(model)(features[:size]), expected, atol=1e-6)
 
 
 def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
@@ -89,7 +89,7 @@ def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
     rows = generate_events(100, seed=3)[list(FEATURES)].to_numpy(dtype="float32")
     expected = serving_model.network.predict(rows, verbose=0)
     for network in (loaded.network, keras.saving.load_model(path)):
-        numpy.testing.assert_array_equal(network.predict(rows, verbose=0), expected)
+        np.testing.assert_array_equal(network.predict(rows, verbose=0), expected)
     assert [found.name for found in tmp_path.iterdir()] == ["model.keras"]
 
 
@@ -221,7 +221,7 @@ def test_what_is_no_network_is_refused(serving_model, tmp_path, network):
 def test_a_network_that_scales_otherwise_is_refused(serving_model, tmp_path):
     """Otherwise a scaling that multiplies where training has divided would serve."""
     contract = serving_model.contract
-    variance = numpy.square(contract.scales)
+    variance = np.square(contract.scales)
     scaling = keras.layers.Normalization(mean=contract.means, variance=variance, invert=True)
     network = keras.Sequential([keras.Input((30,)), scaling, build_model()])
     with pytest.raises(ServingModelError, match=r"\(make it with helpers\.model\.scaled_network\)"):
@@ -245,7 +245,7 @@ def test_another_ending_is_refused(serving_model, tmp_path):
 def test_a_contract_takes_arrays(serving_model, tmp_path):
     """Otherwise what NumPy has computed would have to be made a list, and the error not say so."""
     contract = serving_model.contract
-    arrays = replace(contract, means=numpy.array(contract.means), threshold=numpy.float64(0.5))
+    arrays = replace(contract, means=np.array(contract.means), threshold=np.float64(0.5))
     saved = save_serving_model(ServingModel(serving_model.network, arrays), tmp_path / "a.keras")
     assert saved.contract == contract
 

@@ -11,8 +11,8 @@ import urllib.error
 import urllib.request
 
 import keras
-import numpy
-import pandas
+import numpy as np
+import pandas as pd
 import pytest
 from processes import ROOT, dry_run_make, run_python, running, wait_until, without_make
 from py4j.protocol import Py4JJavaError
@@ -147,11 +147,11 @@ def test_the_check_before_a_run_finds_all_there(command):
 
 def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
     """Otherwise readers could not bring their own topic, schema and model."""
-    readings = pandas.DataFrame({
+    readings = pd.DataFrame({
         "reading": range(500),
-        "temperature": numpy.linspace(20, 90, 500),
-        "pressure": numpy.linspace(1, 4, 500),
-        "valves_open": numpy.arange(500) % 5,
+        "temperature": np.linspace(20, 90, 500),
+        "pressure": np.linspace(1, 4, 500),
+        "valves_open": np.arange(500) % 5,
     })  # fmt: skip
     values = [json.dumps(reading).encode() for reading in readings.to_dict("records")]
     produce("pumps", [*values, b'{"reading": 500}'])
@@ -168,13 +168,13 @@ def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
 
     run = run_python(str(path), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
-    scored = pandas.read_parquet(tmp_path / "pumps-scored").sort_values("reading")
+    scored = pd.read_parquet(tmp_path / "pumps-scored").sort_values("reading")
     bad = scored[scored["bad"].notna()]["bad"]
     assert [record["reason"] for record in bad] == ["temperature is missing"]
     scored = scored[scored["bad"].isna()]
     assert scored["reading"].tolist() == readings["reading"].tolist()
-    streamed = numpy.stack([vector["values"] for vector in scored["prediction"]])
-    numpy.testing.assert_allclose(streamed, model.predict(features, verbose=0), atol=1e-5)
+    streamed = np.stack([vector["values"] for vector in scored["prediction"]])
+    np.testing.assert_allclose(streamed, model.predict(features, verbose=0), atol=1e-5)
     signal = int((streamed[:, 0] >= 0.5).sum())
     assert f"'events': 500, 'signal': {signal}, 'bad': 1" in run.stdout
 

@@ -2,7 +2,7 @@
 
 import logging
 
-import numpy
+import numpy as np
 import pytest
 from pyspark.sql import functions as F
 
@@ -27,7 +27,7 @@ def test_columns_are_taken_by_name(table, serving_model):
     """Otherwise another order of columns would give other scores, and no error."""
     turned = table.select(*reversed(table.columns))
     scored = ServingTransformer(serving_model).transform(turned).orderBy(EVENT_ID).collect()
-    numpy.testing.assert_allclose(
+    np.testing.assert_allclose(
         [row.prediction[1] for row in scored], expected(serving_model), atol=1e-6
     )
     assert {row[MODEL_VERSION] for row in scored} == {serving_model.version}
@@ -73,7 +73,7 @@ def test_records_are_scored_as_tables_are(spark, table, serving_model, event_val
     events = parse_events(records, serving_model.schema)
     scored = ServingTransformer(serving_model).transform(events)
     *good, bad = scored.orderBy(F.col(f"event.{EVENT_ID}").asc_nulls_last()).collect()
-    numpy.testing.assert_allclose(
+    np.testing.assert_allclose(
         [row.prediction[1] for row in good], expected(serving_model), atol=1e-6
     )
     assert bad.prediction is None and bad.predicted_index is None

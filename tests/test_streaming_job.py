@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-import numpy
+import numpy as np
 import psutil
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
@@ -114,7 +114,7 @@ def test_a_trained_model_is_served_as_its_file_says(
     found = read_scored(spark, str(tmp_path / "structured")).orderBy("EventId").toPandas()
     events = generate_events(len(event_values), seed=1)
     expected = serving_model.network.predict(events[list(FEATURES)].to_numpy(), verbose=0)
-    numpy.testing.assert_allclose(found["probability_1"], expected[:, 1], atol=1e-6)
+    np.testing.assert_allclose(found["probability_1"], expected[:, 1], atol=1e-6)
     assert (found["predicted_index"] == (found["probability_1"] >= 0.5)).all()
     assert set(found["model_version"]) == {version}
     serving_model.network.save(path)

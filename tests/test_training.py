@@ -7,7 +7,7 @@ import threading
 import tracemalloc
 
 import keras
-import numpy
+import numpy as np
 import pandas as pd
 import psutil
 import pyarrow
@@ -108,8 +108,8 @@ def test_the_same_seed_gives_the_same_training(events, unseen):
     for make in (SingleTrainer, AveragingTrainer):
         found = [make(small, seed=5, **recipe).train(events) for _ in range(2)]
         one, same = (trained.get_weights()[0] for trained in found)
-        assert numpy.abs(one - same).max() < 1e-5
-        assert numpy.abs(one - other).max() > 1e-4
+        assert np.abs(one - same).max() < 1e-5
+        assert np.abs(one - other).max() > 1e-4
         assert auc_of(found[0], unseen) == pytest.approx(auc_of(found[1], unseen), abs=0.005)
 
 
@@ -131,7 +131,7 @@ def test_workers_give_the_same_weights_to_the_last_bit(spark, window):
         for df in (rows, rows.repartition(5))
     ]
     for weights, same in zip(*found, strict=True):
-        numpy.testing.assert_array_equal(weights, same)
+        np.testing.assert_array_equal(weights, same)
 
 
 def test_the_network_that_is_given_stays_as_it_is(spark):
@@ -140,8 +140,8 @@ def test_the_network_that_is_given_stays_as_it_is(spark):
     before = model.get_weights()
     for make in (SingleTrainer, AveragingTrainer):
         trained = make(model, **by_number()).train(rows_of(spark, range(8)))
-        assert all(map(numpy.array_equal, model.get_weights(), before))
-        assert not numpy.array_equal(trained.get_weights()[0], before[0])
+        assert all(map(np.array_equal, model.get_weights(), before))
+        assert not np.array_equal(trained.get_weights()[0], before[0])
         assert not trained.compiled  # an optimizer would go into each file
 
 
@@ -227,7 +227,7 @@ def test_rounds_go_on_with_the_optimizer_as_keras_does(spark, optimizer):
         )
     )  # fmt: skip
     df = spark.createDataFrame([([1.0, 0.0], 0), ([0.0, 1.0], 1)], SCHEMA)
-    rows = Rows(numpy.eye(2, dtype="float32"), numpy.array([0, 1], "float32"))
+    rows = Rows(np.eye(2, dtype="float32"), np.array([0, 1], "float32"))
     copy = copy_of(model)
     copy.compile(
         optimizer.from_config(optimizer.get_config()), keras.losses.SparseCategoricalCrossentropy()
@@ -260,7 +260,7 @@ def replica_of(model, optimizer, loss):
 def assert_same_weights(one, other):
     """Fail if the weights of two networks differ by more than rounding."""
     for weights, others in zip(one.get_weights(), other.get_weights(), strict=True):
-        numpy.testing.assert_allclose(weights, others, atol=1e-6)
+        np.testing.assert_allclose(weights, others, atol=1e-6)
 
 
 def test_what_layers_keep_is_averaged_by_rows(spark):
@@ -272,12 +272,12 @@ def test_what_layers_keep_is_averaged_by_rows(spark):
     trainer = AveragingTrainer(model, "sgd", "mse", batch_size=1_000)
     df = rows_of(spark, numbers).selectExpr("features", "array(0.0D, 1.0D) AS label")
     mean = trainer.train(df).layers[0].moving_mean.numpy()
-    assert mean[0] == pytest.approx(numpy.mean(numbers), rel=1e-5)
+    assert mean[0] == pytest.approx(np.mean(numbers), rel=1e-5)
 
 
 def test_each_worker_draws_other_numbers_in_each_round(spark):
     """Units that drop out differ, so that the average is of different networks."""
-    features = numpy.ones((1, 2), "float32")
+    features = np.ones((1, 2), "float32")
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dropout(0.5, seed=1)])
     replica = replica_of(model, "sgd", keras.losses.MeanSquaredError())
     seeds = set()
@@ -321,7 +321,7 @@ def test_a_worker_that_dies_is_replaced_and_nothing_changes(spark, events):
     assert killed
     thread.join(300)
     for weights, same in zip(undisturbed.get_weights(), outcome[0].get_weights(), strict=True):
-        numpy.testing.assert_array_equal(weights, same)
+        np.testing.assert_array_equal(weights, same)
 
 
 def test_an_interrupt_ends_the_jobs_and_leaves_nothing(spark, events):
@@ -398,7 +398,7 @@ def test_predictions_go_on_beside_a_training(spark, unseen):
 def test_rows_are_in_memory_once():
     """A worker's memory is enough for its rows if it is enough for them and a batch."""
     batch_rows, batches, width = 4_096, 100, 30
-    numbers = numpy.random.default_rng(0).random(batch_rows * width, "float32")
+    numbers = np.random.default_rng(0).random(batch_rows * width, "float32")
     lists = pyarrow.FixedSizeListArray.from_arrays(numbers, width).cast(
         pyarrow.list_(pyarrow.float32())
     )

@@ -1,7 +1,7 @@
 """The network and the label index as Spark ML stages."""
 
 import keras
-import numpy
+import numpy as np
 import orjson
 import pyarrow
 import pytest
@@ -46,7 +46,7 @@ def vectors(spark, events):
 def in_memory(model, events):
     """Score the events with Keras alone."""
     rows = events[list(FEATURES)].to_numpy()
-    rows /= numpy.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return model.predict(rows.astype("float32"), batch_size=4096, verbose=0)
 
 
@@ -55,8 +55,8 @@ def test_predictions_equal_keras_in_memory(model, events, vectors):
     scored = ModelPredictor(keras_model=model).predict(vectors).select("EventId", "prediction")
     assert isinstance(scored.schema["prediction"].dataType, VectorUDT)
     found = scored.toPandas().sort_values("EventId")
-    numpy.testing.assert_allclose(
-        numpy.stack([vector.toArray() for vector in found["prediction"]]),
+    np.testing.assert_allclose(
+        np.stack([vector.toArray() for vector in found["prediction"]]),
         in_memory(model, events),
         atol=1e-6,
     )
@@ -83,7 +83,7 @@ def test_events_are_scored_like_vectors(model, vectors, records):
     good = {row.event.EventId: row.prediction for row in rows if not row.event.reason}
     assert good.keys() == expected.keys()
     differences = [good[key].toArray() - expected[key].toArray() for key in good]
-    assert numpy.abs(differences).max() < 1e-6
+    assert np.abs(differences).max() < 1e-6
 
 
 def test_named_features_are_taken_by_name_whatever_else_is_there(spark):
@@ -91,9 +91,9 @@ def test_named_features_are_taken_by_name_whatever_else_is_there(spark):
     network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])
     by_name = ModelPredictor(keras_model=network, feature_names=("a", "b"))
     df = spark.createDataFrame([(1.0, 2.0, Vectors.dense(2.0, 1.0))], ["a", "b", "features"])
-    expected = network.predict(numpy.array([[1.0, 2.0]]), verbose=0)[0]
+    expected = network.predict(np.array([[1.0, 2.0]]), verbose=0)[0]
     found = by_name.transform(df).first().prediction.toArray()
-    numpy.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_events_of_another_width_are_refused(spark, model):
@@ -110,7 +110,7 @@ def test_sparse_vectors_are_scored_too(spark, model):
     both = [(Vectors.dense(dense),), (Vectors.sparse(30, [29], [1.0]),)]
     scored = ModelPredictor(keras_model=model).transform(spark.createDataFrame(both, ["features"]))
     first, second = (row.prediction.toArray() for row in scored.collect())
-    numpy.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_pipeline_is_saved_and_loaded(spark, model, vectors, tmp_path):
@@ -197,7 +197,7 @@ def reference_index(vector, output_dim, default, threshold):
 @pytest.mark.parametrize("output_dim, default, threshold", [(3, 0, 0.55), (3, 2, 0.3), (2, 1, 2.0)])
 def test_label_index_follows_the_rules_of_distributed_keras(spark, output_dim, default, threshold):
     """Otherwise old notebooks would count other classes than before."""
-    generator = numpy.random.default_rng(5)
+    generator = np.random.default_rng(5)
     cases = [*generator.uniform(-1, 1, (200, 3)).round(1).tolist(), [0.0, 0.0, 0.0], [-1, -1, -1],
              [0.6, 0.9, 0.7], [0.2, 0.2, 0.1], [float("nan"), 0.1, 0.2], [float("nan")] * 3]
     df = spark.createDataFrame([(Vectors.dense(case),) for case in cases], ["prediction"])

@@ -13,7 +13,7 @@ import signal
 import threading
 from pathlib import Path
 
-import numpy
+import numpy as np
 import psutil
 import pyspark
 from processes import wait_until
@@ -62,7 +62,7 @@ def main() -> dict[str, object]:
         weights = zip(undisturbed.get_weights(), trained.get_weights(), strict=True)
         return {
             "epochs": len(trainer.get_history()),
-            "same_weights": all(numpy.array_equal(one, other) for one, other in weights),
+            "same_weights": all(np.array_equal(one, other) for one, other in weights),
             "persisted": spark.sparkContext._jsc.sc().getPersistentRDDs().size(),
         }
     finally:

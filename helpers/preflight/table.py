@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from helpers.preflight import checks
 
 if TYPE_CHECKING:
-    import pandas
+    import pandas as pd
 
 
 def preflight(
     bootstrap_servers: str = "", memory: str = "2g", cores: int | None = None
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Check all that a run needs, and say for what is missing which command mends it.
 
     Nothing is changed, except that the jars of Kafka and of the connector are fetched if they
@@ -39,9 +39,9 @@ def preflight(
     >>> preflight().columns.tolist()
     ['what', 'ok', 'found', 'remedy']
     """
-    import pandas
+    import pandas as pd
 
-    return pandas.DataFrame(all_checks(bootstrap_servers, memory, cores))
+    return pd.DataFrame(all_checks(bootstrap_servers, memory, cores))
 
 
 def all_checks(bootstrap_servers: str, memory: str, cores: int | None) -> list[checks.Check]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import keras
-import numpy
+import numpy as np
 
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.serving.contract import Contract, ServingModel, ServingModelError
@@ -218,10 +218,10 @@ def _scales_with(network: keras.Model, contract: Contract) -> bool:
     layer = network.layers[0]
     if not isinstance(layer, keras.layers.Normalization) or layer.invert:
         return False
-    mean, variance = (numpy.ravel(numbers) for numbers in (layer.mean, layer.variance))
-    pairs = ((mean, contract.means), (numpy.sqrt(variance), contract.scales))
+    mean, variance = (np.ravel(numbers) for numbers in (layer.mean, layer.variance))
+    pairs = ((mean, contract.means), (np.sqrt(variance), contract.scales))
     # The layer keeps 32-bit floats.
-    return all(len(one) == len(other) and numpy.allclose(one, other, rtol=1e-5, atol=1e-30)
+    return all(len(one) == len(other) and np.allclose(one, other, rtol=1e-5, atol=1e-30)
                for one, other in pairs)  # fmt: skip
 
 

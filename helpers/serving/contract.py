@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 import keras
-import numpy
+import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.types import DoubleType, LongType, StructType
@@ -161,10 +161,10 @@ def scaled_network(
     --------
     >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Activation("linear")])
     >>> scaled = scaled_network(network, means=[1.0, 2.0], scales=[1.0, 4.0])
-    >>> scaled(numpy.array([[3.0, 4.0]], dtype="float32")).numpy().tolist()
+    >>> scaled(np.array([[3.0, 4.0]], dtype="float32")).numpy().tolist()
     [[2.0, 0.5]]
     """
-    variance = numpy.square(scales)
+    variance = np.square(scales)
     scaling = keras.layers.Normalization(mean=means, variance=variance, name="scaling")
     network = model_from_bytes(model_to_bytes(network))  # without an optimizer, if it has one
     return keras.Sequential([keras.Input((len(means),), name="features"), scaling, network])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
-import numpy
+import numpy as np
 import pyarrow
 import pyarrow.compute
 from pyspark import TaskContext
@@ -33,8 +33,8 @@ class InvalidRowsError(ValueError):
 class Rows(NamedTuple):
     """Rows in float32: features (rows, inputs); labels (rows, outputs), or (rows,) if classes."""
 
-    features: numpy.ndarray
-    labels: numpy.ndarray
+    features: np.ndarray
+    labels: np.ndarray
 
 
 def read_rows(batches: Iterable[pyarrow.RecordBatch], inputs: int, outputs: int) -> Rows:
@@ -57,12 +57,12 @@ def read_rows(batches: Iterable[pyarrow.RecordBatch], inputs: int, outputs: int)
         labels += part.data
         shape = part.shape[1:]
     return Rows(
-        numpy.frombuffer(features, "float32").reshape(-1, inputs),
-        numpy.frombuffer(labels, "float32").reshape(-1, *shape),
+        np.frombuffer(features, "float32").reshape(-1, inputs),
+        np.frombuffer(labels, "float32").reshape(-1, *shape),
     )
 
 
-def _labels(column: pyarrow.Array, outputs: int) -> numpy.ndarray:
+def _labels(column: pyarrow.Array, outputs: int) -> np.ndarray:
     """Return labels in the shape that Keras' losses take with a network of so many outputs."""
     if pyarrow.types.is_list(column.type):
         return _matrix(column, "label", outputs, "outputs")
@@ -77,7 +77,7 @@ def _labels(column: pyarrow.Array, outputs: int) -> numpy.ndarray:
     return labels
 
 
-def _matrix(column: pyarrow.Array, name: str, width: int, what: str) -> numpy.ndarray:
+def _matrix(column: pyarrow.Array, name: str, width: int, what: str) -> np.ndarray:
     """Return a column of lists; raise if one doesn't have this length."""
     lengths = pyarrow.compute.list_value_length(column).unique().drop_null().to_pylist()
     if set(lengths) - {width}:
@@ -88,7 +88,7 @@ def _matrix(column: pyarrow.Array, name: str, width: int, what: str) -> numpy.nd
     return _numbers(column, name).reshape(-1, width)
 
 
-def _numbers(column: pyarrow.Array, name: str) -> numpy.ndarray:
+def _numbers(column: pyarrow.Array, name: str) -> np.ndarray:
     """Return the numbers of a column, or of its lists; raise if one is null or not finite."""
     nulls = column.null_count
     if pyarrow.types.is_list(column.type):
@@ -97,7 +97,7 @@ def _numbers(column: pyarrow.Array, name: str) -> numpy.ndarray:
     if nulls:
         raise InvalidRowsError(f"{name} has {nulls} nulls: leave these rows out.")
     values = column.to_numpy(zero_copy_only=False).astype("float32")
-    if not numpy.isfinite(values).all():
+    if not np.isfinite(values).all():
         raise InvalidRowsError(f"{name} has values that are not finite: leave these rows out.")
     return values
 
@@ -112,39 +112,39 @@ class Replica:
         self.model.optimizer.build(self.model.trainable_variables)
         self._variables = [*self.model.weights, *self.model.optimizer.variables]
 
-    def train(self, rows: Rows, batch_size: int, key: Sequence[int]) -> numpy.ndarray:
+    def train(self, rows: Rows, batch_size: int, key: Sequence[int]) -> np.ndarray:
         """Go through the rows once; return `totals` while the weights changed.
 
         Everything random follows from `key`: the order of the rows, and what layers draw.
         """
-        random = numpy.random.default_rng(key)
+        random = np.random.default_rng(key)
         for variable in self.model.non_trainable_variables:
             if variable.name == "seed_generator_state":  # by default each process has another one
                 variable.assign(random.integers(0, 2**31, variable.shape))
         order = random.permutation(len(rows.labels))
         return self._totals(self.model.train_on_batch, rows, order, batch_size)
 
-    def measure(self, rows: Rows) -> numpy.ndarray:
+    def measure(self, rows: Rows) -> np.ndarray:
         """Return `totals` with the weights as they are."""
-        return self._totals(self.model.test_on_batch, rows, numpy.arange(len(rows.labels)), 4_096)
+        return self._totals(self.model.test_on_batch, rows, np.arange(len(rows.labels)), 4_096)
 
     @property
-    def state(self) -> list[numpy.ndarray]:
+    def state(self) -> list[np.ndarray]:
         """The weights, then what the optimizer remembers."""
         return [variable.numpy() for variable in self._variables]
 
     @state.setter
-    def state(self, values: Iterable[numpy.ndarray]) -> None:
+    def state(self, values: Iterable[np.ndarray]) -> None:
         for variable, value in zip(self._variables, values, strict=True):
             variable.assign(value)
 
-    def _totals(self, step: Callable, rows: Rows, order: numpy.ndarray, size: int) -> numpy.ndarray:
+    def _totals(self, step: Callable, rows: Rows, order: np.ndarray, size: int) -> np.ndarray:
         """Return the number of rows, and the totals of loss and accuracy over them."""
-        totals = numpy.zeros(3)
+        totals = np.zeros(3)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             means = step(rows.features[chosen], rows.labels[chosen], return_dict=True)
-            totals += len(chosen) * numpy.array([1, means["loss"], means["accuracy"]])
+            totals += len(chosen) * np.array([1, means["loss"], means["accuracy"]])
         return totals
 
 
@@ -155,7 +155,7 @@ class Round(NamedTuple):
     recipe: tuple[bytes, Any, Any]  # what a replica is made of
     widths: tuple[int, int]  # the numbers of the network's inputs and outputs
     batch_size: int
-    state: Sequence[numpy.ndarray] = ()  # what the workers start from
+    state: Sequence[np.ndarray] = ()  # what the workers start from
     key: tuple[int, ...] | None = None  # what everything random follows from; None: measure only
 
 

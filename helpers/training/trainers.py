@@ -19,7 +19,7 @@ from operator import itemgetter
 from typing import Any
 
 import keras
-import numpy
+import numpy as np
 import pyarrow
 import pyarrow.compute
 from py4j.protocol import Py4JJavaError
@@ -39,7 +39,7 @@ from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read
 # The reductions of a Keras loss that are a mean over the rows of an update.
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
-_Pass = Callable[..., numpy.ndarray]  # through rows; returns a replica's totals
+_Pass = Callable[..., np.ndarray]  # through rows; returns a replica's totals
 
 _NO_ROWS = "there are no rows to train on."
 _REMEDY = "scale the features, or lower the optimizer's learning rate."
@@ -177,7 +177,7 @@ class Trainer(ABC):
         # An optimizer may have averaged the weights over its updates; the average replaces them.
         replica.model.optimizer.finalize_variable_values(replica.model.trainable_variables)
         weights = replica.model.get_weights()
-        if not all(numpy.isfinite(weight).all() for weight in weights):
+        if not all(np.isfinite(weight).all() for weight in weights):
             raise TrainingError(f"the weights are not finite after the last epoch: {_REMEDY}")
         trained = model_from_bytes(model_to_bytes(self._model))  # without the optimizer
         trained.set_weights(weights)
@@ -286,9 +286,9 @@ class AveragingTrainer(Trainer):
         common = Round(secrets.token_hex(8), self._recipe(), self._widths, batch_size)
         replica = Replica(*common.recipe)
 
-        def train(epoch: int) -> numpy.ndarray:
-            totals = numpy.zeros(3)
-            order = numpy.random.default_rng([self._seed, epoch]).permutation(rounds)
+        def train(epoch: int) -> np.ndarray:
+            totals = np.zeros(3)
+            order = np.random.default_rng([self._seed, epoch]).permutation(rounds)
             for number in order.tolist():
                 rows = parts.where("NOT validates").where(_is_in_round(number, rounds))
                 key = (self._seed, epoch, number)
@@ -298,13 +298,13 @@ class AveragingTrainer(Trainer):
                 totals += passed
             return totals
 
-        def measure() -> numpy.ndarray:
+        def measure() -> np.ndarray:
             return _run(common._replace(state=replica.state), parts.where("validates"))[0]
 
         return self._epochs(replica, train, measure)
 
 
-def _run(round_: Round, rows: DataFrame) -> tuple[numpy.ndarray, list[dict[str, Any]]]:
+def _run(round_: Round, rows: DataFrame) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Return the totals, and the results of the workers that have rows, in the workers' order."""
     sent = rows.sparkSession.sparkContext.broadcast(round_)
     try:
@@ -314,10 +314,10 @@ def _run(round_: Round, rows: DataFrame) -> tuple[numpy.ndarray, list[dict[str, 
     results.sort(key=itemgetter("worker"))
     for refused in filter(None, map(itemgetter("refused"), results)):
         raise InvalidRowsError(refused)
-    return numpy.sum([[0.0] * 3, *map(itemgetter("totals"), results)], axis=0), results
+    return np.sum([[0.0] * 3, *map(itemgetter("totals"), results)], axis=0), results
 
 
-def _average(results: list[dict[str, Any]]) -> list[numpy.ndarray]:
+def _average(results: list[dict[str, Any]]) -> list[np.ndarray]:
     """Return the average of the workers' states, weighted by their rows.
 
     The sums are in the workers' order and in double precision: the same states have the same
@@ -325,9 +325,9 @@ def _average(results: list[dict[str, Any]]) -> list[numpy.ndarray]:
     """
     rows = [result["totals"][0] for result in results]
     return [
-        numpy.max(values, axis=0)
+        np.max(values, axis=0)
         if values[0].dtype.kind in "biu"
-        else numpy.average(numpy.array(values, "float64"), axis=0, weights=rows)
+        else np.average(np.array(values, "float64"), axis=0, weights=rows)
         for values in zip(*(pickle.loads(result["state"]) for result in results), strict=True)
     ]
 
