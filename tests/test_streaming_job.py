@@ -20,7 +20,7 @@ from helpers.security import python_settings
 from helpers.sinks import read_scored
 
 JOB = ROOT / "examples" / "streaming_job.py"
-SECONDS = 180
+SECONDS = 600
 
 
 @pytest.fixture
