@@ -1,5 +1,6 @@
 """Trouble from outside the stream: brokers that go away, and topics that may not be read."""
 
+import json
 import re
 import threading
 import time
@@ -10,6 +11,7 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
 from processes import run_python, wait_until
 from pyspark.sql import functions as F
+from pyspark.streaming import StreamingContext
 
 from helpers.broker import LocalKafka
 from helpers.streaming import (
@@ -132,6 +134,98 @@ def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path
     stream.foreachBatch(slow.process)
     run_stream(again, until=lambda: stream.lag() == 0, timeout=180)
     assert slow.numbers == list(range(RECORDS))
+
+
+@pytest.fixture
+def checkpointed(spark, own_kafka, tmp_path, monkeypatch):
+    """Set up a stream with a checkpoint, or recover it from there, as `getOrCreate` does."""
+    # Short answers, so that an outage of the broker is noticed within a second.
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 1)
+    numbers = []
+
+    def set_up():
+        ssc = new_streaming_context(spark, 0.5)
+        servers = {"bootstrap.servers": own_kafka.bootstrap_servers, "auto.offset.reset": "latest"}
+        stream = KafkaUtils.createDirectStream(ssc, ["events"], servers)
+        stream.foreachRDD(lambda rdd: numbers.extend(int(value) for _, value in rdd.collect()))
+        ssc.checkpoint(str(tmp_path / "checkpoint"))
+        return ssc
+
+    def get_or_create():
+        return StreamingContext.getOrCreate(str(tmp_path / "checkpoint"), set_up)
+
+    return get_or_create, numbers
+
+
+def planned_offsets(folder):
+    """Return the offsets in the plans of a checkpoint."""
+    plans = [json.loads(file.read_text()) for file in folder.glob("checkpoint/kafka-plans/*/*")]
+    ranges = [part for plan in plans for part in plan["ranges"]]
+    return sorted(offset for _, _, start, end, _ in ranges for offset in range(start, end))
+
+
+def test_a_stream_whose_broker_goes_away_at_once_begins_where_it_was_told(
+    own_kafka, checkpointed, tmp_path
+):
+    """The first interval writes down where the stream begins, whether or not Kafka answers."""
+    get_or_create, _ = checkpointed
+    first = get_or_create()
+    own_kafka.kill()
+    with pytest.raises(TimeoutError, match="Its broker gives no answer"):
+        run_stream(first, until=lambda: False, timeout=8)
+    assert len(list(tmp_path.glob("checkpoint/kafka-plans/*/*.json"))) == 1
+    own_kafka.start()
+    with KafkaProducer(bootstrap_servers=own_kafka.bootstrap_servers) as producer:
+        producer.send("events", str(RECORDS).encode()).get(30)
+    run_stream(get_or_create(), until=lambda: planned_offsets(tmp_path) == [RECORDS], timeout=120)
+
+
+def test_a_recovery_that_fails_is_tried_again_in_the_same_process(
+    own_kafka, checkpointed, tmp_path, monkeypatch
+):
+    """A notebook's cell that found no broker works when it is run again."""
+    get_or_create, _ = checkpointed
+    first = get_or_create()
+    run_stream(first, until=lambda: list(tmp_path.glob("checkpoint/checkpoint-*")), timeout=120)
+    own_kafka.kill()
+    with monkeypatch.context() as impatient:
+        impatient.setattr(batches, "AWAY_SECONDS", 1)
+        with pytest.raises(StreamError, match="the next batch can't be planned"):
+            run_stream(get_or_create(), until=lambda: False, timeout=120)
+    own_kafka.start()
+    with KafkaProducer(bootstrap_servers=own_kafka.bootstrap_servers) as producer:
+        producer.send("events", str(RECORDS).encode()).get(30)
+    run_stream(get_or_create(), until=lambda: planned_offsets(tmp_path) == [RECORDS], timeout=120)
+
+
+def test_old_plans_that_cannot_be_removed_do_not_stop_the_stream(
+    own_kafka, checkpointed, tmp_path, monkeypatch, caplog
+):
+    """Plans that nobody needs any more take some room, and nothing worse."""
+    monkeypatch.setattr(batches, "_KEPT_SECONDS", 0)
+    get_or_create, numbers = checkpointed
+    stuck, sent = [], []
+
+    def send_another():
+        sent.append(RECORDS + len(sent))
+        with KafkaProducer(bootstrap_servers=own_kafka.bootstrap_servers) as producer:
+            producer.send("events", str(sent[-1]).encode()).get(30)
+
+    def is_done():
+        plans = sorted(tmp_path.glob("checkpoint/kafka-plans/*/*.json"))
+        if len(plans) > 1 and not stuck:  # a folder that isn't empty can't be removed as a file
+            stuck.append(plans[0].rename(tmp_path / "first-plan"))
+            plans[0].mkdir()
+            (plans[0] / "something").touch()
+        if plans and len(numbers) == len(sent):
+            if "can't be removed" in caplog.text:
+                return True
+            send_another()
+        return False
+
+    ssc = get_or_create()
+    run_stream(ssc, until=is_done, timeout=120)
+    assert numbers == sent
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from helpers.sinks import read_scored
 from helpers.spark import spark_home
 
 JOB = ROOT / "examples" / "streaming_job.py"
-SECONDS = 180
+SECONDS = 600
 
 
 @pytest.fixture

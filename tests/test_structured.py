@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 import uuid
 
 import pytest
@@ -307,10 +308,15 @@ def own_kafka():
 IMPATIENT = {"request.timeout.ms": "2000", "default.api.timeout.ms": "2000"}
 
 
+def servers_of(broker):
+    """Return the settings of a query that notices within two seconds that a broker is away."""
+    servers = {"bootstrap.servers": broker.bootstrap_servers, "auto.offset.reset": "earliest"}
+    return {**servers, **IMPATIENT}
+
+
 def test_a_broker_that_comes_back_changes_no_total(query_of, own_kafka, caplog):
     """A broker's restart costs time, but neither events nor the query."""
-    servers = {"bootstrap.servers": own_kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
-    query = query_of(["events"], {**servers, **IMPATIENT})
+    query = query_of(["events"], servers_of(own_kafka))
     values, killed = Values(), []
     query.foreachBatch(values)
 
@@ -326,18 +332,79 @@ def test_a_broker_that_comes_back_changes_no_total(query_of, own_kafka, caplog):
         if len(values.all()) == 10 and not killed:
             killed.append(own_kafka.kill())
             trouble.start()
-        return len(values.all()) == 11
+        return query.lag() == 0 and len(values.all()) == 11  # the first of which asks Kafka
 
     query.run(until=is_done, timeout=300, interval=0.5)
     trouble.join(60)
     assert values.all() == [b"%d" % number for number in range(11)]
 
 
+def test_two_short_outages_are_not_taken_for_a_long_one(
+    query_of, own_kafka, monkeypatch, caplog
+):
+    """A query on a quiet topic outlives each outage, however much time is between them."""
+    monkeypatch.setattr(structured, "AWAY_SECONDS", 20)
+    query = query_of(["events"], servers_of(own_kafka))
+    query.foreachBatch(Values())
+
+    def go_away_twice():
+        for number in (1, 2):
+            began = time.monotonic()
+            wait_until(query.finished, 120)
+            wait_until(lambda began=began: time.monotonic() > began + 25)
+            own_kafka.kill()
+            wait_until(lambda n=number: caplog.text.count("The query waits for") >= n, 120)
+            own_kafka.start()
+
+    trouble = threading.Thread(target=go_away_twice)
+    trouble.start()
+    query.run(until=lambda: not trouble.is_alive() and query.lag() == 0, timeout=300, interval=0.5)
+    assert "KafkaTable" not in caplog.text  # the query's plan, which says nothing of the outage
+
+
+def test_a_batch_that_is_done_is_not_repeated_because_the_broker_goes_away(
+    query_of, own_kafka
+):
+    """What Kafka can't say any more after a batch is of no importance to it."""
+    query = query_of(["events"], servers_of(own_kafka))
+    calls = []
+
+    def lose_the_broker(df, batch_id):
+        calls.append(df.count())
+        own_kafka.kill()
+
+    query.foreachBatch(lose_the_broker)
+    query.run(until=lambda: calls and query.finished(), timeout=120, interval=0.5)
+    own_kafka.start()
+    query.run(timeout=120)
+    assert calls == [10]
+
+
+def test_a_deadline_ends_the_batch_that_runs_and_it_is_not_tried_again(
+    query_of, spark, one, produce, settings
+):
+    """A batch that takes too long is ended, and comes again when the query does."""
+    produce(one, [b"x"])
+    begun, calls = threading.Event(), []
+    query = query_of([one], settings)
+
+    def wait_in_spark(df, batch_id):
+        calls.append(batch_id)
+        begun.set()
+        df.rdd.foreach(lambda row: time.sleep(300))
+
+    query.foreachBatch(wait_in_spark)
+    with pytest.raises(TimeoutError, match="was not done after 1 s"):
+        query.run(until=lambda: not begun.wait(60), timeout=1)
+    wait_until(lambda: not spark.sparkContext.statusTracker().getActiveJobsIds(), 30)
+    assert calls == [0]
+    assert query.lag() == 1
+
+
 def test_a_broker_that_stays_away_is_an_error_in_time(query_of, own_kafka, monkeypatch):
     """A query without a broker does not hang, and says what it waited for."""
     monkeypatch.setattr(structured, "AWAY_SECONDS", 1)
-    servers = {"bootstrap.servers": own_kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
-    query = query_of(["events"], {**servers, **IMPATIENT})
+    query = query_of(["events"], servers_of(own_kafka))
     values, killed = Values(), []
     query.foreachBatch(values)
 

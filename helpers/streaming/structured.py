@@ -178,7 +178,7 @@ class KafkaQuery:
                     try:
                         if query.awaitTermination(0.1):
                             break
-                        if self._away_since is not None and query.lastProgress:
+                        if self._away_since is not None and _has_looked(query):
                             self._away_since = None  # the broker is back, with nothing new
                     except StreamingQueryException as error:
                         self._wait_for_the_broker(error, interrupted)
@@ -319,7 +319,7 @@ class KafkaQuery:
         self, error: StreamingQueryException, interrupted: threading.Event
     ) -> None:
         """Return when the broker answers again; raise if it stays away, or isn't the reason."""
-        reason = without_secrets(summary(str(error)), self._settings)
+        reason = without_secrets(_reason(error), self._settings)
         was_away = is_away(str(error))
         if self._away_since is None:  # otherwise no batch was done since it was away before
             self._away_since = time.monotonic()
@@ -507,6 +507,16 @@ def _is_true(condition: Callable[[], bool]) -> bool:
         return condition()
     except BrokerAwayError:
         return False
+
+
+def _has_looked(query: StreamingQuery) -> bool:
+    """Return whether a query has finished a trigger: without new records Spark reports nothing."""
+    return query.status["message"] == "Waiting for next trigger"
+
+
+def _reason(error: StreamingQueryException) -> str:
+    """Return the line that names an error; the plan of the query, which Spark adds, doesn't."""
+    return summary(str(error).partition("=== Streaming Query ===")[0])
 
 
 def _without_group(settings: Mapping[str, str]) -> dict[str, str]:
