@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
 from processes import run_python
 
-from helpers.broker import client_settings, make_certificate, python_settings
+from helpers.broker import python_settings
+from helpers.broker.security import client_settings, make_certificate
 from helpers.kafka_settings import _properties, is_secret, read_config, setting_option
 
 PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"

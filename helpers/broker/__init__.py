@@ -4,20 +4,12 @@
         kafka.create_topic("Machine_Learning", partitions=4)
         ...  # produce to and consume from kafka.bootstrap_servers
 
-In a terminal of its own: ``python -m helpers.broker --port 9092``. `local` runs the broker;
-`security` has what a secured broker and its clients need.
+In a terminal: ``python -m helpers.broker --port 9092``. `local` runs the broker's process, `server`
+has its settings, `admin` creates topics and users and counts records, and `security` has what a
+secured broker and its clients need.
 """
 
-from helpers.broker.local import (
-    ANSWER_SECONDS,
-    KAFKA_JARS,
-    KAFKA_VERSION,
-    LOOPBACK,
-    BrokerError,
-    LocalKafka,
-    count_records,
-    fetch,
-    free_port,
-    port_is_free,
-)
-from helpers.broker.security import python_settings
+from helpers.broker.admin import ANSWER_SECONDS, count_records
+from helpers.broker.local import LocalKafka, free_port, port_is_free
+from helpers.broker.security import LOOPBACK, python_settings
+from helpers.broker.server import KAFKA_JARS, KAFKA_VERSION, BrokerError, fetch

@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 
-from helpers.broker.local import BrokerError, LocalKafka
+from helpers.broker import BrokerError, LocalKafka
 from helpers.spark import JarsError
 
 

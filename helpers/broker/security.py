@@ -129,7 +129,7 @@ def broker_settings(
         "sasl.enabled.mechanisms": MECHANISM,
         "sasl.mechanism.inter.broker.protocol": MECHANISM,
         "sasl.mechanism.controller.protocol": "PLAIN",
-        f"listener.name.{PROTOCOL.lower()}.scram-sha-512.sasl.jaas.config": _jaas(
+        f"listener.name.{PROTOCOL.lower()}.scram-sha-512.sasl.jaas.config": jaas(
             administrator, admin_password
         ),
         "listener.name.controller.sasl.enabled.mechanisms": "PLAIN",
@@ -168,10 +168,21 @@ def client_settings(
         "bootstrap.servers": bootstrap_servers,
         "security.protocol": PROTOCOL,
         "sasl.mechanism": MECHANISM,
-        "sasl.jaas.config": _jaas(user, password),
+        "sasl.jaas.config": jaas(user, password),
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": str(certificate),
     }
+
+
+def jaas(user: str, password: str) -> str:
+    """Return the setting ``sasl.jaas.config`` with which a user signs in.
+
+    Examples
+    --------
+    >>> jaas("reader", "swordfish").split(maxsplit=1)[1]
+    'required username="reader" password="swordfish";'
+    """
+    return f'{_SCRAM} required username="{user}" password="{password}";'
 
 
 def python_settings(
@@ -291,10 +302,6 @@ def _pem(text: str) -> str:
         f"-----END {kind}-----\n"
         for kind, body in found
     )
-
-
-def _jaas(user: str, password: str) -> str:
-    return f'{_SCRAM} required username="{user}" password="{password}";'
 
 
 def _keytool(*arguments: str, password: str) -> None:

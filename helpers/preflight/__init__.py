@@ -1,6 +1,6 @@
-"""What a run needs, each with the command that provides it.
+"""What a run needs, and the command that fixes each missing thing.
 
 `preflight` returns a table of all checks for a notebook; ``python -m helpers.preflight`` prints it.
 """
 
-from helpers.preflight.table import preflight
+from helpers.preflight.checks import preflight

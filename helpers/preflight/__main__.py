@@ -5,34 +5,35 @@ from __future__ import annotations
 import argparse
 import sys
 
-from helpers.preflight.checks import Check
-from helpers.preflight.table import all_checks
+import pandas as pd
+
+from helpers.preflight import preflight
 
 
-def _as_table(checks: list[Check]) -> str:
-    """Return checks as lines of aligned text, with a remedy under each thing that is missing."""
-    width = max(len(check.what) for check in checks)
+def _as_text(table: pd.DataFrame) -> str:
+    """Return the checks as lines of aligned text, with the remedy under each missing thing."""
+    width = table["what"].str.len().max()
     lines = []
-    for check in checks:
+    for check in table.itertuples():
         lines.append(f"{'ok' if check.ok else 'MISSING':<7}  {check.what:<{width}}  {check.found}")
         if not check.ok:
-            lines.append(f"{'':<7}  {'':<{width}}  mend it with: {check.remedy}")
+            lines.append(f"{'':<7}  {'':<{width}}  fix it with: {check.remedy}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what a run needs and whether it is there, and return 1 if something is missing."""
-    description = "Check all that a run needs; what is missing is told with what mends it."
+    """Print what a run needs and whether it is available; return 1 if something is missing."""
+    description = "Check all that a run needs, and name the command that fixes each missing thing."
     parser = argparse.ArgumentParser(prog="python -m helpers.preflight", description=description)
     parser.add_argument(
         "--bootstrap-servers", default="", metavar="host:port", help="the broker of the run"
     )
     parser.add_argument("--memory", default="2g", help="Java's memory; default: %(default)s")
-    parser.add_argument("--cores", type=int, help="tasks at a time; default: one a core")
+    parser.add_argument("--cores", type=int, help="tasks at a time; default: one per core")
     options = parser.parse_args(arguments)
-    checks = all_checks(options.bootstrap_servers, options.memory, options.cores)
-    print(_as_table(checks))
-    return 0 if all(check.ok for check in checks) else 1
+    table = preflight(options.bootstrap_servers, options.memory, options.cores)
+    print(_as_text(table))
+    return 0 if table["ok"].all() else 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from helpers.spark.jars import (
     JarsError,
     NoSuchJarError,
     fetch_jars,
-    jars_folder,
     java_command,
     spark_and_scala,
     spark_home,

@@ -13,9 +13,9 @@ from pathlib import Path
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
-# What Spark and the kit write into the checkpoint of a streaming context.
 _LOGGER = logging.getLogger(__name__)
 
+# What Spark and the kit write into the checkpoint of a streaming context.
 _CHECKPOINT_FILES = (
     r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
 )

@@ -1,0 +1,181 @@
+"""What a local broker is started with: its jars, its settings, and its formatted folder.
+
+The place for another broker setting is `_broker_settings`.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import uuid
+from pathlib import Path
+
+from helpers.broker import security
+from helpers.broker.security import LOOPBACK
+from helpers.spark import fetch_jars, java_command, spark_home
+
+KAFKA_VERSION = "4.4.0"
+KAFKA_JARS = (
+    f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}",
+    "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it the broker logs nothing
+)
+ADMINISTRATOR = "admin"
+START_SECONDS = 60
+
+_LOGGING = """
+appender.console.type = Console
+appender.console.name = console
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = %d %p %m (%c{1})%n%throwable{short.message}
+rootLogger.level = INFO
+rootLogger.appenderRef.console.ref = console
+"""
+
+_JVM_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+
+
+class BrokerError(RuntimeError):
+    """The broker did not start, or doesn't answer; the message says why."""
+
+
+class Passwords:
+    """The passwords of a secured broker: for itself, its key, and its administrator."""
+
+    def __init__(self) -> None:
+        self.broker, self.store, self.administrator = (security.new_password() for _ in range(3))
+
+
+def fetch() -> None:
+    """Fetch the broker's jars, so that the first start needs no network."""
+    fetch_jars(*KAFKA_JARS)
+
+
+def prepare(
+    folder: Path, port: int, controller_port: int, passwords: Passwords | None
+) -> list[str]:
+    """Write the broker's settings file, and format its data folder if that is new.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The folder for settings, log and data; it is created if it is missing.
+    port, controller_port : int
+        The ports on loopback for clients and for the KRaft controller.
+    passwords : Passwords or None
+        The passwords of a secured broker; None for one without security.
+
+    Returns
+    -------
+    list of str
+        The command that runs the broker.
+
+    Raises
+    ------
+    BrokerError
+        If Kafka can't format the folder.
+    helpers.spark.JarsError
+        If Java is missing or the broker's jars can't be fetched.
+
+    Examples
+    --------
+    >>> command = prepare(getfixture("tmp_path"), 9092, 9093, passwords=None)
+    >>> Path(command[-1]).name
+    'server.properties'
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if passwords:
+        security.make_certificate(folder, passwords.store)
+    settings = _broker_settings(folder, port, controller_port, passwords)
+    file = folder / "server.properties"
+    _write_privately(file, "".join(f"{name}={value}\n" for name, value in settings.items()))
+    (folder / "log4j2.properties").write_text(_LOGGING)
+    if not (folder / "data" / "meta.properties").exists():
+        _format(folder, file, passwords)
+    return _java(folder, "kafka.Kafka", str(file))
+
+
+def last_lines(log: str) -> str:
+    r"""Return the end of a log, for an error message.
+
+    Examples
+    --------
+    >>> last_lines("starting\nstarted\n")
+    'starting\nstarted'
+    """
+    return "\n".join(log.strip().splitlines()[-15:])
+
+
+def _broker_settings(
+    folder: Path, port: int, controller_port: int, passwords: Passwords | None
+) -> dict[str, object]:
+    """Return all settings of the broker, by Kafka's names."""
+    listener = security.PROTOCOL if passwords else "PLAINTEXT"
+    settings = {
+        "process.roles": "broker,controller",
+        "node.id": 1,
+        "listeners": f"{listener}://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
+        "controller.listener.names": "CONTROLLER",
+        "controller.quorum.bootstrap.servers": f"{LOOPBACK}:{controller_port}",
+        "log.dirs": folder / "data",
+        "num.partitions": 4,
+        # After a SIGKILL the controller lets the same broker in again when this has passed.
+        "broker.session.timeout.ms": 3_000,
+        "broker.heartbeat.interval.ms": 500,
+        # One broker keeps the only copy of everything, of Kafka's internal topics as well.
+        "offsets.topic.replication.factor": 1,
+        "offsets.topic.num.partitions": 1,
+        "transaction.state.log.replication.factor": 1,
+        "transaction.state.log.min.isr": 1,
+        "transaction.state.log.num.partitions": 1,
+        "share.coordinator.state.topic.replication.factor": 1,
+        "share.coordinator.state.topic.min.isr": 1,
+        "share.coordinator.state.topic.num.partitions": 1,
+        # ACLs can restrict users, as on a site's brokers; without any, everything is allowed.
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "allow.everyone.if.no.acl.found": "true",
+        # A group of one laptop needs no time for other members to arrive.
+        "group.initial.rebalance.delay.ms": 0,
+    }
+    if passwords:
+        settings |= security.broker_settings(
+            folder, passwords.store, ADMINISTRATOR, passwords.administrator, passwords.broker
+        )  # fmt: skip
+    return settings
+
+
+def _format(folder: Path, settings: Path, passwords: Passwords | None) -> None:
+    """Prepare an empty data folder, which Kafka requires before the first start."""
+    cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    arguments = ["format", "--standalone", f"--cluster-id={cluster_id}", "--config", str(settings)]
+    if passwords:
+        administrator = f"name={ADMINISTRATOR},password={passwords.administrator}"
+        arguments += ["--add-scram", f"{security.MECHANISM}=[{administrator}]"]
+    # In a file, one per line, because other users can see the command line.
+    file = folder / "format.arguments"
+    _write_privately(file, "\n".join(arguments))
+    run = subprocess.run(
+        _java(folder, "kafka.tools.StorageTool", f"@{file}"),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS,
+    )  # fmt: skip
+    if run.returncode != 0:
+        output = last_lines(run.stdout + run.stderr)
+        raise BrokerError(f"{folder} can't be formatted:\n{output}")
+
+
+def _write_privately(file: Path, text: str) -> None:
+    """Write a file that only this user can read: a secured broker has passwords in it."""
+    file.touch(mode=0o600)
+    file.write_text(text)
+
+
+def _java(folder: Path, main_class: str, argument: str) -> list[str]:
+    """Return the command that runs one of Kafka's programs."""
+    jars = [*fetch_jars(*KAFKA_JARS), *spark_home().glob("jars/scala-library-*.jar")]
+    options = [
+        *_JVM_OPTIONS,
+        f"-Djava.io.tmpdir={folder}",
+        f"-Dlog4j2.configurationFile={folder / 'log4j2.properties'}",
+    ]
+    class_path = os.pathsep.join(map(str, jars))
+    return [java_command(), *options, "-cp", class_path, main_class, argument]
