@@ -59,6 +59,7 @@ _GB = 2**30
 # peak: 4.1 GB with MEMORY=2g on 2 cores, 3.1 GB with MEMORY=1g CORES=1.
 _MEMORY_BESIDE_SPARK = 2 * _GB
 _MEMORY_OF_A_WORKER = 0.6 * _GB  # from the third on; it has TensorFlow and the network in it
+_CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
 _DISK = _GB  # the broker's data and Spark's files of some 100,000 events
 
 
@@ -257,11 +258,25 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
         return _missing("memory", f"{memory!r} is not an amount of memory", "write it as in 2g")
     needed = int(amount[1]) * 2 ** (10 * "_kmgt".index(amount[2])) + _MEMORY_BESIDE_SPARK
     needed += max(0, (cores or os.cpu_count()) - 2) * _MEMORY_OF_A_WORKER
-    available = psutil.virtual_memory().available
+    available = _available_memory()
     found = f"{available / _GB:,.1f} GB free, {needed / _GB:,.1f} GB needed"
     if available >= needed:
         return _available("memory", found)
     return _missing("memory", found, "make run MEMORY=1g CORES=1  # needs 3 GB")
+
+
+def _available_memory() -> int:
+    """Return how many bytes are free: in a container, as in JupyterHub, within its limit."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        cache = re.search(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.M)
+    except OSError:  # not a container, or not of today's kind
+        return available
+    if limit == "max":
+        return available
+    return min(available, int(limit) - used + int(cache[1] if cache else 0))
 
 
 def check_disk() -> Check:
