@@ -1,6 +1,6 @@
-"""What the tests share: one real broker, one real Spark session, and topics with events in them.
+"""Shared fixtures and hooks: one real broker, one real Spark session, topics, events and models.
 
-It is here and not in tests/ because the examples in docstrings and the notebooks are tests too.
+They are here, not in tests/, because docstring examples and notebooks are tests as well.
 """
 
 from __future__ import annotations
@@ -29,30 +29,29 @@ from helpers.serving import Contract, ServingModel, save_serving_model, scaled_n
 from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
 
-# By how many events a count may differ on another processor, which rounds in another order: only
-# events whose two probabilities are all but equal can change sides.
+# How many events a count may differ by on another processor. It rounds sums in another order, so an
+# event whose two probabilities are almost equal can change class.
 TOLERANCE_EVENTS = 20
 
-# By how much accuracy and AUC of a training may differ from run to run: sums in another order are
-# other weights after hundreds of updates. Ten runs here were within 0.004.
+# How much a training's accuracy and AUC may differ between runs: sums in another order give other
+# weights after hundreds of updates. Ten runs here were within 0.004.
 TOLERANCE_METRICS = 0.015
 
-# What is streamed is scored by the same network; only the rounding is free.
+# Streamed events are scored by the same network; only the rounding may differ.
 TOLERANCE_STREAMED = 0.001
 
-# Each of some fifty Javas runs for a minute or less, in which its second compiler costs more than
-# it brings: 5 to 10 % of the time. Spark hands this on to the driver that it starts.
+# The tests start about fifty JVMs that live for a minute or less. In that time the second compiler
+# costs more than it saves: 5 to 10 % of the time. Spark passes this on to the driver it starts.
 os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
-# A job that a shell runs in the background ignores Ctrl-C, and so does all that it starts; tests
-# send it to programs.
+# A shell's background job ignores SIGINT, and so do its children; tests send SIGINT to programs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def kafka() -> Iterator[LocalKafka]:
-    """One broker for all tests; each uses topics of its own."""
+    """One broker for all tests; each test uses its own topics."""
     with LocalKafka() as broker:
         yield broker
 
@@ -100,7 +99,7 @@ def event_values() -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def make_serving_model(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Make serving models of random weights for the challenge's events, and save them."""
+    """Make and save serving models with random weights for the challenge's events."""
     features = generate_events(1_000, seed=1)[list(FEATURES)]
 
     def make(seed: int = 1, **parts) -> ServingModel:
@@ -121,7 +120,7 @@ def make_serving_model(tmp_path_factory: pytest.TempPathFactory) -> Callable:
 
 @pytest.fixture(scope="session")
 def serving_model(make_serving_model: Callable) -> ServingModel:
-    """A serving model of random weights."""
+    """A serving model with random weights."""
     return make_serving_model()
 
 
@@ -132,7 +131,7 @@ _WITH_SPARK = (
 
 
 def _scored_event(spark: SparkSession) -> DataFrame:
-    """Return an event as a batch's function hands it to a sink."""
+    """Return a scored event as a batch function passes it to a sink."""
     columns = (
         "EventId long, predicted_index double, topic string, partition int, offset long, "
         "timestamp timestamp, bad struct<key: binary, value: binary, reason: string>, "
@@ -147,7 +146,7 @@ def _scored_event(spark: SparkSession) -> DataFrame:
 def names_in_docstrings(
     request: pytest.FixtureRequest, doctest_namespace: dict[str, object]
 ) -> Iterator[None]:
-    """Give the examples in docstrings what they talk about."""
+    """Provide the names that docstring examples use."""
     if not isinstance(request.node, pytest.DoctestItem):
         yield
         return
@@ -186,7 +185,7 @@ def names_in_docstrings(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> object:
-    """Compare what a notebook's last cell records with what it recorded when it was stored."""
+    """Compare the numbers that a notebook's last cell records with the stored ones."""
     result = yield
     cell = getattr(item, "cell", None)  # nbval's items have one
     if cell is not None and "record" in cell.metadata.get("tags", []):
@@ -195,7 +194,7 @@ def pytest_runtest_call(item: pytest.Item) -> object:
 
 
 def compare_records(stored: dict[str, object], now: dict[str, object]) -> None:
-    """Fail unless both have the same names, and values that a reader would call the same."""
+    """Fail unless both have the same names and, within the tolerances, the same values."""
     assert now.keys() == stored.keys()
     assert now["events"] == stored["events"]
     for name in now.keys() - {"events", "batches"}:

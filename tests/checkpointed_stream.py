@@ -1,4 +1,4 @@
-"""A stream with a checkpoint, as a program that tests kill: it writes down what each batch gets.
+"""A program with a checkpointed stream, which tests kill; it logs what each batch gets.
 
 python checkpointed_stream.py BOOTSTRAP_SERVERS TOPIC FOLDER GROUP ('' for none) [with-state]
 """
@@ -15,16 +15,16 @@ from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, run_stream
 
 SECONDS = 2  # an interval
-RATE = 100  # records of each partition a second: some seconds of batches
+RATE = 100  # records per second and partition, so that the topic takes several batches
 WINDOW = 3  # intervals
 LAST = "-1"  # the value after which the program ends
 
 
 def main(servers: str, topic: str, folder: str, group: str, state: str = "") -> None:
-    """Run the stream, or go on with it, until it gets the last value."""
+    """Run the stream, or resume it from its checkpoint, until it gets the last value."""
     config = {
         "spark.streaming.kafka.maxRatePerPartition": RATE,
-        "spark.default.parallelism": 1,  # of the state; each task costs more than these counts
+        "spark.default.parallelism": 1,  # of the state; a task costs more than these counts
         "spark.ui.enabled": "false",
     }
     spark = get_spark(cores=2, memory="1g", config=config)
@@ -70,7 +70,7 @@ def main(servers: str, topic: str, folder: str, group: str, state: str = "") -> 
 
 
 def write(path: Path, line: dict) -> None:
-    """Append a line to a file, at once and whole, as far as a killed process can."""
+    """Append a line in a single write, so that a killed process leaves no partial line."""
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(file, f"{json.dumps(line)}\n".encode())
     os.close(file)

@@ -1,4 +1,4 @@
-"""A stream into a sink, as a program that dies at a fail point; a constant stands for the network.
+"""A program that streams into a sink and dies at a given point; a constant replaces the network.
 
 python failing_stream.py ENGINE BOOTSTRAP_SERVERS TOPIC FOLDER POINT
 """
@@ -20,7 +20,7 @@ POINTS = ("before writing", "before committing", "after committing", "nowhere")
 
 
 def main(engine: str, servers: str, topic: str, folder: str, point: str) -> None:
-    """Store what is in the topic, and die at the point in the second batch that gets there."""
+    """Store the topic's records, and die at the given point of the second batch."""
     config = {"spark.streaming.kafka.maxRatePerPartition": 100, "spark.ui.enabled": "false"}
     spark = get_spark(cores=1, memory="1g", config=config)
     settings = {"bootstrap.servers": servers, "auto.offset.reset": "earliest"}
@@ -42,13 +42,13 @@ def main(engine: str, servers: str, topic: str, folder: str, point: str) -> None
 
 
 class DyingSink(ParquetSink):
-    """A sink whose driver is killed at a point of its second batch."""
+    """A sink that kills its driver at a given point of its second batch."""
 
     point = "nowhere"
     batches = 0
 
     def write(self, *arguments):
-        """Write a batch, or die before."""
+        """Write a batch, or die before writing it."""
         self.batches += 1
         self.die_at("before writing")
         return super().write(*arguments)
@@ -59,14 +59,14 @@ class DyingSink(ParquetSink):
         self.die_at("after committing")
 
     def die_at(self, point):
-        """End Java and Python as a crash does, if this is the point."""
+        """Kill Java and Python, as a crash does, if this is the point."""
         if point == self.point and self.batches == 2:
             os.kill(SparkContext._gateway.proc.pid, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def score(df):
-    """Give each record the same prediction; its value is the event's id."""
+    """Give each record the same prediction; the record's value is the event id."""
     event = F.struct(
         F.col("value").cast("string").cast("long").alias("EventId"),
         F.lit(None).cast("string").alias("reason"),

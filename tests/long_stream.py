@@ -1,4 +1,4 @@
-"""The streaming job, as a program that also writes down how much memory it uses.
+"""The streaming job, as a program that also logs its memory use.
 
 python long_stream.py FILE OPTIONS...    (the options are those of examples/streaming_job.py)
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def sample(began: float) -> dict:
-    """Return seconds since the start, and megabytes in use; Java's heap after a collection."""
+    """Return the seconds since the start and the megabytes in use, the heap's after a GC."""
     jvm = SparkContext._active_spark_context._jvm
     jvm.java.lang.System.gc()
     heap = jvm.java.lang.management.ManagementFactory.getMemoryMXBean().getHeapMemoryUsage()
@@ -45,7 +45,7 @@ def watch(file: Path, ended: threading.Event) -> None:
 
 
 def main(file: str, arguments: list[str]) -> int:
-    """Run the job, watched."""
+    """Run the job while its memory is sampled."""
     spec = importlib.util.spec_from_file_location("job", ROOT / "examples" / "streaming_job.py")
     job = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(job)

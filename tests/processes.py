@@ -1,4 +1,4 @@
-"""Helpers of the tests that start programs: run Python, and wait for conditions."""
+"""Helpers for tests that start programs: run Python, and wait for conditions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_python(*arguments: str, seconds: float = 1_200, **options) -> subprocess.CompletedProcess:
-    """Run this Python with arguments, from the repository's root."""
+    """Run this Python interpreter with arguments, in the repository's root."""
     options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, **options}
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=seconds, **options
@@ -23,7 +23,7 @@ def run_python(*arguments: str, seconds: float = 1_200, **options) -> subprocess
 
 
 def dry_run_make(*arguments: str) -> str:
-    """Return the commands that `make` would run, as if typed in a shell of its own."""
+    """Return the commands that `make` would run if it were called from a shell."""
     run = subprocess.run(
         ["make", "--dry-run", "--no-print-directory", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=30, env=without_make(), check=True,
@@ -33,7 +33,7 @@ def dry_run_make(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def running(command: list[str], **options) -> Iterator[subprocess.Popen]:
-    """Run a command beside the test; at the end, end it and all that it started, within 60 s."""
+    """Run a command in the background; at exit, end its process group within 60 s."""
     options = {"cwd": ROOT, "stderr": subprocess.STDOUT, **options}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
@@ -51,12 +51,12 @@ def running(command: list[str], **options) -> Iterator[subprocess.Popen]:
 
 
 def without_make() -> dict[str, str]:
-    """Return the environment without what a `make` around the tests has put into it."""
+    """Return the environment without the variables that an enclosing `make` sets."""
     return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> object:
-    """Return the condition's value when it is true; fail if that takes too long."""
+    """Wait until a condition is true and return its value; fail after a time-out."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
@@ -67,7 +67,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> object:
 
 
 def is_alive(process_id: int) -> bool:
-    """Tell whether a process runs; one that has ended and waits to be buried doesn't."""
+    """Return whether a process is running; a zombie is not."""
     try:
         os.kill(process_id, 0)
         state = Path(f"/proc/{process_id}/stat")

@@ -1,4 +1,4 @@
-"""A sink on a standalone cluster whose worker sees another file system; prints JSON.
+"""A program with a sink on a cluster whose worker sees another file system; prints JSON.
 
 python sink_on_cluster.py SPARK_MASTER HIDDEN_FOLDER SHARED_FOLDER
 """
@@ -14,7 +14,7 @@ from helpers.spark import get_spark
 
 
 def main(master: str, hidden: str, shared: str) -> None:
-    """Try to store a batch in both folders."""
+    """Try to store a batch in each folder."""
     config = {
         "spark.ui.enabled": "false", "spark.cores.max": "1",
         "spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""A sink on a real HDFS, as a program, for Java needs Hadoop's jars from its start; prints JSON.
+"""A sink on a real HDFS, as a program because Java needs Hadoop's jars at start; prints JSON.
 
 python sink_on_hdfs.py FOLDER
 """
@@ -12,7 +12,7 @@ from helpers.sinks import SinkError
 from helpers.sinks.commits import CommitLog
 from helpers.spark import fetch_jars, full_path, get_spark
 
-# Hadoop in one Java process, for tests, and what it needs.
+# Hadoop in a single JVM, for tests, and its dependencies.
 HADOOP = (
     "org.apache.hadoop:hadoop-client-minicluster:3.5.0",
     "org.junit.jupiter:junit-jupiter-api:5.11.4",
@@ -23,7 +23,7 @@ SPARK_HAS = ("hadoop-client-api", "hadoop-client-runtime")
 
 
 def main(folder: str) -> None:
-    """Store two batches that overlap, and have a second sink and a second manifest be refused."""
+    """Store two overlapping batches, and try a second sink and a second manifest."""
     jars = [str(jar) for jar in fetch_jars(*HADOOP) if not any(n in jar.name for n in SPARK_HAS)]
     config = {"spark.driver.extraClassPath": ":".join(jars), "spark.ui.enabled": "false"}
     spark = get_spark(cores=1, memory="1g", config=config)
@@ -34,7 +34,7 @@ def main(folder: str) -> None:
     try:
         cluster.waitActive()
         uri = cluster.getFileSystem().getUri().toString()
-        spark._jsc.hadoopConfiguration().set("fs.defaultFS", uri)  # as a cluster's own settings do
+        spark._jsc.hadoopConfiguration().set("fs.defaultFS", uri)  # as a cluster's settings do
         found = try_sink(spark, f"{uri}/scored")
         found["checkpoint"] = checkpointed(spark, full_path(spark, "hdfs:///checkpoint"))
         print(json.dumps(found))
@@ -44,7 +44,7 @@ def main(folder: str) -> None:
 
 
 def checkpointed(spark, checkpoint):
-    """Run a stream with a checkpoint there, and return the checkpoint's path."""
+    """Run a stream with this checkpoint, and return the checkpoint's path."""
     rate = spark.readStream.format("rate").load()
     query = rate.writeStream.format("noop").trigger(availableNow=True)
     query.option("checkpointLocation", checkpoint).start().awaitTermination(60)
@@ -52,7 +52,7 @@ def checkpointed(spark, checkpoint):
 
 
 def try_sink(spark, path):
-    """Return what became of everything."""
+    """Return the path, the refusals' messages and the stored offsets."""
     found = {"path": path}
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)

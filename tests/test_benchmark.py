@@ -1,4 +1,4 @@
-"""The benchmark: what it prints, and that its figures are of real work."""
+"""The benchmark: what it prints, and that its figures measure real work."""
 
 import json
 
@@ -7,7 +7,7 @@ from processes import run_python
 
 
 def test_it_prints_one_line_of_json():
-    """Otherwise a script could not use the result, and nobody could check what README says."""
+    """The benchmark prints its throughput, and the ratio to the limit, as one JSON line."""
     run = run_python("examples/benchmark.py", "drain", "--events", "5000", "--runs", "1")
     assert run.returncode == 0, run.stderr
     (line,) = run.stdout.splitlines()
@@ -17,12 +17,12 @@ def test_it_prints_one_line_of_json():
     assert 0 < speeds["min"] <= speeds["median"] <= speeds["max"]
     ratio = speeds["median"] / result["limit_events_per_s"]
     assert abs(result["ratio"] - ratio) < 0.001
-    assert run.stderr.count("5,000") >= 3  # each drain, the warming-up too, scored all events
+    assert run.stderr.count("5,000") >= 3  # each drain, including the warm-up, scored all events
 
 
 @pytest.mark.long
 def test_training_is_judged_on_events_that_it_did_not_see():
-    """Otherwise nobody could check what the README says of the trainers."""
+    """The trainers are compared by their AUC on events that training did not use."""
     run = run_python("examples/benchmark.py", "train", "--events", "3000", seconds=300)
     assert run.returncode == 0, run.stderr
     (line,) = run.stdout.splitlines()
@@ -34,7 +34,7 @@ def test_training_is_judged_on_events_that_it_did_not_see():
 
 
 def test_bad_options_are_refused():
-    """Otherwise a typo would measure something else."""
+    """An unknown benchmark name is a usage error."""
     run = run_python("examples/benchmark.py", "fill")
     assert run.returncode == 2
     assert "invalid choice: 'fill'" in run.stderr

@@ -1,4 +1,4 @@
-"""The broker: it starts, keeps its data, says what is wrong, and leaves nothing behind."""
+"""The broker starts, keeps its data, reports what is wrong, and leaves nothing behind."""
 
 import itertools
 import signal
@@ -15,7 +15,7 @@ from helpers.broker import BrokerError, LocalKafka
 
 
 def write(kafka, topic, count):
-    """Write records, each acknowledged."""
+    """Write numbered records, each acknowledged."""
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all")
     for number in range(count):
         producer.send(topic, str(number).encode()).get(10)
@@ -30,7 +30,7 @@ def read(kafka, topic, count):
 
 
 def test_data_survives_a_stop_and_a_sigkill():
-    """Otherwise a demonstration of a broker that dies would lose the events it is about."""
+    """Records outlast a stop and a SIGKILL, and the broker restarts at the same address."""
     with LocalKafka() as kafka:
         address = kafka.bootstrap_servers
         kafka.create_topic("events", partitions=1)
@@ -43,7 +43,7 @@ def test_data_survives_a_stop_and_a_sigkill():
 
 
 def test_a_failed_restart_keeps_the_data():
-    """Otherwise a port that somebody took meanwhile would cost all events."""
+    """A restart that fails because the port is taken loses no records."""
     with LocalKafka() as kafka:
         kafka.create_topic("events", partitions=1)
         write(kafka, "events", 5)
@@ -60,7 +60,7 @@ def test_a_failed_restart_keeps_the_data():
 
 
 def test_it_listens_on_loopback_only(kafka):
-    """Otherwise anybody in the same network could write to a laptop's broker."""
+    """Only programs on this machine can reach the broker."""
     port = int(kafka.bootstrap_servers.split(":")[1])
     listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
     addresses = [line.split()[1] for line in listening.splitlines() if " 0A " in line]
@@ -71,19 +71,19 @@ def test_it_listens_on_loopback_only(kafka):
 
 
 def test_create_topic_has_partitions_and_settings(kafka):
-    """Otherwise a topic would silently have other settings than the notebook shows."""
+    """A topic gets the given partitions and settings, and creating it again is no error."""
     kafka.create_topic("with-settings", partitions=3, config={"retention.ms": 60_000})
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         (description,) = admin.describe_topics(["with-settings"])
         configs = str(admin.describe_configs([ConfigResource("TOPIC", "with-settings")]))
     assert len(description["partitions"]) == 3
     assert "60000" in configs
-    kafka.create_topic("with-settings", partitions=3)  # once more does no harm
+    kafka.create_topic("with-settings", partitions=3)  # exists already
     assert "with-settings" in kafka.topics()
 
 
 def test_a_port_in_use_is_said_at_once():
-    """Otherwise the user would wait, and then find 'Address already in use' in a log."""
+    """A start on a port in use fails at once, and the message says to choose another."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -93,7 +93,7 @@ def test_a_port_in_use_is_said_at_once():
 
 
 def test_a_failed_start_shows_the_brokers_last_words(tmp_path):
-    """Otherwise the user would know only that something is wrong."""
+    """A broker that fails to start reports the reason from its log."""
     with LocalKafka(folder=tmp_path):
         pass
     properties = tmp_path / "data" / "meta.properties"
@@ -103,7 +103,7 @@ def test_a_failed_start_shows_the_brokers_last_words(tmp_path):
 
 
 def test_a_given_folder_stays_and_is_continued(tmp_path):
-    """Otherwise `--folder` would not keep anything."""
+    """A folder given by the user is kept, and the next broker finds its topics there."""
     with LocalKafka(folder=tmp_path) as kafka:
         kafka.create_topic("kept")
     with LocalKafka(folder=tmp_path) as kafka:
@@ -111,7 +111,7 @@ def test_a_given_folder_stays_and_is_continued(tmp_path):
 
 
 def test_nothing_is_left_when_python_is_killed():
-    """Otherwise each kernel that dies would leave a broker with its port and its data."""
+    """If Python is killed, the broker ends and its temporary folder is removed."""
     program = (
         "from helpers.broker import LocalKafka; import os, signal; kafka = LocalKafka().start();"
         "print(kafka._process.pid, kafka.log_file.parent, flush=True);"
@@ -126,7 +126,7 @@ def test_nothing_is_left_when_python_is_killed():
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_runs_until_it_is_told_to_stop(ending):
-    """Otherwise a second terminal could not be used as the README says."""
+    """The command serves at the given port until SIGINT or SIGTERM, and exits with 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -140,7 +140,7 @@ def test_the_command_runs_until_it_is_told_to_stop(ending):
 
 
 def test_the_command_refuses_an_impossible_port_in_one_line():
-    """Otherwise a typo would end in a page of traceback."""
+    """An impossible port is reported in one line, without a traceback."""
     run = run_python("-m", "helpers.broker", "--port", "99999")
     assert run.returncode == 1
     assert run.stderr == "port 99999 is impossible: use one between 1024 and 65535.\n"

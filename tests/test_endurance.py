@@ -1,4 +1,4 @@
-"""A stream that runs for a quarter of an hour, and one that begins with a backlog."""
+"""A stream that runs for a quarter of an hour and then drains a backlog."""
 
 import json
 import os
@@ -15,20 +15,20 @@ from processes import ROOT, run_python, running, wait_until
 PROGRAM = ROOT / "tests" / "long_stream.py"
 PRODUCER = ROOT / "examples" / "kafka_producer.py"
 
-RATE = 1_000  # events a second
+RATE = 1_000  # events per second
 MINUTES = 15
 BACKLOG = 500_000
 MINUTES_AFTER_BACKLOG = 4
-SETTLED = 120  # seconds after which nothing grows any more
-LINE = re.compile(r"^\d\d:\d\d:\d\d +([\d,]+) .* ([\d,]+)$")  # of a batch: its events and the lag
+SETTLED = 120  # seconds after which memory no longer grows
+LINE = re.compile(r"^\d\d:\d\d:\d\d +([\d,]+) .* ([\d,]+)$")  # a batch's events and lag
 
 
 class Job:
-    """A running job: what it prints, and the samples of its memory."""
+    """A running job: the batches that it prints, and its memory samples."""
 
     def __init__(self, process, samples):
         self.process, self._samples = process, samples
-        self.lags = []  # when, the events of the batch, and the lag after it
+        self.lags = []  # seconds since the start, events of the batch, lag after it
         self._began = time.monotonic()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -40,23 +40,23 @@ class Job:
                 self.lags.append((time.monotonic() - self._began, events, lag))
 
     def events(self):
-        """Return how many events are scored so far."""
+        """Return the number of events scored so far."""
         return sum(events for _, events, _ in self.lags)
 
     def samples(self):
-        """Return the samples so far."""
+        """Return the memory samples so far."""
         return [json.loads(line) for line in self._samples.read_text().splitlines()]
 
     def run_for(self, seconds):
-        """Let the job run, as long as it lives."""
+        """Let the job run, and fail if it ends by itself."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.process.poll() is None, "the job ended by itself"
-            time.sleep(1)  # the time itself is what the test is about
+            time.sleep(1)  # elapsed time is what the test is about
 
 
 def means(samples, name):
-    """Return the median of a size in the first two minutes of some samples, and in the last two."""
+    """Return a size's medians over the first and the last two minutes of the samples."""
     sizes = [sample[name] for sample in samples]
     return statistics.median(sizes[:12]), statistics.median(sizes[-12:])
 
@@ -66,7 +66,7 @@ def means(samples, name):
 def test_a_stream_runs_for_a_quarter_of_an_hour_in_the_same_memory(
     kafka, topic, engine, tmp_path
 ):
-    """A service needs no restart: memory and lag stay bounded, also after a backlog."""
+    """Memory and lag stay bounded for a quarter of an hour, and memory after a backlog."""
     servers = kafka.bootstrap_servers
     events = str(RATE * 60 * (MINUTES + MINUTES_AFTER_BACKLOG + 15))  # more than the test takes
     source = [sys.executable, str(PRODUCER), servers, "--topic", topic, "--rate", str(RATE)]
@@ -76,7 +76,7 @@ def test_a_stream_runs_for_a_quarter_of_an_hour_in_the_same_memory(
         "--checkpoint", str(tmp_path / "checkpoint"),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    # Java as a user has it, with both of its compilers.
+    # Java with both of its compilers, as users run it.
     environment.pop("SPARK_SUBMIT_OPTS", None)
     with running([*source, "--events", events]), running(command, env=environment) as process:
         job = Job(process, tmp_path / "samples")
@@ -106,6 +106,6 @@ def test_a_stream_runs_for_a_quarter_of_an_hour_in_the_same_memory(
     )
     for name, (begins, ends, after_backlog) in sizes.items():
         assert ends < 1.25 * begins + 50, (name, sizes)
-        if name != "java":  # whose heap may have grown up to its limit, and stays so
+        if name != "java":  # its heap may grow to the limit, and stays there
             assert after_backlog < 1.25 * begins + 100, (name, sizes)
     assert statistics.median(lags) < 5 * RATE and max(lags) < 30 * RATE

@@ -1,4 +1,4 @@
-"""A driver that dies at the worst moments: each event is in the sink once, with either engine."""
+"""Exactly-once delivery to the sink when the driver dies, with either engine."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ VALUES = 500
 
 @pytest.fixture
 def filled(topic, produce):
-    """A topic with a number in each record."""
+    """A topic whose records are numbers."""
     numbers = [str(number).encode() for number in range(VALUES)]
     produce(topic, numbers, numbers)
     return topic
@@ -25,7 +25,7 @@ def filled(topic, produce):
 
 @pytest.fixture
 def run(kafka, filled, tmp_path):
-    """Run the program to its end, and return how it ended and what it printed."""
+    """Run the program to its end, and return its exit status and output."""
 
     def run(engine, point):
         command = [sys.executable, str(PROGRAM), engine, kafka.bootstrap_servers, filled]
@@ -38,7 +38,7 @@ def run(kafka, filled, tmp_path):
 
 
 def stored(spark, folder):
-    """Return the ids of the events that count so far."""
+    """Return the ids of the events committed so far."""
     return [row.EventId for row in read_scored(spark, f"{folder}/scored").collect()]
 
 
@@ -53,7 +53,7 @@ def stored(spark, folder):
 def test_a_driver_that_dies_anywhere_loses_and_repeats_nothing(
     spark, run, engine, points, tmp_path
 ):
-    """Otherwise the results would be wrong after a crash, and nobody would see it."""
+    """Each event is stored exactly once, wherever the driver dies."""
     before = 0
     for point in points:
         code, printed = run(engine, point)
@@ -61,7 +61,7 @@ def test_a_driver_that_dies_anywhere_loses_and_repeats_nothing(
         now = stored(spark, tmp_path)
         assert len(now) == len(set(now)) and before < len(now) < VALUES
         before = len(now)
-    shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)  # the sink alone knows where
+    shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)  # only the sink knows the offsets
     code, printed = run(engine, "nowhere")
     assert (code, printed.splitlines()[-1]) == (0, "done"), printed
     assert sorted(stored(spark, tmp_path)) == list(range(VALUES))

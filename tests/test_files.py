@@ -1,4 +1,4 @@
-"""Tests of helpers/files.py: files that are there whole, once, or not at all."""
+"""JSON files on Spark's file systems: written once, and either complete or absent."""
 
 import threading
 
@@ -9,12 +9,12 @@ from helpers.spark import JsonFolder
 
 @pytest.fixture
 def folder(spark, tmp_path):
-    """An empty folder of JSON files."""
+    """An empty folder for JSON files."""
     return JsonFolder(spark, str(tmp_path / "files"))
 
 
 def test_a_file_is_never_replaced(folder):
-    """Otherwise two jobs could commit a batch of the same number, and one would be lost."""
+    """Writing a file that exists fails and leaves its content unchanged."""
     folder.write("0", {"writer": "first"})
     with pytest.raises(FileExistsError, match=r"files/0\.json exists already"):
         folder.write("0", {"writer": "second"})
@@ -22,7 +22,7 @@ def test_a_file_is_never_replaced(folder):
 
 
 def test_only_one_of_many_writers_gets_the_name(folder):
-    """Otherwise it would be luck which of two jobs notices the other."""
+    """Of eight concurrent writers of a file, one succeeds and the others fail."""
     refused, together = [], threading.Barrier(8)
 
     def write(number):
@@ -42,7 +42,7 @@ def test_only_one_of_many_writers_gets_the_name(folder):
 
 
 def test_what_a_crash_leaves_half_written_is_no_file(folder, tmp_path):
-    """Otherwise a batch would count whose files nobody has finished."""
+    """A draft that a crash leaves behind is neither listed nor readable."""
     (tmp_path / "files" / ".0.draft").write_text('{"batch": ')
     (tmp_path / "files" / "_SUCCESS").touch()
     assert folder.names() == []
@@ -51,7 +51,7 @@ def test_what_a_crash_leaves_half_written_is_no_file(folder, tmp_path):
 
 
 def test_names_are_sorted_and_a_file_can_go(folder):
-    """Otherwise the last batch would not be found, or old plans stay for ever."""
+    """Names are listed in order, and deleting a missing file is not an error."""
     for name in ("2", "0", "1"):
         folder.write(name, name)
     folder.delete("1")
@@ -60,7 +60,7 @@ def test_names_are_sorted_and_a_file_can_go(folder):
 
 
 def test_a_file_shows_that_it_was_touched(folder):
-    """Otherwise a job that lives would be taken for dead."""
+    """Touching a file updates its modification time; a missing file has none."""
     assert folder.changed_at("0") is None
     folder.write("0", {})
     before = folder.changed_at("0")

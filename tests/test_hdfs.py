@@ -1,4 +1,4 @@
-"""The sink on HDFS, whose renames and errors are others than those of a local disk."""
+"""The sink on HDFS, where renames and errors differ from those on a local disk."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from processes import ROOT, run_python
 
 @pytest.mark.long
 def test_a_sink_on_hdfs_keeps_its_promises(tmp_path):
-    """Otherwise 'exactly once' would be true on a laptop, and not on a cluster."""
+    """On HDFS, overlapping batches are stored once, and a second writer is refused."""
     program = str(ROOT / "tests" / "sink_on_hdfs.py")
     here = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     run = run_python(program, str(tmp_path / "hdfs"), env=here, seconds=300)

@@ -1,4 +1,4 @@
-"""Tests of helpers/higgs.py: the events that the whole tutorial sends, scores and plots."""
+"""The Higgs events that the tutorial sends, scores and plots."""
 
 import keras
 import numpy as np
@@ -9,8 +9,8 @@ from pyspark.errors import SparkRuntimeException
 
 from helpers import higgs
 
-# Mean, spread and share of missing values of each feature, for signal and for background, in the
-# first 6,000 events of CERN Open Data record 328; missing values do not count in the first two.
+# Mean and spread, both without missing values, and share of missing values of each feature, for
+# signal and for background, in the first 6,000 events of CERN Open Data record 328.
 PUBLISHED = {
     "DER_mass_MMC": ((122.89, 27.139, 0.030), (119.80, 66.036, 0.212)),
     "DER_mass_transverse_met_lep": ((32.725, 29.192, 0), (57.945, 34.180, 0)),
@@ -44,7 +44,7 @@ PUBLISHED = {
     "PRI_jet_all_pt": ((89.442, 99.363, 0), (62.651, 95.669, 0)),
 }
 
-# Features whose values have both signs: their means are near zero, next to the spread.
+# Features with values of both signs: their means are near zero compared with their spread.
 SIGNED = [name for name in PUBLISHED if name.endswith(("_eta", "_phi"))] + [
     "DER_prodeta_jet_jet",
     "DER_met_phi_centrality",
@@ -64,26 +64,26 @@ SUBLEADING = {
 
 @pytest.fixture(scope="module")
 def events():
-    """Generate the events that most tests look at."""
+    """The events that most tests use."""
     return higgs.generate_events(20_000, seed=2014)
 
 
 @pytest.fixture
 def cern_table(events):
-    """Return a few events with all columns of CERN's file."""
+    """A few events with all columns of CERN's file."""
     few = events.head(50).copy()
     few.insert(31, "Weight", 0.5)
     return few.assign(KaggleSet="t", KaggleWeight=1.5)
 
 
 def test_features_are_those_of_the_published_files():
-    """Without this, a model would read its inputs from the wrong columns."""
+    """The features have the names and the order of the published files."""
     assert tuple(PUBLISHED) == higgs.FEATURES
     assert len(higgs.FEATURES) == 30
 
 
 def test_schema_names_and_types_every_column_of_an_event():
-    """Without this, Spark would parse the stream into wrong or empty columns."""
+    """The id is a long, the jet number an integer, and every other column a double."""
     types = {field.name: field.dataType.typeName() for field in higgs.SCHEMA}
     assert list(types) == ["EventId", *higgs.FEATURES]
     assert types.pop("EventId") == "long"
@@ -102,20 +102,20 @@ def test_schema_names_and_types_every_column_of_an_event():
 )
 @pytest.mark.parametrize("name", ["events.csv", "events.csv.gz"])
 def test_read_events_returns_what_the_file_holds(cern_table, tmp_path, absent, name):
-    """Without this, a user could not read one of the published files, or would get other values."""
+    """A published file is read with all its columns and values, compressed or not."""
     written = cern_table.drop(columns=absent)
     written.to_csv(tmp_path / name, index=False)
     pd.testing.assert_frame_equal(higgs.read_events(tmp_path / name), written)
 
 
 def test_read_events_finds_columns_by_name(cern_table, tmp_path):
-    """Without this, a file with its columns in another order would be misread silently."""
+    """Columns are found by name, whatever their order in the file."""
     cern_table[cern_table.columns[::-1]].to_csv(tmp_path / "events.csv", index=False)
     pd.testing.assert_frame_equal(higgs.read_events(tmp_path / "events.csv"), cern_table)
 
 
 def test_read_events_keeps_whole_numbers_whole(cern_table, tmp_path):
-    """Without this, identifiers and jet numbers written as 2.0 would not fit Spark's schema."""
+    """Ids and jet numbers written as 2.0 are read as integers."""
     cern_table.astype({"EventId": float, "PRI_jet_num": float}).to_csv(
         tmp_path / "events.csv", index=False
     )
@@ -136,7 +136,7 @@ def test_read_events_keeps_whole_numbers_whole(cern_table, tmp_path):
     ],
 )
 def test_read_events_says_what_is_wrong_with_a_file(cern_table, tmp_path, spoil, message):
-    """Without this, a wrong file would fail later, with an error that does not name the cause."""
+    """A malformed file is refused with its name, the faulty column and the remedy."""
     path = tmp_path / "events.csv"
     spoil(cern_table).to_csv(path, index=False)
     with pytest.raises(ValueError, match=message) as error:
@@ -145,7 +145,7 @@ def test_read_events_says_what_is_wrong_with_a_file(cern_table, tmp_path, spoil,
 
 
 def test_read_events_says_that_a_file_is_empty(tmp_path):
-    """Without this, an interrupted download would end in an error about parsing."""
+    """An empty file is refused, and the message says to download it again."""
     path = tmp_path / "events.csv"
     path.touch()
     with pytest.raises(ValueError, match="is empty: download it again from CERN Open Data"):
@@ -153,27 +153,27 @@ def test_read_events_says_that_a_file_is_empty(tmp_path):
 
 
 def test_read_events_says_where_to_get_a_missing_file(tmp_path):
-    """Without this, a user without the data would not learn where it is."""
+    """The error for a missing file names CERN's record and `generate_events`."""
     with pytest.raises(FileNotFoundError, match=r"CERN Open Data record 328.*generate_events"):
         higgs.read_events(tmp_path / "events.csv")
 
 
 def test_one_seed_gives_the_same_events_and_another_gives_others():
-    """Without this, a user's results would change from run to run, or never."""
+    """A seed determines the events, and another seed gives different events."""
     first = higgs.generate_events(200, seed=7)
     pd.testing.assert_frame_equal(first, higgs.generate_events(200, seed=7))
     assert not first.equals(higgs.generate_events(200, seed=8))
 
 
 def test_event_identifiers_are_distinct_and_start_where_asked():
-    """Without this, two batches of a stream could not be told apart by identifier."""
+    """Event ids are consecutive and start at the given id."""
     identifiers = higgs.generate_events(200, first_event_id=350_000)["EventId"]
     assert identifiers.tolist() == list(range(350_000, 350_200))
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_few_events_have_the_columns_of_many(events, n):
-    """Without this, small batches would break the programs that large batches pass."""
+    """A few events, or none, have the same columns and types as many."""
     few = higgs.generate_events(n)
     assert len(few) == n
     assert list(few) == ["EventId", *higgs.FEATURES, "Label"]
@@ -181,7 +181,7 @@ def test_few_events_have_the_columns_of_many(events, n):
 
 
 def test_generated_columns_have_the_published_types(events):
-    """Without this, generated events would not fit Spark's schema or the file's 3 decimals."""
+    """Generated columns have the file's types, and finite values with three decimals."""
     assert events[list(higgs.INTEGERS)].dtypes.eq("int64").all()
     assert events[list(higgs.FEATURES)].drop(columns="PRI_jet_num").dtypes.eq("float64").all()
     assert np.isfinite(events[list(higgs.FEATURES)]).all(axis=None)
@@ -189,7 +189,7 @@ def test_generated_columns_have_the_published_types(events):
 
 
 def test_derived_columns_match_an_event_computed_by_hand():
-    """Without this, derived columns would not mean what the challenge's documentation says."""
+    """Derived columns follow the challenge's definitions, as computed by hand."""
     event = {
         "DER_mass_MMC": 125.0,
         "PRI_tau_pt": 40.0,
@@ -229,7 +229,7 @@ def test_derived_columns_match_an_event_computed_by_hand():
 
 
 def test_generated_derived_columns_follow_their_definitions(events):
-    """Without this, generated events would contradict themselves."""
+    """Generated derived columns equal those computed from the primary columns."""
     pd.testing.assert_frame_equal(higgs.derive_columns(events), events)
 
 
@@ -237,7 +237,7 @@ def test_generated_derived_columns_follow_their_definitions(events):
     ("jets", "absent"), [(0, LEADING | SUBLEADING), (1, SUBLEADING), (2, set()), (3, set())]
 )
 def test_features_of_absent_jets_are_missing(events, jets, absent):
-    """Without this, a model would see momenta of jets that are not there, or miss some that are."""
+    """A feature is missing exactly if it describes a jet that the event doesn't have."""
     selected = events[events["PRI_jet_num"] == jets].drop(columns="DER_mass_MMC")
     missing = selected == higgs.MISSING
     assert set(missing.columns[missing.any()]) == absent
@@ -245,7 +245,7 @@ def test_features_of_absent_jets_are_missing(events, jets, absent):
 
 
 def test_generated_events_pass_the_detectors_cuts(events):
-    """Without this, events would hold particles that the published events cannot hold."""
+    """Generated particles satisfy the detector's cuts on momentum and angle."""
     assert events["PRI_tau_pt"].ge(20).all()
     assert events["PRI_lep_pt"].ge(26).all()
     assert events[["PRI_tau_eta", "PRI_lep_eta"]].abs().le(2.5).all(axis=None)
@@ -259,7 +259,7 @@ def test_generated_events_pass_the_detectors_cuts(events):
 
 
 def test_jet_sum_adds_up_the_jets(events):
-    """Without this, the sums of momenta would contradict the jets that the event lists."""
+    """`PRI_jet_all_pt` is the sum of the listed jets, and more only with a third jet."""
     named = events[["PRI_jet_leading_pt", "PRI_jet_subleading_pt"]]
     further = events["PRI_jet_all_pt"] - named.where(named != higgs.MISSING, 0).sum(axis=1)
     has_further = events["PRI_jet_num"] == 3
@@ -268,7 +268,7 @@ def test_jet_sum_adds_up_the_jets(events):
 
 
 def test_a_third_of_the_events_is_signal(events):
-    """Without this, the classes would have other sizes than in the challenge."""
+    """About 34 % of the generated events are signal, as in the challenge."""
     assert set(events["Label"]) == set(higgs.LABELS)
     assert (events["Label"] == "s").mean() == pytest.approx(0.34, abs=0.015)
 
@@ -276,7 +276,7 @@ def test_a_third_of_the_events_is_signal(events):
 @pytest.mark.parametrize("label", ["s", "b"])
 @pytest.mark.parametrize("feature", PUBLISHED)
 def test_generated_feature_resembles_the_published_one(events, feature, label):
-    """Without this, what a user learns from generated events would not carry over to real ones."""
+    """Each feature's mean, spread and share of missing values are close to the file's."""
     mean, spread, missing_share = PUBLISHED[feature]["sb".index(label)]
     values = events.loc[events["Label"] == label, feature].replace(higgs.MISSING, np.nan)
     assert values.mean() == pytest.approx(
@@ -287,7 +287,7 @@ def test_generated_feature_resembles_the_published_one(events, feature, label):
 
 
 def test_a_network_tells_the_classes_apart_as_well_as_on_published_events(events):
-    """Without this, the tutorial's network would learn nothing, or have nothing to learn."""
+    """A small network separates the classes with an AUC between 0.85 and 0.95."""
     keras.utils.set_random_seed(0)
     features = events[list(higgs.FEATURES)].to_numpy()
     features = (features - features.mean(axis=0)) / features.std(axis=0)
@@ -308,7 +308,7 @@ def test_a_network_tells_the_classes_apart_as_well_as_on_published_events(events
 
 @pytest.mark.parametrize("columns", [33, 35])
 def test_spark_reads_both_layouts(spark, tmp_path, columns):
-    """Otherwise one of the two published files could not be trained on."""
+    """Spark reads both published layouts, with the same values as pandas."""
     events = higgs.generate_events(20, seed=1)
     events.insert(32 - 1, "Weight", 0.5)
     events = events.assign(KaggleSet="t", KaggleWeight=1.5) if columns == 35 else events
@@ -322,7 +322,7 @@ def test_spark_reads_both_layouts(spark, tmp_path, columns):
 
 
 def test_spark_refuses_files_that_are_others(spark, tmp_path):
-    """Otherwise a wrong file would become events of nulls."""
+    """Spark refuses files with missing or reordered columns, or with invalid values."""
     path = tmp_path / "events.csv"
     events = higgs.generate_events(2, seed=1)
     events.drop(columns="PRI_met").to_csv(path, index=False)
@@ -345,7 +345,7 @@ def test_spark_refuses_files_that_are_others(spark, tmp_path):
 
 
 def test_significance_is_the_challenges(tmp_path):
-    """Otherwise the threshold would be chosen by something else than what physicists publish."""
+    """At every threshold, the significance follows the challenge's formula."""
     generator = np.random.default_rng(1)
     scores, is_signal = generator.random(500).round(2), generator.random(500) < 0.3
     weights = generator.random(500)

@@ -1,4 +1,4 @@
-"""The producer program, run as a user runs it, against the real broker."""
+"""The producer program, run as a user runs it, against a real broker."""
 
 import gzip
 import os
@@ -18,7 +18,7 @@ PRODUCER = str(ROOT / "examples" / "kafka_producer.py")
 
 
 def read(kafka, topic, count=None):
-    """Read a topic's records from its beginning."""
+    """Read a topic's records from the beginning."""
     settings = {"auto_offset_reset": "earliest", "consumer_timeout_ms": 5_000}
     records = []
     with KafkaConsumer(topic, bootstrap_servers=kafka.bootstrap_servers, **settings) as consumer:
@@ -31,7 +31,7 @@ def read(kafka, topic, count=None):
 
 @pytest.fixture(scope="module")
 def csv_file(tmp_path_factory):
-    """A file in the 35-column layout of CERN, with generated events."""
+    """A file in CERN's 35-column layout, with generated events."""
     path = tmp_path_factory.mktemp("csv") / "events.csv"
     events = generate_events(50, seed=2)
     events.insert(31, "Weight", 0.5)
@@ -41,7 +41,7 @@ def csv_file(tmp_path_factory):
 
 @pytest.mark.parametrize("codec", ["none", "gzip", "lz4", "snappy", "zstd"])
 def test_every_codec_arrives(kafka, topic, codec):
-    """Otherwise a choice of --compression would fail, or write what nobody can read."""
+    """Events arrive with every codec that --compression offers."""
     run = run_python(
         PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--events", "300",
         "--compression", codec,
@@ -53,7 +53,7 @@ def test_every_codec_arrives(kafka, topic, codec):
 
 
 def test_records_are_what_the_stream_expects(kafka, topic):
-    """Otherwise the stream would miss columns, or be told the answer."""
+    """A record's key is the event id; its value has the id and the features, but no label."""
     run_python(PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--events", "20")
     for record in read(kafka, topic, 20):
         event = orjson.loads(record.value)
@@ -65,7 +65,7 @@ def test_records_are_what_the_stream_expects(kafka, topic):
 
 
 def test_the_same_seed_gives_the_same_events_however_many(kafka, topic):
-    """Otherwise the small topic of the walkthrough would not be a part of the full one."""
+    """A seed's first events are the same, however many are sent."""
     for count in ("5", "9"):
         run_python(PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--events", count)
     by_id = {}
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_events_however_many(kafka, topic):
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "examples"])
 def test_a_file_is_sent_without_its_bookkeeping(kafka, topic, csv_file, folder):
-    """Otherwise the label would travel with the event; from either folder."""
+    """The label and weights in a file are not sent, whichever folder the program runs in."""
     script = os.path.relpath(PRODUCER, folder)
     run = run_python(
         script, kafka.bootstrap_servers, "--topic", topic, "--csv", str(csv_file), cwd=folder
@@ -90,7 +90,7 @@ def test_a_file_is_sent_without_its_bookkeeping(kafka, topic, csv_file, folder):
 
 
 def test_a_rate_is_kept(kafka, topic):
-    """Otherwise a live stream could not be imitated: 60 events at 30 a second take 2 seconds."""
+    """--rate limits the throughput: 60 events at 30 per second take 2 seconds."""
     run = run_python(
         PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--events", "60", "--rate", "30"
     )
@@ -99,7 +99,7 @@ def test_a_rate_is_kept(kafka, topic):
 
 
 def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):
-    """Otherwise a demonstration would run out of events, or repeat them."""
+    """--loop sends new events, with new ids, until Ctrl-C."""
     command = [sys.executable, PRODUCER, kafka.bootstrap_servers, "--topic", topic]
     command += ["--events", "10", "--loop", "--pause", "0.1"]
     with running(command) as process:
@@ -121,7 +121,7 @@ def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):
     ],
 )
 def test_a_mistake_is_one_line_and_a_failure(kafka, arguments, reason):
-    """Otherwise a script would go on as if the events were there."""
+    """A wrong option fails with a one-line reason and no traceback."""
     address = [] if "nowhere" in arguments else [kafka.bootstrap_servers]
     run = run_python(PRODUCER, *address, *arguments)
     assert run.returncode != 0
@@ -130,7 +130,7 @@ def test_a_mistake_is_one_line_and_a_failure(kafka, arguments, reason):
 
 
 def test_a_wrong_column_is_named(kafka, csv_file, tmp_path):
-    """Otherwise a file of another kind would be sent."""
+    """An unknown column of the file is named in the error."""
     wrong = tmp_path / "wrong.csv"
     wrong.write_text(csv_file.read_text().replace("DER_mass_vis", "mass"))
     run = run_python(PRODUCER, kafka.bootstrap_servers, "--csv", str(wrong))
@@ -140,7 +140,7 @@ def test_a_wrong_column_is_named(kafka, csv_file, tmp_path):
 
 
 def test_a_download_that_was_cut_off_is_one_line(kafka, tmp_path):
-    """Otherwise the likeliest damage to the file would be a page of traceback."""
+    """A truncated download is reported without a traceback."""
     whole = gzip.compress(generate_events(500, seed=0).to_csv(index=False).encode())
     (tmp_path / "cut.csv.gz").write_bytes(whole[: len(whole) // 2])
     run = run_python(PRODUCER, kafka.bootstrap_servers, "--csv", str(tmp_path / "cut.csv.gz"))
@@ -150,14 +150,14 @@ def test_a_download_that_was_cut_off_is_one_line(kafka, tmp_path):
 
 
 def test_an_unreachable_broker_is_said_within_the_deadline():
-    """Otherwise the program would wait for ever for a broker that isn't there."""
+    """An unreachable broker is reported within 10 s."""
     run = run_python(PRODUCER, "127.0.0.1:9", seconds=30)
     assert run.returncode == 1
     assert run.stderr.startswith("no Kafka broker answers at 127.0.0.1:9 within 10 s: check")
 
 
 def test_an_event_that_fails_makes_the_program_fail(kafka):
-    """Otherwise events could be lost without anybody noticing."""
+    """If events fail, the program reports how many and exits with 1."""
     kafka.create_topic("tiny", partitions=1, config={"max.message.bytes": 500})
     run = run_python(
         PRODUCER, kafka.bootstrap_servers, "--topic", "tiny", "--events", "50",
@@ -169,7 +169,7 @@ def test_an_event_that_fails_makes_the_program_fail(kafka):
 
 
 def test_a_codec_that_is_not_installed_is_named(kafka, tmp_path):
-    """Otherwise the message would be an assertion of the client's."""
+    """If a codec's library is missing, the error gives the command that installs it."""
     (tmp_path / "zstandard.py").write_text("raise ImportError('not installed')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = run_python(
@@ -180,27 +180,27 @@ def test_a_codec_that_is_not_installed_is_named(kafka, tmp_path):
 
 
 def size(kafka, topic):
-    """Return how many records a topic has, while more are coming."""
+    """Return the current number of records in a topic."""
     return sum(count_records(kafka.bootstrap_servers, topic).values())
 
 
 @pytest.fixture
 def impatient(tmp_path):
-    """A file of settings with which an event fails after 3 s."""
+    """A settings file with which an event fails after 3 s."""
     file = tmp_path / "producer.properties"
     file.write_text("delivery.timeout.ms = 3000\nrequest.timeout.ms : 1500\nlinger.ms=50\n")
     return ["--kafka-config", str(file)]
 
 
 def looping(kafka, topic, errors, *more):
-    """Run an endless producer, its stderr going to a file."""
+    """Run an endless producer, with stderr written to a file."""
     command = [sys.executable, PRODUCER, kafka.bootstrap_servers, "--topic", topic]
     command += ["--loop", "--rate", "500", *more]
     return running(command, stderr=errors.open("w"))
 
 
 def counted(process, errors):
-    """Return how many events were acknowledged, and how many were not, as the program says."""
+    """Return the numbers of acknowledged and failed events that the program reports."""
     printed, _ = process.communicate(timeout=60)
     said = errors.read_text()
     missing = re.findall(r"^(\d+) events failed: ", said, re.MULTILINE)
@@ -209,7 +209,7 @@ def counted(process, errors):
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_a_loop_outlasts_a_broker_that_is_away_and_counts_what_failed(tmp_path, impatient, ending):
-    """Failures are reported while it runs; what it calls acknowledged is in the topic, once."""
+    """Failures are reported while the loop runs; acknowledged events are in the topic once."""
     errors = tmp_path / "errors"
     with LocalKafka() as kafka:
         kafka.create_topic("events", partitions=2)
@@ -226,11 +226,11 @@ def test_a_loop_outlasts_a_broker_that_is_away_and_counts_what_failed(tmp_path, 
         keys = [int(record.key) for record in read(kafka, "events")]
     assert missing > 0 and len(keys) == len(set(keys))
     assert acknowledged <= len(keys) <= acknowledged + missing
-    assert max(keys) - min(keys) < acknowledged + missing  # ids count what was sent
+    assert max(keys) - min(keys) < acknowledged + missing  # an id for each event sent
 
 
 def test_a_loop_that_waits_for_its_broker_loses_nothing(tmp_path):
-    """A broker that is away is reported within seconds, and gets all events when it is back."""
+    """An outage is reported within seconds, and all events arrive when the broker is back."""
     errors = tmp_path / "errors"
     with LocalKafka() as kafka:
         kafka.create_topic("events", partitions=2)
@@ -249,7 +249,7 @@ def test_a_loop_that_waits_for_its_broker_loses_nothing(tmp_path):
 
 
 def test_ctrl_c_while_the_broker_is_away_counts_what_is_known(tmp_path, impatient):
-    """The program ends within seconds, and calls nothing acknowledged that isn't in the topic."""
+    """Ctrl-C works during an outage, and every event reported as acknowledged is stored."""
     errors = tmp_path / "errors"
     with LocalKafka() as kafka:
         kafka.create_topic("events", partitions=1)
@@ -264,7 +264,7 @@ def test_ctrl_c_while_the_broker_is_away_counts_what_is_known(tmp_path, impatien
 
 
 def test_a_topic_that_is_closed_meanwhile_is_reported(kafka, topic, tmp_path, impatient):
-    """Whatever the broker's reason is, it is said when it happens, and the loop goes on."""
+    """Rejected events are reported as they fail, and the loop continues."""
     errors = tmp_path / "errors"
     with looping(kafka, topic, errors, *impatient) as process:
         wait_until(lambda: size(kafka, topic) > 10)
@@ -289,7 +289,7 @@ def configure(kafka, topic, settings):
 
 
 def test_a_secured_broker_is_written_to_with_settings_from_a_file(tmp_path):
-    """Without a password on the command line; what may not be written to is one sentence."""
+    """Credentials are read from a file, and a missing write permission is reported."""
     with LocalKafka(security="SASL_SSL") as kafka:
         kafka.create_topic("events", partitions=1)
         writer = kafka.add_user("writer")
@@ -317,7 +317,7 @@ def test_a_secured_broker_is_written_to_with_settings_from_a_file(tmp_path):
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line(kafka, tmp_path, text, reason):
-    """A setting that has no effect would be a surprise later."""
+    """A wrong setting, or a missing settings file, is reported in one line."""
     file = tmp_path / ("nowhere.properties" if text is None else "client.properties")
     if text is not None:
         file.write_text(text)

@@ -1,4 +1,4 @@
-"""A stream in a live kernel: interrupted, run again, and gone with the kernel."""
+"""A stream in a live kernel: interrupted, run again, and ended with the kernel."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def run(until):
 
 @pytest.fixture(scope="module")
 def kernel():
-    """A fresh kernel, as JupyterLab starts it."""
+    """A new kernel, started as JupyterLab does."""
     manager, client = start_new_kernel(cwd=str(ROOT / "notebooks"))
     yield manager, client
     client.stop_channels()
@@ -35,7 +35,7 @@ def kernel():
 
 
 def execute(client, source, seconds=60):
-    """Run a cell to its end, and return its reply and what it printed."""
+    """Run a cell to its end, and return its reply and output."""
     printed = []
 
     def keep(message):
@@ -47,7 +47,7 @@ def execute(client, source, seconds=60):
 
 
 def test_interrupt_and_run_again(kernel, kafka, topic, produce, tmp_path):
-    """Otherwise the stop button would leave a stream behind, or a kernel that must be restarted."""
+    """An interrupt ends the stream, and the same kernel can run it again."""
     manager, client = kernel
     produce(topic, [b"1", b"2", b"3"])
     reply, _ = execute(client, SETUP.format(topic=topic, servers=kafka.bootstrap_servers))
@@ -69,13 +69,13 @@ def test_interrupt_and_run_again(kernel, kafka, topic, produce, tmp_path):
 
 
 def shell_error(client):
-    """Return the name of the error that the last cell ended with, once it has ended."""
+    """Wait for the last cell to end, and return the name of its error."""
     reply = client.get_shell_msg(timeout=30)
     return reply["content"].get("ename")
 
 
 def test_spark_ends_with_the_kernel(kernel, kafka, topic):
-    """Otherwise each kernel that dies would leave a Java process, and its files in /tmp."""
+    """If the kernel is killed, Java ends and Spark's files are removed."""
     _, client = kernel
     execute(client, SETUP.format(topic=topic, servers=kafka.bootstrap_servers))
     look = "from helpers.spark import log_file\n"

@@ -1,4 +1,4 @@
-"""The guide from the old API: each block of code in it runs, one after the other."""
+"""The migration guide: its code blocks run, one after the other."""
 
 import re
 
@@ -12,7 +12,7 @@ BLOCKS = re.findall(
 
 
 def test_every_block_of_the_guide_runs(spark, kafka, produce, tmp_path, capsys):
-    """Otherwise whoever follows the guide would be stopped by the guide."""
+    """Every code block runs as written, and the streams read the whole topic."""
     kafka.create_topic("events", partitions=1)
     produce("events", [b"%d" % number for number in range(100)])
     ssc = new_streaming_context(spark, 0.5)

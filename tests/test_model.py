@@ -1,4 +1,4 @@
-"""The network, its way to the workers as bytes, and its file with the serving contract."""
+"""The network, its serialization for workers, and its file with the serving contract."""
 
 import json
 import zipfile
@@ -30,13 +30,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def features():
-    """Generated events, each scaled to length 1, as the walkthrough does it."""
+    """Generated events, each scaled to length 1 as in the walkthrough."""
     rows = generate_events(5_000, seed=3)[list(FEATURES)].to_numpy()
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype("float32")
 
 
 def test_it_is_the_original_network(model):
-    """Otherwise speeds could not be compared with those of the original."""
+    """The network has the layers, dropout rates and parameter count of the original."""
     assert [layer.units for layer in model.layers if hasattr(layer, "units")] == [500, 1000, 500, 2]
     assert [layer.rate for layer in model.layers if hasattr(layer, "rate")] == [0.4, 0.4]
     assert model.count_params() == 1_018_002
@@ -44,20 +44,20 @@ def test_it_is_the_original_network(model):
 
 
 def test_the_same_seed_gives_the_same_weights(model):
-    """Otherwise the notebook's counts would change from run to run."""
+    """A seed determines the weights, and another seed gives different ones."""
     for weights, again in zip(model.get_weights(), build_model().get_weights(), strict=True):
         np.testing.assert_array_equal(weights, again)
     assert not np.array_equal(model.get_weights()[0], build_model(seed=1).get_weights()[0])
 
 
 def test_random_weights_call_about_half_of_the_events_class_0(model, features):
-    """Otherwise the walkthrough's filter would keep all events or none."""
+    """With random weights, 30 to 70 % of the events are class 0."""
     chosen = compiled_predict(model)(features).argmax(axis=1)
     assert 0.3 <= (chosen == 0).mean() <= 0.7
 
 
 def test_bytes_carry_the_model(model, features):
-    """Otherwise the workers would score with other weights than the driver."""
+    """A network restored from bytes gives the same predictions."""
     copy = model_from_bytes(model_to_bytes(model))
     np.testing.assert_array_equal(
         compiled_predict(copy)(features), compiled_predict(model)(features)
@@ -65,20 +65,20 @@ def test_bytes_carry_the_model(model, features):
 
 
 def test_bytes_that_are_no_model_are_refused():
-    """Otherwise a damaged file would fail later, on a worker."""
+    """Bytes that are not a Keras model are refused."""
     with pytest.raises(ValueError, match="keras"):
         model_from_bytes(b"no model")
 
 
 @pytest.mark.parametrize("size", [1, 2, 4_999, 5_000])
 def test_compiled_predict_equals_keras(model, features, size):
-    """Otherwise the fast way would not be the same network; batches of one row included."""
+    """The compiled prediction equals `model.predict` for batches of any size, even one row."""
     expected = model.predict(features[:size], verbose=0)
     np.testing.assert_allclose(compiled_predict(model)(features[:size]), expected, atol=1e-6)
 
 
 def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
-    """Otherwise what serves would not be what was trained; Keras alone must read it, too."""
+    """A saved serving model loads unchanged, and Keras alone can read its file."""
     path = tmp_path / "model.keras"
     saved = save_serving_model(serving_model, path)
     loaded = load_serving_model(path)
@@ -112,7 +112,7 @@ def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
     ],
 )
 def test_parts_that_disagree_are_refused(serving_model, tmp_path, change, fault):
-    """Otherwise a network would serve with another's scaling or names, and nobody would notice."""
+    """An inconsistent contract, or one that doesn't fit the network, is not saved."""
     wrong = ServingModel(serving_model.network, replace(serving_model.contract, **change))
     with pytest.raises(ServingModelError, match=fault):
         save_serving_model(wrong, tmp_path / "model.keras")
@@ -120,7 +120,7 @@ def test_parts_that_disagree_are_refused(serving_model, tmp_path, change, fault)
 
 
 def rewritten(path, name, content, compression=zipfile.ZIP_STORED):
-    """Change one part of a .keras file, or leave it out."""
+    """Replace or remove one part of a .keras file."""
     with zipfile.ZipFile(path) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -131,7 +131,7 @@ def rewritten(path, name, content, compression=zipfile.ZIP_STORED):
 
 
 def test_files_that_were_changed_are_refused(make_serving_model, serving_model, tmp_path):
-    """Otherwise a mixed-up or damaged file would serve."""
+    """A file with parts of different saves, or with invalid parts, is refused."""
     path = tmp_path / "model.keras"
     save_serving_model(make_serving_model(seed=7), path)
     with zipfile.ZipFile(path) as archive:
@@ -172,7 +172,7 @@ def test_files_that_were_changed_are_refused(make_serving_model, serving_model, 
 
 @pytest.mark.parametrize("place", range(5))
 def test_a_file_that_was_damaged_is_refused(serving_model, tmp_path, place):
-    """Otherwise a bit that flips on a disk would end the stream, or change its scores."""
+    """A file with a flipped bit is refused."""
     path = tmp_path / "model.keras"
     save_serving_model(serving_model, path)
     content = bytearray(path.read_bytes())
@@ -183,7 +183,7 @@ def test_a_file_that_was_damaged_is_refused(serving_model, tmp_path, place):
 
 
 def test_a_file_without_its_weights_is_refused(serving_model, tmp_path):
-    """Otherwise Keras' own error would end the stream that looks for a new version."""
+    """A file without weights is refused, and the missing part is named."""
     path = tmp_path / "model.keras"
     save_serving_model(serving_model, path)
     rewritten(path, "model.weights.h5", None)
@@ -192,7 +192,7 @@ def test_a_file_without_its_weights_is_refused(serving_model, tmp_path):
 
 
 def test_a_file_that_would_fill_the_memory_is_refused(serving_model, tmp_path):
-    """Otherwise a small file could end the driver, and with it the stream."""
+    """A small file that would expand to 100 MB is refused."""
     path = tmp_path / "model.keras"
     save_serving_model(serving_model, path)
     rewritten(path, CONTRACT, " " * 100_000_000, zipfile.ZIP_DEFLATED)
@@ -204,7 +204,7 @@ def test_a_file_that_would_fill_the_memory_is_refused(serving_model, tmp_path):
     "network", [keras.layers.Dense(2), keras.Sequential()], ids=["a layer", "no inputs"]
 )
 def test_what_is_no_network_is_refused(serving_model, tmp_path, network):
-    """Otherwise Python's own error would end the stream that looks for a new version."""
+    """A Keras object that isn't a network with inputs is refused."""
     path = tmp_path / "model.keras"
     save_serving_model(serving_model, path)
     config = json.dumps(keras.saving.serialize_keras_object(network))
@@ -219,7 +219,7 @@ def test_what_is_no_network_is_refused(serving_model, tmp_path, network):
 
 
 def test_a_network_that_scales_otherwise_is_refused(serving_model, tmp_path):
-    """Otherwise a scaling that multiplies where training has divided would serve."""
+    """A network that multiplies by the scales instead of dividing is refused."""
     contract = serving_model.contract
     variance = np.square(contract.scales)
     scaling = keras.layers.Normalization(mean=contract.means, variance=variance, invert=True)
@@ -229,7 +229,7 @@ def test_a_network_that_scales_otherwise_is_refused(serving_model, tmp_path):
 
 
 def test_another_file_system_is_refused(serving_model):
-    """Otherwise a folder named hdfs: would be made here, and the model be looked for elsewhere."""
+    """A path on another file system, such as HDFS, is refused for loading and saving."""
     path = "hdfs:///models/higgs.keras"
     for use in (load_serving_model, lambda path: save_serving_model(serving_model, path)):
         with pytest.raises(ServingModelError, match=r"is no path of this machine: copy the file"):
@@ -237,13 +237,13 @@ def test_another_file_system_is_refused(serving_model):
 
 
 def test_another_ending_is_refused(serving_model, tmp_path):
-    """Otherwise Keras would take the file for one of another format, and not open it."""
+    """A file name that doesn't end in .keras is refused."""
     with pytest.raises(ServingModelError, match=r"model\.h5 must end in \.keras"):
         save_serving_model(serving_model, tmp_path / "model.h5")
 
 
 def test_a_contract_takes_arrays(serving_model, tmp_path):
-    """Otherwise what NumPy has computed would have to be made a list, and the error not say so."""
+    """A contract accepts NumPy arrays and numbers."""
     contract = serving_model.contract
     arrays = replace(contract, means=np.array(contract.means), threshold=np.float64(0.5))
     saved = save_serving_model(ServingModel(serving_model.network, arrays), tmp_path / "a.keras")
@@ -251,9 +251,9 @@ def test_a_contract_takes_arrays(serving_model, tmp_path):
 
 
 def test_the_same_model_has_the_same_version(serving_model, tmp_path):
-    """Otherwise a version that was saved again would not be found among the results."""
+    """Saving an unchanged model keeps its version; another contract gives a new one."""
     first = save_serving_model(serving_model, tmp_path / "first.keras")
-    with ThreadPoolExecutor() as stream:  # a batch's function runs in a thread
+    with ThreadPoolExecutor() as stream:  # a batch function runs in a thread
         again = stream.submit(save_serving_model, first, tmp_path / "a folder" / "again.keras")
     assert again.result().version == first.version == serving_model.version
     other = replace(serving_model.contract, threshold=0.7)
@@ -262,7 +262,7 @@ def test_the_same_model_has_the_same_version(serving_model, tmp_path):
 
 
 def test_code_in_a_file_does_not_run(serving_model, tmp_path):
-    """Otherwise whoever sends a model could do anything on the cluster."""
+    """A network with a Lambda layer is refused, so that no code from a file runs."""
     scaling = serving_model.network.layers[0]
     network = keras.Sequential(
         [keras.Input((30,)), scaling, keras.layers.Lambda(lambda x: x), build_model()]
@@ -273,7 +273,7 @@ def test_code_in_a_file_does_not_run(serving_model, tmp_path):
 
 
 def test_a_fingerprint_tells_data_apart(spark):
-    """Otherwise nobody could say later on which events a model was trained."""
+    """A fingerprint depends on values and column names, not on the order of rows or columns."""
     df = spark.createDataFrame([(1, "s"), (2, "b")], "EventId int, Label string")
     assert fingerprint(df) == fingerprint(df.orderBy("Label").select("Label", "EventId"))
     assert fingerprint(df) != fingerprint(df.withColumnRenamed("Label", "label"))

@@ -1,4 +1,4 @@
-"""The monitor: what it counts, what a terminal and a notebook show of it, and the plot."""
+"""The monitor: its counts, its display in terminals and notebooks, and its plot."""
 
 import io
 import sys
@@ -45,7 +45,7 @@ thread.join(60)
 
 
 def monitor_of(*figures):
-    """A monitor with batches a second apart, of their events, signal, seconds and lag."""
+    """Return a monitor of batches one second apart, from events, signal, seconds and lag."""
     monitor = Monitor()
     for number, (events, signal, seconds, lag) in enumerate(figures):
         monitor.add(Batch(NOON + number * 1_000, events, signal, 0, seconds, lag))
@@ -54,7 +54,7 @@ def monitor_of(*figures):
 
 @pytest.fixture(scope="module")
 def executed(kafka, produce, tmp_path_factory):
-    """The outputs of a notebook's cells: a table that a stream fills, a plot, and another table."""
+    """A notebook's cell outputs: a table that a stream fills, a plot, and another table."""
     kafka.create_topic("monitored", partitions=1)
     produce("monitored", [b"{}"] * 1_234)
     sources = {
@@ -76,7 +76,7 @@ def executed(kafka, produce, tmp_path_factory):
 
 
 def test_a_notebooks_table_is_in_the_cell_that_began_it_and_holds_all_at_the_end(executed):
-    """Otherwise each batch would add a table, or the table would stay as it was at first."""
+    """One table, in the cell that calls `begin`, is updated until the stream ends."""
     (output,) = executed["begin"]
     for kind in ("text/html", "text/plain"):
         table = output["data"][kind]
@@ -86,14 +86,14 @@ def test_a_notebooks_table_is_in_the_cell_that_began_it_and_holds_all_at_the_end
 
 
 def test_a_notebooks_table_says_what_is_unused_below(executed):
-    """Otherwise a warning from Spark's thread would be below another cell, or be lost."""
+    """Unused fields are named below the table, escaped in HTML."""
     (output,) = executed["begin"]
     assert "fields that are not used: <run> (they are ignored)" in output["data"]["text/plain"]
     assert "fields that are not used: &lt;run&gt; (they are" in output["data"]["text/html"]
 
 
 def test_a_notebook_shows_the_last_of_many_batches_and_the_total_of_all(executed):
-    """Otherwise a long stream's table would fill the page."""
+    """A notebook's table shows the last 20 batches and the total of all."""
     (output,) = executed["begin again"]
     lines = output["data"]["text/plain"].splitlines()
     assert len(lines) == 1 + 20 + 2
@@ -106,13 +106,13 @@ def test_a_notebook_shows_the_last_of_many_batches_and_the_total_of_all(executed
 
 
 def test_a_notebook_shows_the_plot_once(executed):
-    """Otherwise the figure would be there twice, or as text."""
+    """A plot is displayed once, as an image."""
     (output,) = executed["plot"]
     assert "image/png" in output["data"]
 
 
 def test_a_terminal_gets_aligned_lines(capsys):
-    """Otherwise a log could not be read."""
+    """A terminal gets a header and one aligned line per batch."""
     monitor = Monitor()
     monitor.begin()
     assert capsys.readouterr().out == ""
@@ -128,14 +128,14 @@ def test_a_terminal_gets_aligned_lines(capsys):
 
 
 def test_ipython_in_a_terminal_gets_lines_too():
-    """Otherwise it would show a table anew with each batch, as text."""
+    """IPython in a terminal prints lines, not a table that is redrawn."""
     source = "from helpers.monitor import *; m = Monitor(); m.begin(); m.add(Batch(0, 1, 1, 0, 1))"
     printed = run_python("-m", "IPython", "--no-banner", "-c", source).stdout
     assert [line.split()[0] for line in printed.splitlines()] == ["time", "00:00:00"]
 
 
 def test_a_line_is_written_at_once(monkeypatch):
-    """Otherwise a log would have the batches only when the program ends."""
+    """Each line is flushed as soon as it is written."""
     file = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
     monitor_of((10, 5, 1.0, 0))
@@ -143,7 +143,7 @@ def test_a_line_is_written_at_once(monkeypatch):
 
 
 def test_a_batch_that_is_repeated_is_counted_once():
-    """Otherwise what fails after the count would make the totals too large."""
+    """A batch that is added again replaces its earlier counts."""
     monitor = monitor_of((10, 5, 1.0, 20), (10, 6, 1.0, 10))
     monitor.add(Batch(NOON, 10, 7, 0, 1.0, 20))
     assert monitor.totals() == {"events": 20, "signal": 13, "bad": 0, "batches": 2}
@@ -151,12 +151,12 @@ def test_a_batch_that_is_repeated_is_counted_once():
 
 
 def test_a_long_stream_keeps_the_last_batches_and_the_totals_of_all(capsys, monkeypatch):
-    """A stream of a week must not fill the memory, nor a batch take longer for each one before."""
+    """Only the last batches are kept, but the totals include all."""
     monkeypatch.setattr(log, "BATCHES_KEPT", 10)
     monitor = Monitor()
     for number in range(25):
         monitor.add(Batch(NOON + number * 1_000, 4, 3, 1, 0.5))
-    monitor.add(Batch(NOON + 24_000, 5, 5, 0, 0.5))  # done again
+    monitor.add(Batch(NOON + 24_000, 5, 5, 0, 0.5))  # a retry
     monitor.add(Batch(NOON + 20_000, 4, 3, 1, 0.5))
     totals = {"events": 101, "signal": 77, "bad": 24, "batches": 25}
     assert monitor.totals() == totals
@@ -171,7 +171,7 @@ def test_a_long_stream_keeps_the_last_batches_and_the_totals_of_all(capsys, monk
 
 
 def test_a_batch_whose_report_spark_has_dropped_is_counted(spark, capsys):
-    """Spark drops reports when there are too many; counts must not wait for them for ever."""
+    """A batch whose progress report Spark drops is counted with the next report."""
     monitor = Monitor()
     progress = SimpleNamespace(
         batchId=2, timestamp="2024-01-01T12:00:00.000Z", durationMs={"triggerExecution": 250},
@@ -188,7 +188,7 @@ def test_a_batch_whose_report_spark_has_dropped_is_counted(spark, capsys):
 
 
 def test_begin_forgets_earlier_batches(capsys):
-    """Otherwise a cell that is run again would add to the totals of its first run."""
+    """`begin` resets the totals and starts a new table."""
     monitor = monitor_of((10, 5, 1.0, 20))
     monitor.begin()
     monitor.add(Batch(NOON + 60_000, 1, 1, 1, 1.0))
@@ -197,7 +197,7 @@ def test_begin_forgets_earlier_batches(capsys):
 
 
 def test_each_unused_field_is_warned_of_once():
-    """Otherwise a stream would warn with each batch, or never."""
+    """Each unused field is warned about once, even after `begin`."""
     monitor, batch = Monitor(), Batch(NOON, 5, 0, 0, 1.0)
     with pytest.warns(UserWarning) as caught:
         monitor.add(batch, ["weight", "run"])
@@ -214,7 +214,7 @@ def test_each_unused_field_is_warned_of_once():
 
 
 def test_the_table_has_times_and_numbers():
-    """Otherwise it could not be computed with."""
+    """The table has times and numbers, even if it is empty."""
     table = monitor_of((40, 30, 0.5, None), (10, 5, 0.0, 20)).table()
     times = pd.to_datetime(["2024-01-01 12:00:00", "2024-01-01 12:00:01"], utc=True)
     assert list(table["time"]) == list(times)
@@ -226,7 +226,7 @@ def test_the_table_has_times_and_numbers():
 
 
 def test_the_plot_has_the_batches():
-    """Otherwise it would show something else than the table."""
+    """The plot shows each batch's events, time and lag, and the signal share so far."""
     figure = monitor_of((40, 30, 0.5, 10), (0, 0, 0.1, None), (10, 5, 0.25, 0)).plot()
     events, share, lag, seconds = figure.axes
     assert [bar.get_height() for bar in events.patches] == [40, 0, 10]
@@ -244,7 +244,7 @@ def test_the_plot_has_the_batches():
 
 @pytest.mark.parametrize("figures", [(0, 0, 0.0, None), (10, 5, 1.0, 0)])
 def test_one_batch_can_be_plotted(figures):
-    """Otherwise a short stream would end in an error, or in warnings."""
+    """A single batch is plotted without warnings, and the figure is closed."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = monitor_of(figures).plot()
@@ -253,6 +253,6 @@ def test_one_batch_can_be_plotted(figures):
 
 
 def test_without_a_batch_there_is_no_plot():
-    """Otherwise it would be empty, or an error of pandas."""
+    """Plotting without batches is refused, and the message says to run the stream first."""
     with pytest.raises(ValueError, match="no batch to plot yet: run the stream first"):
         Monitor().plot()

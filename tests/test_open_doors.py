@@ -1,4 +1,4 @@
-"""While the kit runs, it listens on the loopback interface of this machine and nowhere else."""
+"""The kit listens on the loopback interface only."""
 
 import contextlib
 import ipaddress
@@ -18,7 +18,7 @@ SECONDS = 300
 
 
 def listening(process):
-    """Return the addresses at which a process and all that it started listen, with their names."""
+    """Return name, IP and port of the listening sockets of a process and its descendants."""
     found = set()
     for part in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -31,7 +31,7 @@ def listening(process):
 
 
 def beyond_loopback(addresses):
-    """Return the addresses, IPv4 and IPv6, that others can reach."""
+    """Return the IPv4 and IPv6 addresses that other machines can reach."""
     reachable = []
     for name, ip, port in sorted(addresses):
         address = ipaddress.ip_address(ip.partition("%")[0])
@@ -42,7 +42,7 @@ def beyond_loopback(addresses):
 
 @contextlib.contextmanager
 def watched(command, **options):
-    """Run a command, and note all addresses at which it and its children listen meanwhile."""
+    """Run a command, and collect the addresses on which it and its descendants listen."""
     seen, over = set(), threading.Event()
 
     def look():
@@ -72,14 +72,14 @@ def job(kafka, topic, produce, event_values, tmp_path):
 
 
 def test_the_addresses_that_others_can_reach_are_told_from_loopback():
-    """The test's own eyes: all interfaces, an address of the network, and both kinds of IPv6."""
+    """Wildcard, network and link-local addresses are found, and loopback ones are not."""
     addresses = ["127.0.0.1", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::", "10.0.0.1", "fe80::1%lo"]
     found = beyond_loopback({("x", address, 1) for address in addresses})
     assert [ip for _, ip, _ in found] == ["0.0.0.0", "10.0.0.1", "::", "fe80::1%lo"]
 
 
 def test_a_job_listens_on_loopback_only(job):
-    """Its driver, its web page, its workers."""
+    """A job's driver, web UI and workers listen on loopback only."""
     with watched([sys.executable, *job]) as (process, seen):
         printed, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, printed
@@ -87,7 +87,7 @@ def test_a_job_listens_on_loopback_only(job):
 
 
 def test_a_job_under_spark_submit_listens_on_loopback_only(job):
-    """Spark-submit has started Java before the kit can say a word."""
+    """So does a driver that spark-submit starts before any code of the kit runs."""
     command = [str(spark_home() / "bin" / "spark-submit"), "--master", "local[2]", *job]
     environment = {**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_HOME": str(spark_home())}
     environment.pop("SPARK_LOCAL_IP", None)
@@ -98,7 +98,7 @@ def test_a_job_under_spark_submit_listens_on_loopback_only(job):
 
 
 def test_a_notebook_listens_on_loopback_only():
-    """The kernel, the broker, Spark, and what they start."""
+    """The kernel, the broker, Spark and their children listen on loopback only."""
     command = [sys.executable, "-m", "helpers.notebook", "1_walkthrough", "EVENTS=2000", "CORES=1"]
     with watched(command) as (process, seen):
         printed, _ = process.communicate(timeout=SECONDS)
@@ -107,7 +107,7 @@ def test_a_notebook_listens_on_loopback_only():
 
 
 def test_the_lab_listens_on_loopback_only():
-    """Jupyter's own default, which `make lab` leaves alone."""
+    """`make lab` keeps Jupyter's default, which is loopback only."""
     (line,) = [line for line in dry_run_make("lab").splitlines() if "jupyter lab" in line]
     port = free_port()
     options = ["--no-browser", f"--port={port}", "--ServerApp.token=x"]
@@ -117,7 +117,7 @@ def test_the_lab_listens_on_loopback_only():
 
 
 def test_a_broker_listens_on_loopback_only():
-    """For clients, and for its controller."""
+    """The broker listens on loopback only, for clients and for its controller."""
     command = [sys.executable, "-m", "helpers.broker", "--port", str(free_port())]
     with watched(command) as (process, seen):
         assert "ready at" in process.stdout.readline()

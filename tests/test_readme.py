@@ -1,4 +1,4 @@
-"""The README: every command in it works, and its example and symptoms are real."""
+"""The README: its commands and its example work, and its error messages are real."""
 
 import json
 import os
@@ -30,12 +30,12 @@ PYTHON = ".venv/bin/python "
 
 
 def commands(start):
-    """Return the README's commands that begin with this."""
+    """Return the README's commands that start with a prefix."""
     return [command for command in COMMANDS if command.startswith(start)]
 
 
 def test_every_command_is_one_that_is_tested_here():
-    """Otherwise a new command would be promised and never tried."""
+    """Every command in the README is of a kind that a test in this file runs."""
     tried = ("make", f"{PYTHON}-m helpers.broker", f"{PYTHON}-m helpers.preflight")
     tried += (f"{PYTHON}examples/kafka_producer.py", f"{PYTHON}score_pumps.py")
     tried += (f"{PYTHON}examples/streaming_job.py", f"{PYTHON}examples/replay_dead_letters.py")
@@ -44,7 +44,7 @@ def test_every_command_is_one_that_is_tested_here():
 
 @pytest.mark.parametrize("command", commands("make"))
 def test_make_knows_the_target_and_the_notebook_its_parameters(command):
-    """Otherwise a newcomer's first command would fail."""
+    """Every `make` command has a target, and its notebook has the given parameters."""
     recipe = dry_run_make(*shlex.split(command)[1:])
     if "helpers.notebook" in recipe:
         arguments = shlex.split(recipe.split("helpers.notebook", 1)[1])
@@ -58,7 +58,7 @@ def test_make_knows_the_target_and_the_notebook_its_parameters(command):
 
 
 def test_make_run_ends_with_the_totals():
-    """Otherwise the first command that is shown would not do what is said of it."""
+    """`make run` ends with a line of totals."""
     (command,) = commands("make run EVENTS=20000")
     run = subprocess.run(
         shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=1_800,
@@ -70,7 +70,7 @@ def test_make_run_ends_with_the_totals():
 
 
 def test_make_lab_opens_the_notebooks():
-    """Otherwise nobody could read and run the walkthrough cell by cell."""
+    """`make lab` serves the notebooks."""
     (command,) = commands("make lab")
     with running(shlex.split(command), env={**without_make(), "BROWSER": "true"}) as process:
         lines = iter(process.stdout.readline, "")
@@ -81,7 +81,7 @@ def test_make_lab_opens_the_notebooks():
 
 
 def names_at(address):
-    """Return the files that a Jupyter server lists; none while it doesn't listen yet."""
+    """Return the files that a Jupyter server lists, or none if it doesn't answer yet."""
     try:
         with urllib.request.urlopen(address, timeout=30) as answer:
             return [entry["name"] for entry in json.load(answer)["content"]]
@@ -91,7 +91,7 @@ def names_at(address):
 
 @pytest.mark.parametrize("command", commands(f"{PYTHON}-m helpers.broker"))
 def test_the_brokers_command_starts_one(command):
-    """Otherwise there would be nothing in the first terminal for the second one."""
+    """The broker command starts a broker at the given port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     arguments = shlex.split(command.replace("9092", str(port)))[1:]
@@ -102,7 +102,7 @@ def test_the_brokers_command_starts_one(command):
 
 @pytest.mark.parametrize("command", commands(f"{PYTHON}examples/kafka_producer.py"))
 def test_the_producers_commands_reach_the_broker(kafka, tmp_path, command):
-    """Otherwise the second terminal would not work as written."""
+    """The producer commands send events to the broker."""
     generate_events(10, seed=0).to_csv(tmp_path / "events.csv.gz", index=False)
     arguments = shlex.split(command)[1:]
     for index, argument in enumerate(arguments):
@@ -116,14 +116,14 @@ def test_the_producers_commands_reach_the_broker(kafka, tmp_path, command):
 
 @pytest.mark.parametrize("command", commands(f"{PYTHON}examples/streaming_job.py"))
 def test_the_jobs_commands_have_its_options(command):
-    """Otherwise a service would not start as written; test_streaming_job.py runs it."""
+    """The streaming job accepts the README's options; test_streaming_job.py runs it."""
     check = "import sys; sys.path.insert(0, 'examples'); from streaming_job import parse_arguments;"
     run = run_python("-c", f"{check} parse_arguments(None)", *shlex.split(command)[2:])
     assert run.returncode == 0, run.stderr
 
 
 def test_the_replay_command_mends_as_written(kafka, topic, produce, tmp_path):
-    """Otherwise dead letters would stay dead; test_replay.py has the rest."""
+    """The replay command works as written; test_replay.py has the details."""
     (command,) = commands(f"{PYTHON}examples/replay_dead_letters.py")
     (tmp_path / "repairs.py").write_text("def mend(value):\n    return value\n")
     arguments = [
@@ -137,16 +137,16 @@ def test_the_replay_command_mends_as_written(kafka, topic, produce, tmp_path):
 
 @pytest.mark.parametrize("command", commands(f"{PYTHON}-m helpers.preflight"))
 def test_the_check_before_a_run_finds_all_there(command):
-    """Otherwise the first thing to type when something fails would fail itself."""
+    """The preflight command finds nothing missing, except perhaps memory and ports."""
     run = run_python(*shlex.split(command)[1:])
-    # What other tests leave of the memory, and who else uses the port, is not for this one to say.
+    # Free memory and ports depend on other tests and programs.
     missing = re.findall(r"^MISSING +(\w+)", run.stdout, re.MULTILINE)
     assert set(missing) <= {"memory", "ports"}, run.stdout + run.stderr
     assert run.returncode == bool(missing)
 
 
 def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
-    """Otherwise readers could not bring their own topic, schema and model."""
+    """The example scores its own topic, schema and model, and keeps the bad record."""
     readings = pd.DataFrame({
         "reading": range(500),
         "temperature": np.linspace(20, 90, 500),
@@ -180,13 +180,13 @@ def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
 
 
 def symptoms():
-    """Return the messages in the README's table of what to do when something fails."""
+    """Return the messages in the README's troubleshooting table."""
     table = README.split("| what you see |")[1].split("\n\n")[0]
     return [text for row in table.splitlines() for text in re.findall("`([^`]+)`", cell_one(row))]
 
 
 def cell_one(row):
-    """Return the first cell of a table's row."""
+    """Return the first cell of a table row."""
     return row.split("|")[1] if row.startswith("|") else ""
 
 
@@ -198,10 +198,10 @@ NOT_OURS = {
 
 
 def test_the_symptoms_are_worded_as_the_kit_words_them():
-    """Otherwise searching the README for a message would find nothing."""
+    """The kit's messages in the README are worded as in the code."""
     sources = [*(ROOT / "helpers").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
     sources += [ROOT / "setup.sh"]
-    # Messages have values in them, and long ones go on in the next line.
+    # Messages contain values, and long ones span several lines of code.
     text = re.sub(r'"\n\s+f?"', "", "\n".join(path.read_text() for path in sources))
     text = re.sub(r"\{[^}\n]*\}", "*", text)
     for symptom in set(symptoms()) - NOT_OURS:
@@ -210,7 +210,7 @@ def test_the_symptoms_are_worded_as_the_kit_words_them():
 
 
 def test_pyspark_and_spark_still_word_theirs_so():
-    """Otherwise the same, for the messages that readers search for most."""
+    """The messages of PySpark and Spark in the README are worded as in this version."""
     run = run_python("-c", "import pyspark.streaming.kafka")
     assert "No module named 'pyspark.streaming.kafka'" in run.stderr
     read = "SparkSession.builder.master('local[1]').getOrCreate().read.format('kafka').load()"
@@ -223,13 +223,13 @@ def test_pyspark_and_spark_still_word_theirs_so():
 
 
 def test_spark_still_words_a_killed_worker_so(spark):
-    """Otherwise the same, for what the kernel's own remedy for too little memory looks like."""
+    """Spark's message for a killed Python worker is worded as in the README."""
     with pytest.raises(Py4JJavaError, match="Python worker exited unexpectedly"):
         spark.sparkContext.parallelize([1], 1).foreach(lambda _: os.kill(os.getpid(), 9))
 
 
 def test_every_room_of_the_helpers_is_explained():
-    """A reader finds where a new part belongs, in the README and in the package's own table."""
+    """Every room of `helpers` is listed in the README and in the package's table."""
     table = (ROOT / "helpers" / "__init__.py").read_text()
     for path in (ROOT / "helpers").glob("[!_]*"):
         assert f"`helpers/{path.name}{'/' if path.is_dir() else ''}`" in README

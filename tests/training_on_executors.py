@@ -1,9 +1,9 @@
-"""A training on two executors, one of which is killed in the middle, as a program.
+"""A program that trains on two executors, one of which is killed midway.
 
 python training_on_executors.py
 
-The last line is a JSON object: how many `epochs` the training had, whether it ended with the
-`same_weights` as one that was left alone, and how many tables are still `persisted`.
+The last line is a JSON object: the number of `epochs`, whether the training ended with the
+`same_weights` as an undisturbed one, and how many RDDs are still `persisted`.
 """
 
 import json
@@ -23,19 +23,19 @@ from helpers.model import build_model
 from helpers.spark import get_spark
 from helpers.training import AveragingTrainer
 
-# Spark keeps the executors' folders in its own; there is no setting for another place.
+# Spark puts the executors' folders below its own; no setting changes that.
 WORK = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "work"
 
 
 def executors() -> list[psutil.Process]:
-    """Return the Java processes that have started Spark's Python workers."""
+    """Return the executors' JVMs, found as the parents of Spark's Python daemons."""
     started = psutil.Process().children(recursive=True)
     daemons = [found for found in started if "pyspark.daemon" in found.cmdline()]
     return [found.parent() for found in daemons if found.parent().name() == "java"]
 
 
 def main() -> dict[str, object]:
-    """Train, train again while an executor is killed, and compare."""
+    """Train twice, the second time with an executor killed, and compare the weights."""
     spark = get_spark(
         master="local-cluster[2,1,1024]", memory="1g", config={"spark.driver.host": "127.0.0.1"}
     )
