@@ -29,8 +29,8 @@ from helpers.serving import Contract, ServingModel, save_serving_model, scaled_n
 from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
 
-# How many events a count may differ by on another processor. It rounds sums in another order, so an
-# event whose two probabilities are almost equal can change class.
+# How many events a count may differ by on another processor: sums in another order round otherwise,
+# so an event whose two probabilities are almost equal can change class.
 TOLERANCE_EVENTS = 20
 
 # How much a training's accuracy and AUC may differ between runs: sums in another order give other

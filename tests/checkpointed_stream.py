@@ -14,7 +14,7 @@ from pyspark.streaming import StreamingContext
 from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, run_stream
 
-SECONDS = 2  # an interval
+SECONDS = 2  # per interval
 RATE = 100  # records per second and partition, so that the topic takes several batches
 WINDOW = 3  # intervals
 LAST = "-1"  # the value after which the program ends

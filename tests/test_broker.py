@@ -71,7 +71,7 @@ def test_it_listens_on_loopback_only(kafka):
 
 
 def test_create_topic_has_partitions_and_settings(kafka):
-    """A topic gets the given partitions and settings, and creating it again is no error."""
+    """A topic gets the given partitions and settings; creating it again is not an error."""
     kafka.create_topic("with-settings", partitions=3, config={"retention.ms": 60_000})
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         (description,) = admin.describe_topics(["with-settings"])

@@ -87,7 +87,7 @@ def test_a_job_listens_on_loopback_only(job):
 
 
 def test_a_job_under_spark_submit_listens_on_loopback_only(job):
-    """So does a driver that spark-submit starts before any code of the kit runs."""
+    """A driver that spark-submit starts before any kit code listens on loopback only."""
     command = [str(spark_home() / "bin" / "spark-submit"), "--master", "local[2]", *job]
     environment = {**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_HOME": str(spark_home())}
     environment.pop("SPARK_LOCAL_IP", None)

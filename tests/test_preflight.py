@@ -1,4 +1,4 @@
-"""The checks before a run: each thing is broken for real, and its remedy fixes it."""
+"""The preflight checks: each problem is real, and the proposed remedy fixes it."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ MODULES = "numpy, pandas, pyarrow, orjson, keras, tensorflow"
 
 @pytest.fixture
 def apply(monkeypatch):
-    """Run a remedy in a shell, and take over what it changes in the shell's environment."""
+    """Run a remedy in a shell, and adopt its changes to the environment."""
 
     def run(remedy):
         tell = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
@@ -51,7 +51,7 @@ def apply(monkeypatch):
 
 @pytest.fixture
 def tools(monkeypatch, tmp_path):
-    """An empty folder that is the whole PATH, and no JAVA_HOME."""
+    """An empty folder as the whole PATH, without JAVA_HOME."""
     folder = tmp_path / "tools"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -61,7 +61,7 @@ def tools(monkeypatch, tmp_path):
 
 @pytest.fixture
 def installer(tools):
-    """A package manager on the PATH whose Java is the real one of this machine."""
+    """Put a package manager on PATH that installs this machine's Java."""
 
     def put(name):
         if name == "brew":
@@ -76,7 +76,7 @@ def installer(tools):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Make a check that waits a second only, for what never answers."""
+    """Run a check with a time-out of one second."""
 
     def check(function, *arguments):
         with monkeypatch.context() as patch:
@@ -88,7 +88,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory):
-    """The Python of a virtual environment that has nothing, not even pip."""
+    """The Python of an empty virtual environment, without pip."""
     folder = tmp_path_factory.mktemp("bare") / "venv"
     run = run_python("-m", "venv", "--without-pip", str(folder))
     assert run.returncode == 0, run.stderr
@@ -97,7 +97,7 @@ def bare_python(tmp_path_factory):
 
 @pytest.fixture
 def check_in(bare_python, tmp_path, monkeypatch):
-    """Make a check in another environment: all packages, but no jars, and the kit not installed."""
+    """Run a check in an environment with all packages, but without jars or the installed kit."""
     packages = tmp_path / "packages"
     for entry in PYSPARK.parent.iterdir():
         if "kafka_spark_keras" not in entry.name:
@@ -114,7 +114,7 @@ def check_in(bare_python, tmp_path, monkeypatch):
 
 
 def ask(python, call):
-    """Make a check in another process."""
+    """Run a check in another process."""
     run = subprocess.run(
         [python, "-c", f"import json; from {checks.__name__} import *; print(json.dumps({call}))"],
         cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
@@ -124,13 +124,13 @@ def ask(python, call):
 
 
 def link(target, path):
-    """Make a symbolic link, and the folders that it is in."""
+    """Make a symbolic link, and its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(target)
 
 
 def program(folder, name, text, interpreter=SH):
-    """Put a program into a folder, and return its path."""
+    """Write an executable script, and return its path."""
     path = folder / name
     path.write_text(f"#!{interpreter}\n{text}\n")
     path.chmod(0o755)
@@ -138,12 +138,12 @@ def program(folder, name, text, interpreter=SH):
 
 
 def own_rights(command):
-    """Return a command as it is told to this user, who may be root."""
+    """Return a command as it is shown to this user: without sudo for root."""
     return command.replace("sudo ", "") if os.geteuid() == 0 else command
 
 
 def sites_spark(folder, version):
-    """Make a folder with a Spark of another version, which is PySpark's in truth."""
+    """Make a Spark home that claims another version, but is PySpark's Spark."""
     link(PYSPARK / "bin", folder / "bin")
     for jar in (PYSPARK / "jars").iterdir():
         name = f"spark-core_2.13-{version}.jar" if jar.name.startswith("spark-core_") else jar.name
@@ -152,7 +152,7 @@ def sites_spark(folder, version):
 
 
 def repository(folder, pattern):
-    """Have Spark resolve from a repository of one's own, as sites do it, not from Maven Central."""
+    """Write a Spark configuration that resolves from a local repository, as some sites do."""
     settings = folder / "ivysettings.xml"
     settings.write_text(
         '<ivysettings><settings defaultResolver="site"/><resolvers><filesystem name="site">'
@@ -164,7 +164,7 @@ def repository(folder, pattern):
 
 @contextlib.contextmanager
 def plain_socket():
-    """Occupy a port with something that takes connections and is not a Kafka broker."""
+    """Occupy a port with a listener that is not a Kafka broker."""
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         listener.listen()
@@ -172,7 +172,7 @@ def plain_socket():
 
 
 def test_a_wrong_java_home_is_unset(monkeypatch, apply):
-    """Otherwise a JAVA_HOME of an uninstalled Java would stop all, with a good Java on PATH."""
+    """The remedy for a wrong JAVA_HOME is to unset it, so that PATH's Java is used."""
     monkeypatch.setenv("JAVA_HOME", "/nowhere")
     java = checks.check_java()
     found = "JAVA_HOME is /nowhere, where there is no bin/java"
@@ -183,7 +183,7 @@ def test_a_wrong_java_home_is_unset(monkeypatch, apply):
 
 @pytest.mark.parametrize("manager", ["apt-get", "dnf", "brew"])
 def test_without_java_the_command_of_this_system_installs_it(installer, apply, manager):
-    """Otherwise a newcomer would have to choose among the commands of three systems."""
+    """Without Java, the remedy is the install command of this system's package manager."""
     installer(manager)
     java = checks.check_java()
     assert not java.ok
@@ -193,7 +193,7 @@ def test_without_java_the_command_of_this_system_installs_it(installer, apply, m
 
 
 def test_without_a_known_package_manager_java_is_still_asked_for(tools):
-    """Otherwise the table would have no remedy on other systems."""
+    """Without a known package manager, the remedy still asks for Java 17 or 21."""
     assert checks.check_java()[1:] == (
         False, "no java on PATH", "install Java 17 or 21, and put it on PATH"
     )
@@ -208,7 +208,7 @@ def test_without_a_known_package_manager_java_is_still_asked_for(tools):
     ],
 )
 def test_an_old_java_is_replaced(tools, installer, apply, says, found):
-    """Otherwise Spark would fail with an UnsupportedClassVersionError."""
+    """The remedy for an old or broken Java installs a new one."""
     installer("apt-get")
     program(tools, "java", says)
     java = checks.check_java()
@@ -219,7 +219,7 @@ def test_an_old_java_is_replaced(tools, installer, apply, says, found):
 
 
 def test_an_old_java_of_java_home_gives_way_to_a_new_one_on_path(monkeypatch, tmp_path, apply):
-    """Otherwise a Java would be installed that is there already."""
+    """If JAVA_HOME has an old Java and PATH a new one, JAVA_HOME is to be unset."""
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin", "java", """echo 'openjdk version "11.0.2" 2019-01-15' >&2""")
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
@@ -230,7 +230,7 @@ def test_an_old_java_of_java_home_gives_way_to_a_new_one_on_path(monkeypatch, tm
 
 
 def test_a_spark_home_without_spark_is_unset(monkeypatch, tmp_path, apply):
-    """Otherwise a wrong SPARK_HOME would be known only from the failure of the first session."""
+    """The remedy for a SPARK_HOME without Spark is to unset it."""
     monkeypatch.setenv("SPARK_HOME", str(tmp_path))
     spark, connector = checks.check_spark(), checks.check_connector()
     assert (spark.ok, spark.remedy) == (connector.ok, connector.remedy) == (
@@ -246,7 +246,7 @@ def test_a_spark_home_without_spark_is_unset(monkeypatch, tmp_path, apply):
     [("3.5.1", "but 4.1 or newer"), ("4.99.0", "the same for both")],
 )
 def test_a_sites_spark_of_another_version_is_unset(monkeypatch, tmp_path, apply, version, found):
-    """Otherwise PySpark would fail against a Java side that has other methods."""
+    """The remedy for a site's Spark that doesn't match PySpark is to unset SPARK_HOME."""
     monkeypatch.setenv("SPARK_HOME", sites_spark(tmp_path, version))
     spark = checks.check_spark()
     assert (spark.ok, spark.remedy) == (False, "unset SPARK_HOME")
@@ -257,14 +257,14 @@ def test_a_sites_spark_of_another_version_is_unset(monkeypatch, tmp_path, apply,
 
 
 def test_a_sites_spark_of_the_same_version_is_good(monkeypatch, tmp_path):
-    """Otherwise a site's users would be sent away from the Spark that they are to use."""
+    """A site's Spark of PySpark's version passes the check."""
     version = f"{pyspark.__version__}-site1"
     monkeypatch.setenv("SPARK_HOME", sites_spark(tmp_path, version))
     assert checks.check_spark()[1:] == (True, f"{version}, {tmp_path}", "")
 
 
 def test_another_pyspark_is_replaced_by_the_pinned_one(monkeypatch, tmp_path, apply):
-    """Otherwise a run would look for a connector that nobody tested, or that doesn't exist."""
+    """The remedy for another PySpark version installs the pinned one."""
     for entry in PYSPARK.iterdir():
         if entry.name != "version.py":
             link(entry, tmp_path / "pyspark" / entry.name)
@@ -274,7 +274,7 @@ def test_another_pyspark_is_replaced_by_the_pinned_one(monkeypatch, tmp_path, ap
     pinned = f"pyspark=={pyspark.__version__}"
     assert spark[1:3] == (False, f"PySpark 4.1.9, but {pinned} is needed")
     assert spark.remedy == shlex.join([sys.executable, "-m", "pip", "install", pinned])
-    # The pinned one is installed here, behind the other, so pip needs no network.
+    # The pinned version is installed already, behind the other, so pip needs no network.
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     apply(spark.remedy)
     monkeypatch.delenv("PYTHONPATH")
@@ -282,14 +282,14 @@ def test_another_pyspark_is_replaced_by_the_pinned_one(monkeypatch, tmp_path, ap
 
 
 def test_the_pinned_version_is_known_without_an_installation(check_in):
-    """Otherwise the check would fail in a clone that is used as it is."""
+    """The pinned version is known in a clone that isn't installed."""
     assert check_in("check_spark()").ok
 
 
 def test_jars_that_cannot_be_fetched_are_when_the_network_is_back(
     monkeypatch, tmp_path, check_in, apply
 ):
-    """Otherwise a run without network would fail in its middle, with pages of a resolver's log."""
+    """Without network, the remedy fetches the jars once the network is available."""
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", UNREACHABLE)
     connector, broker = check_in("check_connector()"), check_in("check_broker()")
     for check in (connector, broker):
@@ -297,7 +297,7 @@ def test_jars_that_cannot_be_fetched_are_when_the_network_is_back(
         assert "Maven Central can't be reached" in check.found
         assert check.remedy.endswith("# once the network is available")
     assert connector.remedy == broker.remedy
-    # The network: a repository with the jars that this environment has.
+    # In place of the network: a repository of this environment's jars.
     monkeypatch.delenv("JAVA_TOOL_OPTIONS")
     have = tmp_path / "have"
     for folder in jars.jars_folder().iterdir():
@@ -312,7 +312,7 @@ def test_jars_that_cannot_be_fetched_are_when_the_network_is_back(
 
 
 def test_jars_that_cannot_be_fetched_without_java_ask_for_java(installer, check_in):
-    """Otherwise the command told would fail for want of Java."""
+    """If Java is missing as well, the remedy for missing jars is to install Java."""
     installer("dnf")
     connector = check_in("check_connector()")
     assert not connector.ok
@@ -320,7 +320,7 @@ def test_jars_that_cannot_be_fetched_without_java_ask_for_java(installer, check_
 
 
 def test_a_sites_spark_without_a_connector_is_unset(monkeypatch, tmp_path, apply):
-    """Otherwise the user would be told to try again, which can't help."""
+    """If no connector exists for a site's Spark, the remedy is to unset SPARK_HOME."""
     version = f"{pyspark.__version__}-site1"
     monkeypatch.setenv("SPARK_HOME", sites_spark(tmp_path / "spark", version))
     monkeypatch.setenv("SPARK_CONF_DIR", repository(tmp_path, f"{tmp_path}/[artifact].jar"))
@@ -332,7 +332,7 @@ def test_a_sites_spark_without_a_connector_is_unset(monkeypatch, tmp_path, apply
 
 
 def test_missing_modules_of_the_workers_are_named_before_the_run(check_in):
-    """The workers of this machine run this Python, and the remedy installs what the kit needs."""
+    """Modules that workers can't import are named; the remedy installs the requirements."""
     workers = check_in("check_worker_python()", without=["orjson", "keras"])
     assert not workers.ok
     assert workers.found.endswith("can't import orjson, keras")
@@ -379,7 +379,7 @@ context.stop()
 
 
 def test_the_executors_of_a_cluster_are_asked(monkeypatch, tmp_path, bare_python):
-    """Otherwise the driver's own Python would pass for that of a cluster's machines."""
+    """On a cluster, the executors' Python is checked, not the driver's."""
     for part in ("bin", "jars", "python"):
         link(PYSPARK / part, tmp_path / "spark" / part)
     arguments = [bare_python, str(tmp_path / "spark"), str(tmp_path / "marker")]
@@ -399,14 +399,14 @@ def test_the_executors_of_a_cluster_are_asked(monkeypatch, tmp_path, bare_python
 
 
 def test_a_broker_that_answers_is_found(kafka):
-    """Otherwise a run on a good broker would be held up."""
+    """A broker that answers passes the check."""
     assert checks.check_broker(kafka.bootstrap_servers)[1:] == (
         True, f"answers at {kafka.bootstrap_servers}", ""
     )
 
 
 def test_a_missing_broker_is_started(impatient):
-    """Otherwise the first cell that reads the topic would wait, and fail without advice."""
+    """The remedy for a missing local broker starts one at the same address."""
     address = f"{LOOPBACK}:{free_port()}"
     broker = impatient(checks.check_broker, address)
     assert broker[1:3] == (False, f"no Kafka broker answers at {address} within 1 s")
@@ -418,7 +418,7 @@ def test_a_missing_broker_is_started(impatient):
 
 
 def test_a_broker_elsewhere_is_to_be_looked_after(impatient):
-    """Otherwise the user would start a broker here that the cluster doesn't reach."""
+    """For a broker on another host, the remedy is to check it and its address."""
     broker = impatient(checks.check_broker, "no.such.host.invalid:9092")
     assert not broker.ok
     assert broker.remedy == "check the address, and that the broker runs there"
@@ -426,7 +426,7 @@ def test_a_broker_elsewhere_is_to_be_looked_after(impatient):
 
 @pytest.mark.parametrize("malformed", ["127.0.0.1", "kafka:http", ":9093", "9093", "one:9093,two"])
 def test_a_malformed_address_is_named(malformed):
-    """Otherwise the client would wait for a host that nobody meant."""
+    """A malformed address is refused with an example of a valid one."""
     broker = checks.check_broker(malformed)
     assert not broker.ok
     assert "is no address of a Kafka broker: write host:port." in broker.found
@@ -434,7 +434,7 @@ def test_a_malformed_address_is_named(malformed):
 
 
 def test_too_much_memory_is_made_less():
-    """Otherwise the machine would swap, or kill the run in its middle."""
+    """The remedy for too little memory is a `make run` command that fits."""
     memory = checks.check_memory("9000g", cores=2)
     assert not memory.ok
     assert "9,002.0 GB needed" in memory.found
@@ -447,13 +447,13 @@ def test_too_much_memory_is_made_less():
 
 
 def test_more_cores_need_more_memory():
-    """Otherwise a laptop with 16 of them would be filled by as many TensorFlows."""
+    """Each additional core adds to the memory that is needed."""
     assert "9,003.2 GB needed" in checks.check_memory("9000g", cores=4).found
 
 
 @pytest.mark.parametrize("limit, free", [("3221225472", "2.0 GB free"), ("max", "GB free")])
 def test_a_containers_limit_counts(monkeypatch, tmp_path, limit, free):
-    """A JupyterHub gives each user less memory than the machine has."""
+    """In a container, as on JupyterHub, its memory limit determines what is free."""
     files = {"max": limit, "current": "2147483648", "stat": "inactive_file 1073741824\n"}
     for name, content in files.items():
         (tmp_path / f"memory.{name}").write_text(content)
@@ -465,7 +465,7 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path, limit, free):
 
 @pytest.mark.parametrize("malformed", ["2", "g", "2 gigabytes", ""])
 def test_what_is_no_amount_of_memory_is_corrected(malformed):
-    """Otherwise Java would not start, with a sentence of its own."""
+    """An invalid amount of memory is refused, and the remedy has a valid one."""
     memory = checks.check_memory(malformed)
     assert not memory.ok
     assert checks.check_memory(shlex.split(memory.remedy)[-1]).ok
@@ -480,7 +480,7 @@ def test_what_is_no_amount_of_memory_is_corrected(malformed):
     ],
 )
 def test_a_temporary_folder_without_space_is_replaced(monkeypatch, apply, folder, found):
-    """Otherwise the broker's or Spark's files would fill the disk in the middle of a run."""
+    """The remedy for a full or unusable temporary folder sets TMPDIR to one with space."""
     monkeypatch.setenv("TMPDIR", folder)
     disk = checks.check_disk()
     assert disk[1:3] == (False, found)
@@ -490,7 +490,7 @@ def test_a_temporary_folder_without_space_is_replaced(monkeypatch, apply, folder
 
 
 def test_a_port_that_something_else_has_is_replaced(impatient):
-    """Otherwise `python -m helpers.broker` would fail where another program has its port."""
+    """If another program has the port, the remedy starts the broker on a free one."""
     with plain_socket() as port:
         ports = impatient(checks.check_ports, port)
         assert ports[1:3] == (False, f"{port} is taken by a program that is not a Kafka broker")
@@ -500,13 +500,13 @@ def test_a_port_that_something_else_has_is_replaced(impatient):
 
 
 def test_a_port_that_a_broker_has_is_good(kafka):
-    """Otherwise somebody whose broker runs already would be told to start another."""
+    """A port at which a Kafka broker answers passes the check."""
     port = kafka.bootstrap_servers.split(":")[1]
     assert checks.check_ports(int(port))[1:] == (True, f"a Kafka broker answers at {port}", "")
 
 
 def test_preflight_is_a_table_with_a_row_for_each_check(kafka):
-    """Otherwise a notebook could not show it."""
+    """The result is a table with a row per check, and a remedy for each failed one."""
     table = preflight(kafka.bootstrap_servers, memory="9000g")
     assert table.columns.tolist() == ["what", "ok", "found", "remedy"]
     assert table["what"].tolist() == [
@@ -520,7 +520,7 @@ def test_preflight_is_a_table_with_a_row_for_each_check(kafka):
 
 
 def test_the_command_line_says_that_all_is_there():
-    """Otherwise a script could not tell whether the run may start."""
+    """If nothing is missing, the command prints one line per check and exits with 0."""
     run = run_python("-m", "helpers.preflight", "--memory", "1g", "--cores", "1")
     assert (run.returncode, run.stderr) == (0, ""), run.stdout
     lines = run.stdout.splitlines()
@@ -531,7 +531,7 @@ def test_the_command_line_says_that_all_is_there():
 
 
 def test_the_command_line_without_java_says_how_to_get_it(installer):
-    """Otherwise a newcomer's first sight would be a traceback."""
+    """Without Java, the command prints how to install it and exits with 1."""
     installer("apt-get")
     run = run_python("-m", "helpers.preflight", "--memory", "1g")
     assert (run.returncode, run.stderr) == (1, "")
@@ -542,7 +542,7 @@ def test_the_command_line_without_java_says_how_to_get_it(installer):
 
 
 def test_the_command_line_passes_on_what_it_is_told(kafka, capsys):
-    """Otherwise it would check another run than the one that is meant."""
+    """The command passes its options on to the checks."""
     arguments = ["--bootstrap-servers", kafka.bootstrap_servers]
     assert main([*arguments, "--memory", "9000g", "--cores", "2"]) == 1
     printed = capsys.readouterr().out
@@ -551,6 +551,6 @@ def test_the_command_line_passes_on_what_it_is_told(kafka, capsys):
 
 
 def test_a_session_does_not_import_what_only_the_checks_need():
-    """Otherwise each import of the session, on each worker too, would take a second longer."""
+    """Importing `helpers.spark` loads none of the checks' modules, which take a second."""
     program = "import sys, helpers.spark; print({'pandas', 'kafka', 'psutil'} & set(sys.modules))"
     assert run_python("-c", program).stdout == "set()\n"

@@ -146,7 +146,7 @@ def test_the_check_before_a_run_finds_all_there(command):
 
 
 def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
-    """The example scores its own topic, schema and model, and keeps the bad record."""
+    """The example scores another topic, schema and model, and keeps the bad record."""
     readings = pd.DataFrame({
         "reading": range(500),
         "temperature": np.linspace(20, 90, 500),

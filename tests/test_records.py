@@ -1,4 +1,4 @@
-"""Records: what a good one is, in Python and in Spark, and what becomes of the others."""
+"""Records: which ones are valid, in Python and in Spark, and what happens to the others."""
 
 import contextlib
 import json
@@ -36,22 +36,22 @@ GOOD_TEXT = json.dumps(GOOD).encode()
 
 
 def changed(**fields):
-    """The good record with some fields in place of its own."""
+    """Return the good record with some fields replaced or added."""
     return json.dumps({**GOOD, **fields}).encode()
 
 
 def with_literal(name, literal):
-    """The good record with a field written in a way that `json.dumps` has no words for."""
+    """Return the good record with a literal that `json.dumps` can't write."""
     return changed(**{name: "PLACE"}).replace(b'"PLACE"', literal)
 
 
 def without(name):
-    """The good record with a field left out."""
+    """Return the good record without a field."""
     return json.dumps({key: value for key, value in GOOD.items() if key != name}).encode()
 
 
 def twice(name, value):
-    """The good record with a field once more at its end."""
+    """Return the good record with a field appended, even if its name exists already."""
     return GOOD_TEXT[:-1] + f', "{name}": {json.dumps(value)}}}'.encode()
 
 
@@ -94,7 +94,7 @@ BAD = [
 
 @pytest.mark.parametrize("value, reason", BAD, ids=[reason[:40] for _, reason in BAD])
 def test_a_bad_record_is_refused_with_its_reason(value, reason):
-    """Otherwise an event of another kind would be scored as if it were one."""
+    """A bad record is refused with the same reason in Spark and in Python."""
     (event,) = _parser(SCHEMA.json()).events(pyarrow.array([value], pyarrow.binary())).to_pylist()
     assert event["EventId"] is event["features"] is None
     with pytest.raises(BadRecordError, match=reason):
@@ -120,7 +120,7 @@ GOOD_ONES = [
 
 @pytest.mark.parametrize("value", GOOD_ONES, ids=range(len(GOOD_ONES)))
 def test_a_good_record_is_taken_however_it_is_written(value):
-    """Otherwise events of another producer would be thrown away."""
+    """A good record is accepted however its JSON is written."""
     (event,) = _parser(SCHEMA.json()).events(pyarrow.array([value])).to_pylist()
     assert event["reason"] is None
     expected = json.loads(value)
@@ -132,9 +132,9 @@ def test_a_good_record_is_taken_however_it_is_written(value):
 
 
 def judge(value):
-    """Return a record's numbers, or None for a bad one, by Python's own parser and the definition.
+    """Return a record's numbers, or None if it is bad, as Python's JSON parser reads it.
 
-    It is the definition of `helpers.records` written a second time, with another library.
+    This is a second implementation of the definition in `helpers.records`.
     """
     names = []
 
@@ -159,7 +159,7 @@ def judge(value):
             text, parse_constant=refuse, parse_float=finite, parse_int=integer,
             object_pairs_hook=pairs,
         )
-        json.dumps(event, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
+        json.dumps(event, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
     except (AttributeError, ValueError, RecursionError):
         return None
     if not isinstance(event, dict) or len(set(names)) < len(names):
@@ -191,7 +191,7 @@ _LITERAL = st.sampled_from(
 
 @st.composite
 def damaged_bytes(draw):
-    """A good record with some bytes cut out, put in or replaced."""
+    """A good record with some bytes removed, inserted or replaced."""
     start = draw(st.integers(0, len(GOOD_TEXT)))
     length = draw(st.integers(0, 12) | st.integers(0, len(GOOD_TEXT)))
     return GOOD_TEXT[:start] + draw(st.binary(max_size=6)) + GOOD_TEXT[start + length :]
@@ -219,7 +219,7 @@ DAMAGED = st.one_of(
 
 @pytest.fixture(scope="module")
 def damaged():
-    """2,000 different kinds of damage, the same ones in each run."""
+    """At least 2,000 different damaged records, the same ones in each run."""
     found = {}
 
     @settings(max_examples=4_000, derandomize=True, database=None, deadline=None,
@@ -234,13 +234,13 @@ def damaged():
 
 
 def test_2000_kinds_of_damage_are_judged_by_the_definition(damaged):
-    """Otherwise what is scored would depend on which of the parsers a record meets."""
+    """The parsers accept exactly the records that the definition accepts."""
     events = _parser(SCHEMA.json()).events(pyarrow.array(damaged, pyarrow.binary())).to_pylist()
     for value, event in zip(damaged, events, strict=True):
         numbers = judge(value)
         assert (event["reason"] is None) == (numbers is not None), (value, event["reason"])
         if numbers is not None:
-            # A feature is a 64-bit float, also where an integer was sent that has no exact one.
+            # A feature is a 64-bit float, even if it was sent as an integer that has no exact one.
             numbers[1:] = map(float, numbers[1:])
             assert [event["EventId"], *event["features"]] == numbers
             assert list(json_to_dataframe_row(value)) == numbers
@@ -248,7 +248,7 @@ def test_2000_kinds_of_damage_are_judged_by_the_definition(damaged):
             with pytest.raises(BadRecordError):
                 json_to_dataframe_row(value)
     bad = sum(event["reason"] is not None for event in events)
-    assert bad >= 2_000 and len(events) - bad > 100  # both kinds are there
+    assert bad >= 2_000 and len(events) - bad > 100  # both kinds occur
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_2000_kinds_of_damage_are_judged_by_the_definition(damaged):
 )
 @pytest.mark.parametrize("more", [{}, {"unused": 1}])
 def test_an_id_must_fit_the_schema_whichever_parser_reads_it(event_id, is_good, more):
-    """Otherwise an event of one's own schema would be good or bad by what else it has."""
+    """An id must fit the schema's integer type, whichever parser reads the record."""
     schema = StructType().add("id", IntegerType()).add("x", DoubleType())
     value = json.dumps({"id": event_id, "x": 1.0, **more}).encode()
     (event,) = _parser(schema.json()).events(pyarrow.array([value])).to_pylist()
@@ -280,7 +280,7 @@ def pipeline():
 def test_no_record_vanishes_and_none_stops_the_batch(
     spark, kafka, topic, produce, pipeline, damaged
 ):
-    """Otherwise one producer's mistake would stop the stream, or events be lost unseen."""
+    """Each record of a batch is either scored, or kept as bad with its value and reason."""
     values = [*damaged, GOOD_TEXT, b"\x00" * 1_000_000]
     metadata = produce(topic, values, [str(index).encode() for index in range(len(values))])
     reader = RangeReader(spark, {"bootstrap.servers": kafka.bootstrap_servers})
@@ -308,7 +308,7 @@ def test_no_record_vanishes_and_none_stops_the_batch(
 
 
 def test_a_record_crosses_into_python_once(spark, pipeline):
-    """Otherwise the pipeline would be a third slower, and parse records twice."""
+    """The pipeline is one Python stage; two would be a third slower, and parse twice."""
     columns = "key binary, value binary, topic string, partition int, offset long, "
     records = spark.createDataFrame([], columns + "timestamp timestamp")
     plan = pipeline(records)._jdf.queryExecution().executedPlan().toString()
@@ -316,7 +316,7 @@ def test_a_record_crosses_into_python_once(spark, pipeline):
 
 
 def test_names_without_use_are_told_once_in_a_batch(spark):
-    """Otherwise a producer's new field would stay unnoticed, or fill the driver's memory."""
+    """Unused field names are reported once per batch, up to 20 of them."""
     values = [changed(Weight=1), changed(Weight=2, run=7), GOOD_TEXT]
     values += [changed(**{f"field{number}": 0}) for number in range(100)]
     records = spark.createDataFrame([(bytearray(value),) for value in values], "value binary")
@@ -327,14 +327,14 @@ def test_names_without_use_are_told_once_in_a_batch(spark):
 
 
 def test_columns_keep_the_order_of_the_schema(event_values):
-    """Otherwise the network would get its features in another order than in training."""
+    """A row's columns have the schema's order, whatever their order in the record."""
     shuffled = dict(reversed(orjson.loads(event_values[0]).items()))
     row = json_to_dataframe_row(orjson.dumps(shuffled).decode())
     assert list(row.asDict()) == list(NAMES)
 
 
 def test_integers_stay_integers_and_become_floats_where_the_schema_says_so():
-    """Otherwise `toDF` would fail on a mass of exactly 5, or event ids would be rounded."""
+    """Integers become floats where the schema has doubles, and ids stay integers."""
     row = json_to_dataframe_row(changed(DER_mass_vis=5, PRI_jet_num=2.0, surplus="left out"))
     assert isinstance(row.EventId, int)
     assert isinstance(row.PRI_jet_num, int)
@@ -342,7 +342,7 @@ def test_integers_stay_integers_and_become_floats_where_the_schema_says_so():
 
 
 def test_spark_and_python_parse_alike(spark, event_values):
-    """Otherwise the two streams of the walkthrough would count differently."""
+    """Spark and Python parse records into the same rows."""
     records = spark.createDataFrame([(bytearray(value),) for value in event_values], "value binary")
     in_spark = to_columns(records)
     in_python = [json_to_dataframe_row(value.decode()) for value in event_values]
@@ -353,7 +353,7 @@ def test_spark_and_python_parse_alike(spark, event_values):
 
 
 def test_a_schema_of_ones_own(spark):
-    """Otherwise only Higgs events could be scored."""
+    """Records can be parsed and checked with a user-defined schema."""
     schema = StructType(
         [
             StructField("reading", LongType()),
@@ -372,7 +372,7 @@ def test_a_schema_of_ones_own(spark):
 
 @pytest.mark.parametrize("character", ["\x1b[2J", "\n", "\r", "\x7f", "\x9b", "\u202e", "\u2028"])
 def test_what_a_record_says_reaches_no_terminal_raw(spark, event_values, character):
-    """Names and values of a record can't clear a screen, forge a line, or turn the writing."""
+    """Control and bidirectional characters of a record are escaped in messages."""
     event = orjson.loads(event_values[0])
     name = f"a{character}b"
     values = [

@@ -1,4 +1,4 @@
-"""Tests of examples/replay_dead_letters.py: what was bad comes back once, mended if need be."""
+"""The replay program: each dead letter is sent back once, repaired if necessary."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from replay_dead_letters import main
 
 @pytest.fixture
 def letters(kafka, topic):
-    """Put dead letters of a topic into Kafka, by the offsets that they had."""
+    """Write dead letters of a topic, given their original offsets."""
 
     def put(*offsets, value=b"rubbish", to=None, **more):
         with KafkaProducer(
@@ -38,7 +38,7 @@ def letters(kafka, topic):
 
 @pytest.fixture
 def replay(kafka, topic, capsys):
-    """Run the program, and return what it says."""
+    """Run the program, and return its exit status and output."""
 
     def run(*more):
         code = main([kafka.bootstrap_servers, "--topic", topic, *more])
@@ -49,7 +49,7 @@ def replay(kafka, topic, capsys):
 
 
 def values(kafka, topic):
-    """Return what a reader finds in a topic who does not see what was taken back."""
+    """Return the committed records of a topic, sorted."""
     with KafkaConsumer(
         topic, bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest",
         consumer_timeout_ms=2_000, isolation_level="read_committed",
@@ -58,8 +58,8 @@ def values(kafka, topic):
 
 
 def test_each_dead_letter_comes_back_once(kafka, topic, letters, replay):
-    """Otherwise events would be scored twice after a repair, or never."""
-    letters(1, 2, 2)  # a batch that is done again sends its dead letters again
+    """Each dead letter is sent back once, even if it is stored twice or replayed again."""
+    letters(1, 2, 2)  # a retried batch writes its dead letters again
     assert replay() == (0, f"2 dead letters sent back to {topic}; 0 could not be mended, "
                            "1 were copies\n")  # fmt: skip
     letters(2, 3)
@@ -69,7 +69,7 @@ def test_each_dead_letter_comes_back_once(kafka, topic, letters, replay):
 
 
 def test_a_copy_in_another_partition_is_not_sent_back(kafka, topic, letters, replay):
-    """Copies lie apart where a record has no key, or where partitions are added."""
+    """Copies are recognized even if a missing key or new partitions put them elsewhere."""
     kafka.create_topic(f"{topic}.dead-letter", partitions=2)
     letters(1, to=1)
     assert replay()[1].startswith("1 dead letters sent back")
@@ -82,7 +82,7 @@ def test_a_copy_in_another_partition_is_not_sent_back(kafka, topic, letters, rep
 
 
 def test_what_was_sent_back_is_known_after_its_group_is_forgotten(kafka, topic, letters, replay):
-    """Kafka forgets the offsets of a group that nobody used for a week."""
+    """Replayed letters are known even after Kafka has removed the idle consumer group."""
     letters(1, 2)
     assert replay()[1].startswith("2 dead letters sent back")
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
@@ -98,7 +98,7 @@ def test_what_was_sent_back_is_known_after_its_group_is_forgotten(kafka, topic, 
 
 
 def test_many_bytes_are_sent_back_in_several_transactions(kafka, topic, letters, replay):
-    """Work is bounded in bytes: 18 MB are noted as treated in two steps."""
+    """Transactions are bounded in bytes: 18 MB take two."""
     letters(*range(20), value=os.urandom(900_000), to=0)
     assert replay()[1].startswith("20 dead letters sent back")
     assert len(values(kafka, f"{topic}.dead-letter.replayed")) == 2
@@ -106,7 +106,7 @@ def test_many_bytes_are_sent_back_in_several_transactions(kafka, topic, letters,
 
 
 def test_a_repair_function_mends_what_it_can(kafka, topic, letters, replay, tmp_path):
-    """Otherwise what was bad would be sent back as bad as it was."""
+    """The repair function's result is sent, and letters that it can't repair are counted."""
     (tmp_path / "repairs.py").write_text(
         "def mend(value):\n    return b'mended' if value == b'mendable' else None\n"
     )
@@ -118,7 +118,7 @@ def test_a_repair_function_mends_what_it_can(kafka, topic, letters, replay, tmp_
 
 
 def test_a_repair_that_fails_sends_nothing(kafka, topic, letters, replay, tmp_path):
-    """Otherwise half of them would be sent back, and nobody knew which."""
+    """If the repair function raises, nothing is sent, and a later run can send everything."""
     (tmp_path / "repairs.py").write_text("def mend(value):\n    return value[100]\n")
     letters(1, 2)
     code, said = replay("--repair", f"{tmp_path}/repairs.py:mend")
@@ -130,7 +130,7 @@ def test_a_repair_that_fails_sends_nothing(kafka, topic, letters, replay, tmp_pa
 def test_a_letter_that_cannot_be_sent_back_is_named_and_stops_no_other(
     kafka, topic, letters, produce, replay
 ):
-    """What isn't a dead letter, and what is of another topic: a header doesn't say where to."""
+    """Invalid letters and those of other topics are reported, and the others are sent."""
     produce(f"{topic}.dead-letter", [b"x"])
     kafka.create_topic("another-topic")
     letters(1, topic="another-topic")
@@ -147,7 +147,7 @@ def test_a_letter_that_cannot_be_sent_back_is_named_and_stops_no_other(
 
 
 def test_a_letter_that_the_topic_refuses_stops_no_other(kafka, topic, letters, replay):
-    """It is named, and left where it is; large ones that compress well are sent back."""
+    """A letter too large for the topic is reported and left; one that compresses well is sent."""
     letters(1, 2)
     letters(3, value=os.urandom(900_000))
     letters(4, value=b"rubbish" * 500_000)
@@ -162,7 +162,7 @@ def test_a_letter_that_the_topic_refuses_stops_no_other(kafka, topic, letters, r
 
 
 def test_a_topic_of_the_same_name_has_other_records(kafka, topic, letters, replay):
-    """A record at an old offset of a topic that was created again is not a copy."""
+    """The same offset of a recreated topic is another record, not a copy."""
     letters(1, topic_id="first")
     letters(1, 1, topic_id="second")
     assert replay()[1].startswith("2 dead letters sent back")
@@ -170,7 +170,7 @@ def test_a_topic_of_the_same_name_has_other_records(kafka, topic, letters, repla
 
 
 def test_dead_letters_that_were_deleted_and_come_again_are_sent_back(kafka, topic, letters, replay):
-    """What was noted of the topic that is gone says nothing of the new one."""
+    """What is known of a deleted dead-letter topic doesn't apply to its successor."""
     letters(1, 2, 3)
     assert replay()[1].startswith("3 dead letters sent back")
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
@@ -183,7 +183,7 @@ def test_dead_letters_that_were_deleted_and_come_again_are_sent_back(kafka, topi
 
 
 def test_a_repair_that_returns_text_is_said(kafka, topic, letters, replay, tmp_path):
-    """The likeliest mistake of a repair is one sentence, and nothing is sent."""
+    """A repair function that returns str instead of bytes is reported."""
     (tmp_path / "repairs.py").write_text("def mend(value):\n    return value.decode()\n")
     letters(1)
     code, said = replay("--repair", f"{tmp_path}/repairs.py:mend")
@@ -191,7 +191,7 @@ def test_a_repair_that_returns_text_is_said(kafka, topic, letters, replay, tmp_p
 
 
 def test_a_secured_broker_is_used_with_settings_from_a_file(tmp_path, capsys):
-    """Without a password on the command line."""
+    """Credentials for a secured broker are read from a file."""
     with LocalKafka(security="SASL_SSL") as secure:
         secure.create_topic("events.dead-letter", partitions=1)
         file = tmp_path / "client.properties"
@@ -203,14 +203,14 @@ def test_a_secured_broker_is_used_with_settings_from_a_file(tmp_path, capsys):
 
 
 def test_a_topic_without_dead_letters_has_none_to_send(replay):
-    """Otherwise the best case would look like an error."""
+    """A topic without dead letters is not an error."""
     code, said = replay()
     assert (code, said[:1]) == (0, "0")
 
 
 @pytest.mark.parametrize("repair", ["nofile.py:mend", "{tmp_path}/repairs.py:nothing"])
 def test_a_repair_that_is_not_there_is_refused(replay, repair, tmp_path, capsys):
-    """Otherwise a typo would send the records back unmended."""
+    """A repair function that doesn't exist is a usage error."""
     (tmp_path / "repairs.py").write_text("")
     with pytest.raises(SystemExit):
         replay("--repair", repair.format(tmp_path=tmp_path))

@@ -1,4 +1,4 @@
-"""Settings of Kafka's clients: in a file, as Java reads them, and as kafka-python takes them."""
+"""Kafka client settings: read from a file as Java does, and converted for kafka-python."""
 
 import logging
 import ssl
@@ -17,7 +17,7 @@ PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
 
 
 def java_reads(spark, text):
-    """Return what Java's Properties find in a text."""
+    """Return the settings that Java's `Properties` reads from a text."""
     found = spark._jvm.java.util.Properties()
     found.load(spark._jvm.java.io.StringReader(text))
     return {name: found.getProperty(name) for name in found.stringPropertyNames()}
@@ -35,29 +35,29 @@ FILES = [
 
 @pytest.mark.parametrize("text", FILES)
 def test_a_config_file_is_read_as_java_reads_it(spark, text):
-    """A file of Kafka's own tools means the same here."""
+    """A properties file of Kafka's tools is read as Java reads it."""
     assert dict(_properties(text)) == java_reads(spark, text)
 
 
 @settings(deadline=None)
 @given(text=st.text(alphabet="ab=: \t\f\\#!\n\r", max_size=30))
 def test_any_config_file_is_read_as_java_reads_it(spark, text):
-    """A file of Kafka's own tools means the same here, however it is written."""
+    """Any properties file is read as Java reads it, whatever its separators and escapes."""
     found, expected = dict(_properties(text)), java_reads(spark, text)
-    expected.pop("", None)  # Java finds one after a backslash at the end
+    expected.pop("", None)  # Java reads an empty name after a final backslash
     found.pop("", None)
     assert found == expected
 
 
 def test_a_config_file_that_java_refuses_is_refused(tmp_path):
-    """A broken escape is one sentence with the file's name."""
+    """A malformed escape is reported with the file's name."""
     (tmp_path / "c.properties").write_text("a=\\u12x4")
     with pytest.raises(ValueError, match=r"c\.properties: \\u is not followed by four hexa"):
         read_config(tmp_path / "c.properties")
 
 
 def test_a_file_with_secrets_that_others_can_read_is_warned_of(tmp_path, caplog):
-    """As ssh does, with the command that helps; without secrets it is nobody's business."""
+    """A file with secrets that others can read causes a warning with the `chmod` command."""
     file = tmp_path / "c.properties"
     for text, mode, warned in [
         ("ssl.key.password=x", 0o644, True),
@@ -73,7 +73,7 @@ def test_a_file_with_secrets_that_others_can_read_is_warned_of(tmp_path, caplog)
 
 
 def test_whatever_kafka_calls_a_password_is_a_secret(spark):
-    """The kit's list of secrets has all of Kafka's."""
+    """Every setting that Kafka types as a password is secret, except certificates."""
     clients = spark._jvm.org.apache.kafka.clients
     password = spark._jvm.org.apache.kafka.common.config.ConfigDef.Type.PASSWORD
     for config in (
@@ -86,7 +86,7 @@ def test_whatever_kafka_calls_a_password_is_a_secret(spark):
         assert "sasl.jaas.config" in secret
         assert [name for name in secret if not is_secret(name)] == [
             "ssl.keystore.certificate.chain", "ssl.truststore.certificates",
-        ]  # what everybody may know, whatever their type is
+        ]  # public, although Kafka types them as passwords
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_whatever_kafka_calls_a_password_is_a_secret(spark):
     ["sasl.jaas.config=xyz", "ssl.key.password=xyz", "ssl.keystore.key=xyz", "a=PRIVATE KEY"],
 )
 def test_a_secret_on_the_command_line_is_refused(text):
-    """The message names the remedy, and doesn't repeat the secret."""
+    """A secret on the command line is refused, and the message doesn't repeat it."""
     with pytest.raises(Exception, match="--kafka-config") as refused:
         setting_option(text)
     assert text.partition("=")[2] not in str(refused.value)
 
 
 def test_settings_become_arguments_of_the_client_that_knows_them():
-    """One file is enough for a producer and a consumer."""
+    """One set of settings serves producers and consumers; each gets the ones it knows."""
     given_settings = {
         "bootstrap.servers": "a:1, b:2", "acks": "all", "compression.type": "none",
         "linger.ms": "5", "enable.idempotence": "true", "group.id": "g", "max.poll.records": "7",
@@ -138,13 +138,13 @@ def test_settings_become_arguments_of_the_client_that_knows_them():
     ],
 )
 def test_what_kafka_python_cannot_take_is_named(settings, reason):
-    """A setting that has no effect would be a surprise later."""
+    """A setting that kafka-python can't use is named in the error."""
     with pytest.raises(ValueError, match=reason):
         python_settings(settings, KafkaProducer)
 
 
 def test_keys_in_the_settings_are_loaded(tmp_path):
-    """PEM on one line, as properties files have it, works as a file does."""
+    """PEM keys and certificates on one line, as in properties files, are loaded."""
     openssl = "from subprocess import run; import sys; run(sys.argv[1:], check=True)"
     key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
     run = run_python(
@@ -166,7 +166,7 @@ def test_keys_in_the_settings_are_loaded(tmp_path):
 
 
 def test_a_users_settings_are_enough(tmp_path):
-    """What a secured broker hands out is what a client takes."""
+    """The settings that a secured broker issues for a user work in kafka-python."""
     make_certificate(tmp_path, "swordfish")
     settings = client_settings("127.0.0.1:9092", tmp_path / "certificate.pem", "reader", "secret")
     arguments = python_settings(settings, KafkaProducer)

@@ -1,4 +1,4 @@
-"""A serving model at work: by names, with its threshold, and replaced while it serves."""
+"""Serving: columns by name, the threshold, and replacing the model of a running stream."""
 
 import logging
 
@@ -13,18 +13,18 @@ from helpers.serving import ModelFile, ServingTransformer, save_serving_model
 
 @pytest.fixture
 def table(spark):
-    """Ten events as a table."""
+    """Ten events as a DataFrame."""
     return spark.createDataFrame(generate_events(10, seed=6)).coalesce(1)
 
 
 def expected(serving_model):
-    """Return the probability of signal by Keras alone."""
+    """Return the signal probabilities that Keras alone computes."""
     rows = generate_events(10, seed=6)[list(FEATURES)].to_numpy(dtype="float32")
     return serving_model.network.predict(rows, verbose=0)[:, 1]
 
 
 def test_columns_are_taken_by_name(table, serving_model):
-    """Otherwise another order of columns would give other scores, and no error."""
+    """Columns are taken by name, so their order doesn't change the scores."""
     turned = table.select(*reversed(table.columns))
     scored = ServingTransformer(serving_model).transform(turned).orderBy(EVENT_ID).collect()
     np.testing.assert_allclose(
@@ -35,7 +35,7 @@ def test_columns_are_taken_by_name(table, serving_model):
 
 @pytest.mark.parametrize("value", [None, float("nan")])
 def test_an_event_without_a_feature_has_no_prediction(table, serving_model, value):
-    """Otherwise it would be called background, by a network that knows nothing of it."""
+    """An event with a null or NaN feature has no prediction."""
     first = table.first()[EVENT_ID]
     feature = F.when(F.col(EVENT_ID) != first, F.col("PRI_met")).otherwise(F.lit(value))
     scored = ServingTransformer(serving_model).transform(table.withColumn("PRI_met", feature))
@@ -45,20 +45,20 @@ def test_an_event_without_a_feature_has_no_prediction(table, serving_model, valu
 
 
 def test_a_missing_column_is_named(table, serving_model):
-    """Otherwise the error would be about a number of inputs."""
+    """A missing column is named in the error."""
     with pytest.raises(ValueError, match=r"needs the columns \['PRI_met'\], which aren't there"):
         ServingTransformer(serving_model).transform(table.drop("PRI_met"))
 
 
 def test_a_column_of_texts_is_named(table, serving_model):
-    """Otherwise the error would be one of Spark's, about a value somewhere."""
+    """A column of strings is named in the error."""
     texts = table.withColumn("PRI_met", F.lit("high"))
     with pytest.raises(ValueError, match="'PRI_met' must hold numbers, not string: cast it"):
         ServingTransformer(serving_model).transform(texts)
 
 
 def test_events_in_another_order_are_refused(table, serving_model):
-    """Otherwise a stream with another schema would be scored wrong, and no error."""
+    """Events parsed with another order of features are refused."""
     wrong = serving_model.schema
     wrong = type(wrong)([wrong.fields[0], *reversed(wrong.fields[1:])])
     with pytest.raises(ValueError, match="parse them with the serving model's own schema"):
@@ -66,7 +66,7 @@ def test_events_in_another_order_are_refused(table, serving_model):
 
 
 def test_records_are_scored_as_tables_are(spark, table, serving_model, event_values):
-    """Otherwise the stream would give other scores than the evaluation; a bad record gives none."""
+    """Records get the same scores as rows of a table; a bad record gets none."""
     names = [EVENT_ID, *FEATURES]
     records = table.select(F.to_json(F.struct(*names)).cast("binary").alias("value"))
     records = records.union(spark.createDataFrame([(b"rubbish",)], "value binary")).coalesce(1)
@@ -82,7 +82,7 @@ def test_records_are_scored_as_tables_are(spark, table, serving_model, event_val
 @pytest.mark.parametrize("signal_index", [0, 1])
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
 def test_the_threshold_decides(spark, make_serving_model, table, signal_index, threshold):
-    """Otherwise the contract's threshold, or which class is signal, would be of no effect."""
+    """An event is signal if its signal probability reaches the contract's threshold."""
     model = make_serving_model(signal_index=signal_index, threshold=threshold)
     rows = ServingTransformer(model).transform(table).collect()
     for row in rows:
@@ -93,7 +93,7 @@ def test_the_threshold_decides(spark, make_serving_model, table, signal_index, t
 def test_a_new_version_serves_from_the_next_batch_on(
     make_serving_model, serving_model, table, tmp_path, caplog
 ):
-    """Otherwise a better model would need a restart; and a damaged one must change nothing."""
+    """A new version is used from the next batch; a damaged or unsuitable file is not."""
     path = tmp_path / "model.keras"
     first = save_serving_model(serving_model, path)
     file = ModelFile(path)
@@ -103,7 +103,7 @@ def test_a_new_version_serves_from_the_next_batch_on(
     assert second.version != first.version
     after = file.current().transform(table)
     assert after.first()[MODEL_VERSION] == file.model.version == second.version
-    # A batch that is under way keeps its version.
+    # A running batch keeps its version.
     assert before.transform(table).first()[MODEL_VERSION] == first.version
     path.write_bytes(b"damaged")
     with caplog.at_level(logging.WARNING):
@@ -126,7 +126,7 @@ def test_a_new_version_serves_from_the_next_batch_on(
 def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(
     make_serving_model, serving_model, tmp_path, caplog
 ):
-    """Otherwise a file whose owner corrects its rights later would never serve."""
+    """A file that can't be read is tried again with each batch, and logged once."""
     path = tmp_path / "model.keras"
     save_serving_model(serving_model, path)
     file = ModelFile(path)
@@ -142,6 +142,6 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(
 
 
 def test_there_must_be_a_model_to_begin_with(tmp_path):
-    """Otherwise the first batch would fail, and not the start."""
+    """A missing model file is an error at the start, not in the first batch."""
     with pytest.raises(FileNotFoundError, match="there is no file"):
         ModelFile(tmp_path / "none.keras")

@@ -1,4 +1,4 @@
-"""The Spark session: the one that is there, or a new one, ready for Kafka and for `helpers`."""
+"""The Spark session: the existing one or a new one, ready for Kafka and for `helpers`."""
 
 import os
 import sys
@@ -15,17 +15,17 @@ from helpers.spark import SessionError, get_spark, protect_folder, session
 
 
 def test_the_existing_session_is_used(spark):
-    """Otherwise a second cell, or SWAN's own session, would get a second Spark."""
+    """An existing session is reused."""
     assert get_spark(app_name="another").sparkContext is spark.sparkContext
 
 
 def test_a_task_has_four_tries_on_the_laptop_too(spark):
-    """Otherwise one killed worker would fail the job."""
+    """A local task is tried up to four times, so a killed worker doesn't fail the job."""
     assert spark.sparkContext.master == "local[2,4]"
 
 
 def test_workers_run_this_python_and_import_helpers(spark):
-    """Otherwise the workers would fail with 'No module named numpy' or '... helpers'."""
+    """Workers run the driver's Python and can import `helpers`."""
 
     def look(_):
         import helpers.higgs
@@ -38,21 +38,21 @@ def test_workers_run_this_python_and_import_helpers(spark):
 
 
 def test_settings_of_a_new_session():
-    """Otherwise a YARN cluster would not get what the settings cell asks for."""
+    """A session on YARN gets the given resources, the settings and the connector."""
     settings = session._settings("name", "yarn", 5, 3, "4g", {"spark.locality.wait": 0})
     assert settings["spark.master"] == "yarn"
     assert settings["spark.executor.instances"] == "5"
-    assert "spark.dynamicAllocation.enabled" not in settings  # the cluster's own choice stands
+    assert "spark.dynamicAllocation.enabled" not in settings  # left to the cluster
     assert settings["spark.executor.cores"] == "3"
     assert settings["spark.executor.memory"] == "4g"
     assert settings["spark.locality.wait"] == "0"
     assert settings["spark.serializer"].endswith("KryoSerializer")
     assert "spark-sql-kafka-0-10" in settings["spark.jars"]
-    assert "spark.driver.host" not in settings  # executors elsewhere must find the driver
+    assert "spark.driver.host" not in settings  # remote executors must reach the driver
 
 
 def test_a_spark_without_connector_is_said_at_once(monkeypatch, tmp_path):
-    """Otherwise the first read would fail with 'Failed to find data source: kafka'."""
+    """A Spark version without a Kafka connector is reported before the first read."""
     monkeypatch.setattr(session, "fetch_jars", lambda coordinate: _no_such(coordinate))
     with pytest.raises(SessionError, match=r"Spark 9\.9\.9 needs a connector to read Kafka\."):
         session._connector_jars("9.9.9", "2.13")
@@ -63,7 +63,7 @@ def _no_such(coordinate):
 
 
 def test_a_running_session_without_connector_gets_it(kafka, produce):
-    """Otherwise a session that a site's kernel made could not read Kafka."""
+    """A running session gets the connector, and can then read Kafka and commit offsets."""
     kafka.create_topic("for-added-jars", partitions=1)
     produce("for-added-jars", [b"1", b"2", b"3"])
     program = f"""
@@ -89,7 +89,7 @@ print("counted", sum(counts))
 
 
 def test_logs_stay_out_of_the_output_and_nothing_is_left(tmp_path):
-    """Otherwise cells would be full of Java's warnings, and /tmp of Spark's folders."""
+    """Spark's logs go to a file, and its temporary files are removed at exit."""
     program = (
         "from helpers.spark import *; spark = get_spark(cores=1);"
         "print(spark.range(5).count(), 'WARN' in log_file().read_text())"
@@ -103,7 +103,7 @@ def test_logs_stay_out_of_the_output_and_nothing_is_left(tmp_path):
 
 
 def test_spark_home_names_the_spark_that_is_used(tmp_path):
-    """Otherwise SWAN's or a cluster's own Spark would be passed over for the one from PyPI."""
+    """The Spark in SPARK_HOME is used instead of the one from PyPI."""
     package = Path(pyspark.__file__).parent
     (tmp_path / "python" / "lib").mkdir(parents=True)
     (tmp_path / "python" / "pyspark").symlink_to(package)
@@ -119,7 +119,7 @@ def test_spark_home_names_the_spark_that_is_used(tmp_path):
 
 
 def test_spark_submits_master_decides_what_is_restricted(monkeypatch):
-    """A driver that a cluster's executors must find isn't put on loopback."""
+    """With a YARN master from spark-submit, the driver is not bound to loopback."""
     asked = {}
     submitted = {"spark.master": "yarn", "spark.executor.memory": "8g"}
     monkeypatch.setattr(session, "_submitted_settings", lambda: submitted)
@@ -134,7 +134,7 @@ def test_spark_submits_master_decides_what_is_restricted(monkeypatch):
 
 @pytest.mark.parametrize("name, mode", [("kafka-plans", 0o700), ("something-else", 0o755)])
 def test_a_folder_with_settings_is_kept_from_others(spark, tmp_path, caplog, name, mode):
-    """A checkpoint has passwords in it; a folder that isn't Spark's alone is left as it is."""
+    """A checkpoint is made private; a folder with other files only causes a warning."""
     folder = tmp_path / "checkpoint"
     (folder / name).mkdir(parents=True)
     folder.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Tests of helpers/sinks/: each event once, whatever is done twice or is left half done."""
+"""The Parquet sink: each event is stored once, despite retries, crashes and late writers."""
 
 import itertools
 import os
@@ -35,7 +35,7 @@ PARTITION = TopicAndPartition("events", 0)
 
 
 def rows(spark, start, end, bad=(), topic="events"):
-    """Return scored records of a partition, some of them bad, as a batch's function makes them."""
+    """Return scored records of a partition, some of them bad, as from a batch function."""
     offset = F.col("id")
     is_bad = offset.isin(list(bad))
     vector = array_to_vector(F.array(F.lit(0.75), F.lit(0.25)))
@@ -57,19 +57,19 @@ def rows(spark, start, end, bad=(), topic="events"):
 
 
 class Stream:
-    """Where a stream begins, and the ids that its topics have now."""
+    """A stream's starting offsets, and the current ids of its topics."""
 
     def __init__(self, starts=None):
         self.ids = {"events": "id-1"}
         self.starts = starts or {}
 
     def plan(self, start, end, topic="events"):
-        """Return the ranges of a batch."""
+        """Return the offset ranges of a batch."""
         return [OffsetRange(topic, 0, start, end, self.ids.get(topic))]
 
 
 class Sink(ParquetSink):
-    """A sink that has begun with a stream of its own, and looks at its topics as a stream does."""
+    """A sink that begins with its own stream, and checks topic ids as a stream does."""
 
     def __init__(self, spark, path, stream=None, signal_index=0, **options):
         super().__init__(spark, path, signal_index=signal_index, **options)
@@ -92,25 +92,25 @@ def write(sink, spark, start, end, bad=(), topic="events"):
 
 
 def stored(spark, path):
-    """Return the offsets in a sink, sorted."""
+    """Return the stored offsets, sorted."""
     return sorted(row.offset for row in read_scored(spark, path).collect())
 
 
 @pytest.fixture
 def path(tmp_path):
-    """Where a sink is to be."""
+    """A path for a sink."""
     return str(tmp_path / "scored")
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Have a dead writer be noticed sooner."""
+    """Shorten the time after which a dead writer is noticed."""
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.5)
 
 
 def test_what_is_stored_of_an_event(spark, path):
-    """Otherwise results could not be joined with the events, or be traced back to the topic."""
+    """An event is stored with its id, scores, class, offset, time, batch and model version."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 2)
     row = read_scored(spark, path).orderBy("offset").collect()[1].asDict()
@@ -122,7 +122,7 @@ def test_what_is_stored_of_an_event(spark, path):
 
 
 def test_a_batch_that_comes_again_is_not_stored_again(spark, path):
-    """Otherwise each crash would count some events twice."""
+    """A batch that comes again is stored once, even after a restart."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         assert sink.left(sink.stream.plan(0, 10)) == []
@@ -134,7 +134,7 @@ def test_a_batch_that_comes_again_is_not_stored_again(spark, path):
 
 
 def test_of_a_batch_that_overlaps_only_the_rest_is_stored(spark, path):
-    """Otherwise a lost checkpoint, and with it other batches, would count events twice."""
+    """Of a batch that overlaps stored offsets, only the new offsets are stored."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         write(sink, spark, 5, 15)
@@ -144,7 +144,7 @@ def test_of_a_batch_that_overlaps_only_the_rest_is_stored(spark, path):
 
 @pytest.mark.parametrize("signal_index, signal", [(0, 8), (1, 0)])
 def test_a_batch_is_counted_while_it_is_written(spark, path, signal_index, signal):
-    """The sink knows which class is signal, and what its records have that nobody uses."""
+    """`write` returns a batch's counts and unused fields, but not if it is stored already."""
     scored = rows(spark, 0, 10, bad=[3, 7])
     scored = scored.withColumn("unused", F.array(F.lit("Weight"), F.lit("Run")))
     with Sink(spark, path, signal_index=signal_index, on_bad_record="skip") as sink:
@@ -154,7 +154,7 @@ def test_a_batch_is_counted_while_it_is_written(spark, path, signal_index, signa
 
 
 def test_a_gap_between_batches_is_told(spark, path, caplog):
-    """Otherwise nobody would know that events are missing."""
+    """Missing offsets between two batches are logged."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         write(sink, spark, 15, 20)
@@ -164,7 +164,7 @@ def test_a_gap_between_batches_is_told(spark, path, caplog):
 def test_files_without_a_manifest_do_not_count_and_the_next_sink_removes_them(
     spark, path, tmp_path
 ):
-    """Files of a batch that a crash has interrupted are not read, and don't stay for ever."""
+    """Files of an interrupted batch are not read, and the next sink removes them."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
     data = tmp_path / "scored" / "data"
@@ -173,14 +173,14 @@ def test_files_without_a_manifest_do_not_count_and_the_next_sink_removes_them(
         rows(spark, 10, 20).write.parquet(folder)
     assert stored(spark, path) == list(range(10))
     with Sink(spark, path) as sink:
-        assert len(list(data.iterdir())) == 3  # the sink that died may only be late
+        assert len(list(data.iterdir())) == 3  # the dead sink may only be slow
         write(sink, spark, 10, 20)
         assert len(list(data.iterdir())) == 1
     assert stored(spark, path) == list(range(20))
 
 
 def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
-    """Otherwise the folder would fill with files that nobody reads."""
+    """A failed batch leaves no files, and can be written again."""
     broken = rows(spark, 0, 10).withColumn("EventId", F.raise_error(F.lit("broken")).cast("long"))
     with Sink(spark, path) as sink:
         with pytest.raises(Exception, match="broken"):
@@ -192,7 +192,7 @@ def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
 
 
 def test_a_second_sink_on_a_path_is_refused(spark, path, impatient):
-    """Otherwise two jobs would store the same events."""
+    """A second sink on a path is refused while the first one is open."""
     with Sink(spark, path) as sink:
         with (
             pytest.raises(SinkError, match=r"another job writes to .*scored: end it, or give"),
@@ -205,20 +205,20 @@ def test_a_second_sink_on_a_path_is_refused(spark, path, impatient):
 
 
 def test_a_sink_whose_job_died_is_taken_over(spark, path, impatient):
-    """Otherwise a job could not go on after a crash."""
+    """A sink takes over the path of a dead one, which can't write if it wakes up."""
     dead = Sink(spark, path)
     dead.__enter__()
-    dead._lease._closed.set()  # it no longer shows that it lives
+    dead._lease._closed.set()  # it no longer renews its claim
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
-        # It was not dead, only slow: now it is late.
+        # It was only slow, and now is late.
         with pytest.raises(SinkError, match="another job writes to"):
             write(dead, spark, 0, 10)
     assert stored(spark, path) == list(range(10))
 
 
 def test_a_late_sink_cannot_commit_over_another(spark, path, impatient, monkeypatch):
-    """Otherwise a job that wakes up between its last look and its commit would count twice."""
+    """A sink that lost its path can't commit, even between its last check and its commit."""
     late = Sink(spark, path)
     late.__enter__()
     late._lease._closed.set()
@@ -231,7 +231,7 @@ def test_a_late_sink_cannot_commit_over_another(spark, path, impatient, monkeypa
 
 
 def test_nobody_waits_for_a_sink_that_has_ended(spark, path, monkeypatch):
-    """The next job begins at once."""
+    """A closed sink's path is free at once."""
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 3600)
     for _ in range(3):
         with Sink(spark, path) as sink:
@@ -239,7 +239,7 @@ def test_nobody_waits_for_a_sink_that_has_ended(spark, path, monkeypatch):
 
 
 def test_a_failed_heartbeat_is_not_the_last_one(spark, path, impatient, caplog):
-    """A file system that was away for a moment must not make a healthy sink look dead."""
+    """A sink keeps its path through failed heartbeats, which are logged once."""
     failures = itertools.count()
 
     def touch_when_back(name):
@@ -260,7 +260,7 @@ def test_a_failed_heartbeat_is_not_the_last_one(spark, path, impatient, caplog):
 
 
 def test_of_many_that_find_a_sink_dead_one_takes_its_path(spark, path, impatient):
-    """Two that both see the dead one's claim must not remove each other's."""
+    """Of several sinks that find a dead one, exactly one takes over its path."""
     dead = Sink(spark, path)
     dead.__enter__()
     dead._lease._closed.set()
@@ -288,7 +288,7 @@ def test_of_many_that_find_a_sink_dead_one_takes_its_path(spark, path, impatient
 
 
 def test_who_waited_too_long_takes_nothing_from_a_healthy_sink(spark, path, monkeypatch):
-    """A job that slept after it had found a dead one may find that others came and went."""
+    """A sink that acts on an outdated view of the claims is refused."""
     dead = Sink(spark, path)
     dead.__enter__()
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0)
@@ -305,7 +305,7 @@ def test_who_waited_too_long_takes_nothing_from_a_healthy_sink(spark, path, monk
 
 
 def test_a_sink_can_be_closed_when_its_file_system_is_away(spark, path, impatient, caplog):
-    """What went wrong before must be seen, not the claim that can't be released."""
+    """The original error is raised; a claim that can't be released is only logged."""
     with pytest.raises(RuntimeError, match="the network died"), Sink(spark, path) as sink:
         sink._lease._claims.names = lambda: 1 / 0
         raise RuntimeError("the network died")
@@ -315,7 +315,7 @@ def test_a_sink_can_be_closed_when_its_file_system_is_away(spark, path, impatien
 
 
 def test_a_bad_record_stops_a_strict_sink(spark, path):
-    """Otherwise those who can't go on without one event would go on."""
+    """A bad record stops the batch, and none of its records is stored."""
     message = r"events, partition 0, offset 3 is not an event: it is no JSON\. To go on"
     with Sink(spark, path) as sink:
         with pytest.raises(BadRecordError, match=message):
@@ -325,7 +325,7 @@ def test_a_bad_record_stops_a_strict_sink(spark, path):
 
 
 def test_bad_records_are_skipped_and_kept(spark, path):
-    """Otherwise they would vanish."""
+    """With `skip`, bad records are kept with value and reason, apart from the events."""
     with Sink(spark, path, on_bad_record="skip") as sink:
         write(sink, spark, 0, 10, bad=[3, 7])
     assert stored(spark, path) == [0, 1, 2, 4, 5, 6, 8, 9]
@@ -336,7 +336,7 @@ def test_bad_records_are_skipped_and_kept(spark, path):
 
 
 def test_a_sink_can_be_moved(spark, path, tmp_path):
-    """Otherwise results could not be archived."""
+    """A sink's folder can be moved and read from its new path."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
     shutil.move(path, tmp_path / "archive")
@@ -351,13 +351,13 @@ def test_a_sink_can_be_moved(spark, path, tmp_path):
     ],
 )
 def test_wrong_arguments_are_refused(spark, path, arguments, reason):
-    """Otherwise a typo would decide over bad records."""
+    """An invalid `on_bad_record` is refused."""
     with pytest.raises(ValueError, match=reason):
         ParquetSink(spark, path, signal_index=0, **arguments)
 
 
 def test_a_folder_that_is_no_sink_is_refused(spark, tmp_path):
-    """Otherwise a wrong path would look like a sink without events."""
+    """A folder without a sink is refused, not read as an empty one."""
     with pytest.raises(SinkError, match="is not the folder of a ParquetSink: check the path"):
         read_scored(spark, str(tmp_path))
 
@@ -370,7 +370,7 @@ def test_a_folder_that_is_no_sink_is_refused(spark, tmp_path):
     ],
 )
 def test_results_that_mean_something_else_are_refused(spark, path, other, reason):
-    """Otherwise ids would be read as null, or signal be counted with background."""
+    """A path whose results have another id or signal class is refused."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 1)
     with pytest.raises(SinkError, match=reason), Sink(spark, path, **other):
@@ -378,7 +378,7 @@ def test_results_that_mean_something_else_are_refused(spark, path, other, reason
 
 
 def test_a_sink_that_knows_no_stream_is_refused(spark, path):
-    """Otherwise it could not know which offsets it has."""
+    """A sink that hasn't begun with a stream refuses batches."""
     with (
         ParquetSink(spark, path, signal_index=0) as sink,
         pytest.raises(SinkError, match="call `begin`"),
@@ -387,7 +387,7 @@ def test_a_sink_that_knows_no_stream_is_refused(spark, path):
 
 
 def test_a_topic_that_was_created_again_is_refused(spark, path):
-    """Its first records have the offsets of the old topic's, and would pass for stored."""
+    """A topic that was deleted and created again is refused, since its offsets start over."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         assert sink.topic_ids() == {"events": "id-1"}
@@ -403,7 +403,7 @@ def test_a_topic_that_was_created_again_is_refused(spark, path):
 
 
 def test_a_topic_that_is_created_again_while_the_stream_runs_is_refused(spark, path):
-    """A batch may have been planned with the old topic and read from the new one."""
+    """If a topic is recreated while the stream runs, planned and new batches are refused."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         batch = sink.stream.plan(10, 20)
@@ -417,7 +417,7 @@ def test_a_topic_that_is_created_again_while_the_stream_runs_is_refused(spark, p
 
 
 def test_a_new_topic_can_be_stored_from_its_beginning(spark, path):
-    """The old topic's events stay, and other topics go on where they were."""
+    """`from_beginning` restarts a recreated topic; old events stay, and other topics resume."""
     stream = Stream()
     stream.ids["others"] = "id-of-others"
     with Sink(spark, path, stream=stream) as sink:
@@ -425,7 +425,7 @@ def test_a_new_topic_can_be_stored_from_its_beginning(spark, path):
         write(sink, spark, 50, 60, topic="others")
     stream.ids["events"] = "id-2"
     others = TopicAndPartition("others", 0)
-    for _ in range(2):  # when it starts again, it goes on
+    for _ in range(2):  # the second time, it resumes
         with ParquetSink(spark, path, signal_index=0, from_beginning=True) as sink:
             with pytest.raises(SinkError, match="pass Kafka's ids of the topics to `positions`"):
                 sink.positions()
@@ -438,7 +438,7 @@ def test_a_new_topic_can_be_stored_from_its_beginning(spark, path):
 
 
 def test_results_without_topic_ids_are_continued(spark, path):
-    """An older kit wrote none; the next batch brings them."""
+    """Results of an older kit, without topic ids, are continued; the next batch adds the ids."""
     old = Stream()
     old.ids = {}
     with Sink(spark, path, stream=old) as sink:
@@ -451,12 +451,12 @@ def test_results_without_topic_ids_are_continued(spark, path):
 
 
 def test_a_second_stream_is_refused(spark, path):
-    """Its offsets would be compared with those of the first one."""
+    """An open sink refuses a second stream, and accepts one when it is opened again."""
     with Sink(spark, path) as sink:
         with pytest.raises(SinkError, match="takes the batches of another stream already"):
             sink.begin({}, {})
         write(sink, spark, 0, 10)
-    with sink:  # opened once more, it can serve another one
+    with sink:  # opened again, it can serve another stream
         assert sink.positions() == {PARTITION: 10}
 
 
@@ -471,7 +471,7 @@ def test_a_second_stream_is_refused(spark, path):
     ],
 )
 def test_a_batch_whose_ranges_make_no_sense_is_refused(spark, path, ranges, reason):
-    """A batch that the stream doesn't know is not one that is stored."""
+    """A batch without offset ranges, or with empty, reversed or repeated ones, is refused."""
     with Sink(spark, path) as sink:
         ranges = [OffsetRange("events", *part) for part in ranges]
         for use in (lambda: sink.left(ranges), lambda: sink.write(rows(spark, 0, 9), ranges)):
@@ -481,7 +481,7 @@ def test_a_batch_whose_ranges_make_no_sense_is_refused(spark, path, ranges, reas
 
 
 def test_a_sink_that_is_not_open_is_refused(spark, path):
-    """Nothing would protect its path from another sink."""
+    """A sink refuses every use outside its `with` block."""
     sink = Sink(spark, path)
     uses = (lambda: sink.positions(), lambda: sink.left([]), lambda: sink.begin({}, {}),
             lambda: write(sink, spark, 0, 10), lambda: sink.topic_ids())  # fmt: skip
@@ -495,7 +495,7 @@ def test_a_sink_that_is_not_open_is_refused(spark, path):
 
 
 def test_records_outside_their_batch_are_refused(spark, path):
-    """A batch that isn't the one the source names would be stored under its offsets."""
+    """Records outside a batch's offset ranges are refused; compacted ones may be missing."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         batch = sink.stream.plan(10, 20)
@@ -522,7 +522,7 @@ def test_records_outside_their_batch_are_refused(spark, path):
 def test_a_batch_whose_files_are_not_all_there_is_not_stored(
     spark, path, tmp_path, monkeypatch, damage, reason
 ):
-    """An executor that doesn't share the driver's folder writes where nobody finds it."""
+    """A batch with missing or unreadable files is not stored, and can be written again."""
     data = tmp_path / "scored" / "data"
     write_files = ParquetSink._write_files
 
@@ -542,7 +542,7 @@ def test_a_batch_whose_files_are_not_all_there_is_not_stored(
 
 
 def test_all_of_a_batch_is_on_the_disk_before_it_counts(spark, path, tmp_path, monkeypatch):
-    """After a power cut, a manifest must not name files that are empty."""
+    """Data is flushed before the manifest, so after a power cut no manifest names empty files."""
     flushed, fsync, scored = [], os.fsync, tmp_path / "scored"
 
     def note(descriptor):
@@ -562,7 +562,7 @@ def test_all_of_a_batch_is_on_the_disk_before_it_counts(spark, path, tmp_path, m
 
 
 def test_a_batch_needs_no_new_code(spark, path):
-    """Java would compile it, 20 ms for each piece, and never run it at full speed."""
+    """Later batches reuse generated code; new code costs 20 ms per class and never warms up."""
     metrics = spark._jvm.org.apache.spark.metrics.source.CodegenMetrics
     batches = [rows(spark, start, start + 10).cache() for start in (0, 10, 20)]
     compiled = []
@@ -577,7 +577,7 @@ def test_a_batch_needs_no_new_code(spark, path):
 
 
 def test_one_batch_after_another_has_its_number(spark, path):
-    """Events can be grouped by their batches."""
+    """Each event has the number of its batch."""
     with Sink(spark, path) as sink:
         for start in (0, 10):
             write(sink, spark, start, start + 10)
@@ -586,19 +586,19 @@ def test_one_batch_after_another_has_its_number(spark, path):
 
 
 def test_where_a_stream_begins_is_kept_before_its_first_batch(spark, path):
-    """A stream that begins at the end and dies loses nothing of what comes before it is back."""
+    """Starting offsets are stored before the first batch, so a crash before it skips nothing."""
     with Sink(spark, path, stream=Stream({PARTITION: 7})):
-        pass  # it dies before a batch
+        pass  # it dies before its first batch
     with Sink(spark, path, stream=Stream({PARTITION: 90})) as sink:
         assert sink.positions() == {PARTITION: 7}
-        write(sink, spark, 0, 10)  # a stream that begins earlier after all: nothing is stored yet
+        write(sink, spark, 0, 10)  # an earlier start is allowed while nothing is stored
         assert sink.positions() == {PARTITION: 10}
     assert stored(spark, path) == list(range(10))
 
 
 @pytest.mark.parametrize("topic", ["_events", ".events", "topic-", "e" * 240])
 def test_where_a_stream_begins_is_kept_whatever_its_topic_is_called(spark, path, topic):
-    """A stream resumes where it began, and its sink can be opened again and again."""
+    """Starting offsets are kept for any topic name, however often the sink is opened."""
     partition = TopicAndPartition(topic, 0)
     for start in (7, 90, 91):  # it dies before its first batch
         stream = Stream({partition: start})
@@ -608,7 +608,7 @@ def test_where_a_stream_begins_is_kept_whatever_its_topic_is_called(spark, path,
 
 
 def test_batches_that_are_written_at_once_wait_for_each_other(spark, path):
-    """Each gets its number, and neither takes the other's manifest for that of another job."""
+    """Concurrent batches of a sink are written one by one, each with its own number."""
     failed = []
 
     def write_one(start, topic):
@@ -630,7 +630,7 @@ def test_batches_that_are_written_at_once_wait_for_each_other(spark, path):
 
 
 def test_the_progress_never_goes_back():
-    """A batch that ends earlier than what is stored moves no offset, except in a new topic."""
+    """An offset moves backwards only if its topic was created again."""
     progress = Progress().after([OffsetRange("events", 0, 0, 20, "id-1")])
     assert progress.after([OffsetRange("events", 0, 0, 10, "id-1")]) == progress
     again = progress.after([OffsetRange("events", 0, 0, 10, "id-2")])
@@ -641,7 +641,7 @@ def test_the_progress_never_goes_back():
 def test_a_batch_whose_manifest_counts_is_stored_whatever_fails_after_it(
     spark, path, tmp_path, monkeypatch, failing
 ):
-    """The sink goes on, or does so when the batch is tried again, and accuses no other job."""
+    """A batch whose manifest is written is committed, at once or on retry, whatever fails."""
     monkeypatch.setattr(commits, "MANIFESTS_KEPT", 1)
     failures = iter(range(2 if failing == "names twice" else 1))
     manifests = tmp_path / "scored" / "commits"
@@ -672,7 +672,7 @@ def test_a_batch_whose_manifest_counts_is_stored_whatever_fails_after_it(
 
 
 def test_a_stream_whose_batches_could_overtake_each_other_is_refused(spark):
-    """A later batch that is stored first would pass the earlier one's offsets off as stored."""
+    """`spark.streaming.concurrentJobs` above 1 is refused: batches could overtake each other."""
     name, settings = "spark.streaming.concurrentJobs", spark.sparkContext._jsc.sc().conf()
     ssc = new_streaming_context(spark, 1)
     settings.set(name, "2")

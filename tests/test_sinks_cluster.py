@@ -1,4 +1,4 @@
-"""The sink on a real standalone cluster, whose executor doesn't share the driver's folder."""
+"""The sink on a standalone cluster whose executor doesn't share the driver's folder."""
 
 import contextlib
 import json
@@ -11,12 +11,12 @@ from processes import ROOT, run_python, running, wait_until
 
 from helpers.spark import spark_home
 
-# The worker sees an empty file system in the place of the folder.
+# The worker sees an empty file system in place of the folder.
 HIDE = 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"'
 
 
 def can_hide_folders():
-    """Tell whether this user may mount file systems that only one process sees."""
+    """Return whether this user may mount a file system for a single process."""
     command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0"', "/mnt"]
     with contextlib.suppress(FileNotFoundError):
         return subprocess.run(command, capture_output=True).returncode == 0
@@ -24,14 +24,14 @@ def can_hide_folders():
 
 
 def line_with(log, pattern):
-    """Return what a pattern finds in a log, when it is there."""
+    """Wait until a pattern matches in a log, and return the match."""
     return wait_until(lambda: re.search(pattern, log.read_text(errors="replace")))
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not can_hide_folders(), reason="needs the right to mount file systems")
 def test_a_batch_that_an_executor_writes_elsewhere_is_not_stored(tmp_path):
-    """A manifest would name no files, and a thousand events would be lost."""
+    """A batch whose files the driver can't read is refused, and no manifest is written."""
     folders = [tmp_path / name for name in ("hidden", "shared", "work")]
     for folder in folders:
         folder.mkdir()

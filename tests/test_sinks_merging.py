@@ -1,4 +1,4 @@
-"""What many batches leave behind: few files, one manifest that counts, and each event once."""
+"""After many batches, a sink has few files and few manifests, and each event once."""
 
 import json
 import statistics
@@ -17,24 +17,24 @@ from helpers.sinks.progress import Progress
 
 @pytest.fixture
 def path(tmp_path):
-    """Where a sink is to be."""
+    """A path for a sink."""
     return str(tmp_path / "scored")
 
 
 @pytest.fixture
 def often(monkeypatch):
-    """Let five batches be merged instead of a hundred, and few manifests stay."""
+    """Merge every five batches instead of every hundred, and keep two manifests."""
     monkeypatch.setattr(commits, "FAN_IN", 5)
     monkeypatch.setattr(commits, "MANIFESTS_KEPT", 2)
 
 
 def files_of(tmp_path):
-    """Return the Parquet files in a sink."""
+    """Return the Parquet files of a sink."""
     return list((tmp_path / "scored" / "data").rglob("*.parquet"))
 
 
 def test_small_files_are_merged_while_the_sink_is_in_use(spark, path, tmp_path, often):
-    """Each event stays in it once, for readers that began before, too."""
+    """Small files are merged, and readers that began before still find each event once."""
     readers = []
     with Sink(spark, path) as sink:
         for start in range(0, 240, 10):
@@ -52,7 +52,7 @@ def test_small_files_are_merged_while_the_sink_is_in_use(spark, path, tmp_path, 
 
 
 def test_merged_files_are_removed_after_a_while(spark, path, tmp_path, often, monkeypatch):
-    """The disk must not hold each event twice for ever."""
+    """Files that a merge has replaced are removed after a while."""
     monkeypatch.setattr(commits, "KEPT_SECONDS", 0)
     with Sink(spark, path) as sink:
         for start in range(0, 120, 10):
@@ -64,7 +64,7 @@ def test_merged_files_are_removed_after_a_while(spark, path, tmp_path, often, mo
 
 
 def test_readers_see_each_event_once_while_files_are_merged(spark, path, often):
-    """A reader gets the files before the merge or after it, never both or none."""
+    """A reader sees the files before a merge or after it, never both or none."""
     counts, ended = [], threading.Event()
 
     def read():
@@ -85,7 +85,7 @@ def test_readers_see_each_event_once_while_files_are_merged(spark, path, often):
 
 
 def test_files_that_cannot_be_merged_still_count(spark, path, often, monkeypatch, caplog):
-    """The stream goes on, and tries it again later."""
+    """If a merge fails, the batches stay readable, and the merge is retried later."""
     with Sink(spark, path) as sink:
         with monkeypatch.context() as failing:
             failing.setattr("helpers.sinks.parquet.merge", lambda *_: 1 / 0)
@@ -100,7 +100,7 @@ def test_files_that_cannot_be_merged_still_count(spark, path, often, monkeypatch
 
 
 def test_files_that_cannot_be_merged_hold_up_no_others(spark, path, often, monkeypatch):
-    """One broken file must not keep all later batches apart."""
+    """Files that can't be merged don't stop the merging of later ones."""
     merge = parquet.merge
 
     def fail_first(spark, path, group, event_id):
@@ -116,7 +116,7 @@ def test_files_that_cannot_be_merged_hold_up_no_others(spark, path, often, monke
 
 
 def test_large_batches_are_merged_as_far_as_they_fit(spark, path, tmp_path, often, monkeypatch):
-    """A group above the limit is merged in runs, and what was merged goes after a while."""
+    """A group above the size limit is merged in runs, and the replaced files are removed."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         (one,) = sink._state.parts
@@ -133,7 +133,7 @@ def test_large_batches_are_merged_as_far_as_they_fit(spark, path, tmp_path, ofte
 
 
 def test_parts_are_merged_up_to_a_size(monkeypatch):
-    """Large ones are left out, and the longest run of the others comes first."""
+    """Large parts are left out, and the longest run of the others is merged first."""
     monkeypatch.setattr(commits, "FAN_IN", 8)
     monkeypatch.setattr(commits, "LARGEST_MERGE", 10)
     sizes = [5, 5, 9, 4, 3, 2, 1, 5]
@@ -148,7 +148,7 @@ def test_parts_are_merged_up_to_a_size(monkeypatch):
 
 
 def test_a_late_sink_cannot_commit_where_a_manifest_was_removed(spark, path, often, monkeypatch):
-    """The name is free again, but the number is not the last one."""
+    """A late sink can't commit, even if the manifest of its number is removed already."""
     log = CommitLog(spark, path)
     late = replace(log.last(), number=1)
     with Sink(spark, path) as sink:
@@ -160,7 +160,7 @@ def test_a_late_sink_cannot_commit_where_a_manifest_was_removed(spark, path, oft
 
 
 def test_a_late_sink_removes_nothing_of_the_one_that_took_over(spark, path, often, monkeypatch):
-    """A sink that wakes up after its first batch doesn't know the folders that came meanwhile."""
+    """A late sink's clean-up removes no files of the sink that took over."""
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0)
     late = Sink(spark, path)
     remove_leftovers = late._remove_leftovers
@@ -170,7 +170,7 @@ def test_a_late_sink_removes_nothing_of_the_one_that_took_over(spark, path, ofte
         with Sink(spark, path) as sink:
             for start in range(10, 60, 10):
                 write(sink, spark, start, start + 10)
-        monkeypatch.setattr(late._lease, "check", lambda: None)  # the other came right after it
+        monkeypatch.setattr(late._lease, "check", lambda: None)  # it came after this check
         remove_leftovers()
 
     spark.range(1).write.parquet(f"{path}/data/interrupted")
@@ -182,7 +182,7 @@ def test_a_late_sink_removes_nothing_of_the_one_that_took_over(spark, path, ofte
 
 
 def test_the_results_of_an_older_kit_are_continued(spark, path, tmp_path, often):
-    """Its manifests named their own files only."""
+    """Results of an older kit, whose manifests list only their own files, are continued."""
     with Sink(spark, path) as sink:
         for start in range(0, 20, 10):
             write(sink, spark, start, start + 10)
@@ -199,14 +199,14 @@ def test_the_results_of_an_older_kit_are_continued(spark, path, tmp_path, often)
     assert stored(spark, path) == list(range(20))
     with Sink(spark, path) as sink:
         assert sink.positions() == {PARTITION: 20}
-        assert all(part.size for part in sink._state.parts)  # or they would be merged without end
+        assert all(part.size for part in sink._state.parts)  # or they would be merged for ever
         for start in range(20, 60, 10):
             write(sink, spark, start, start + 10)
     assert stored(spark, path) == list(range(60))
 
 
 def after_long_run(one, batches):
-    """Return what is stored after so many batches, a second apart, with files like a given one."""
+    """Return the state after a number of batches, one per second, with files like a given one."""
     state = State(meaning={"event_id": "EventId", "signal_index": 0})
     for number in range(batches):
         progress = Progress({PARTITION: 10 * (number + 1)}, {"events": "id-1"})
@@ -221,7 +221,7 @@ def after_long_run(one, batches):
 
 @pytest.mark.long
 def test_a_hundred_thousand_batches_open_in_seconds(spark, path, tmp_path):
-    """A day and a half at a batch per second must not make the results slow to read."""
+    """After 100,000 batches, results open within 3 s, and a batch takes little longer."""
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
     (one,) = CommitLog(spark, path).last().parts

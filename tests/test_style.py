@@ -1,4 +1,4 @@
-"""The style of all code, the notebooks' too, and what must not be in the repository."""
+"""The style of all code, including the notebooks, and what must not be committed."""
 
 import re
 import subprocess
@@ -7,13 +7,13 @@ from processes import ROOT, run_python
 
 
 def test_ruff_finds_nothing():
-    """Otherwise readers would stumble over unused names, missing docstrings and odd layout."""
+    """`ruff check` finds no problem."""
     run = run_python("-m", "ruff", "check", ".")
     assert run.returncode == 0, run.stdout
 
 
 def test_every_dependency_is_pinned_and_explained():
-    """Otherwise a new release of a library could break the kit overnight."""
+    """Every requirement has an exact version, and a comment that explains it."""
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if not line.startswith("#"):
             assert "==" in line.split(";")[0]
@@ -21,7 +21,7 @@ def test_every_dependency_is_pinned_and_explained():
 
 
 def test_no_data_and_no_generated_file_is_committed():
-    """Otherwise the repository would carry what it can make, or what isn't its own."""
+    """Only files of known kinds are committed: no data, and nothing that can be generated."""
     listing = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
@@ -31,7 +31,7 @@ def test_no_data_and_no_generated_file_is_committed():
 
 
 def test_a_room_imports_only_from_rooms_above_it():
-    """A reader can begin at the top of the table in helpers/ and never meets an unknown word."""
+    """The rooms can be read in the table's order, since none imports from a later one."""
     helpers = ROOT / "helpers"
     rooms = re.findall(r"^\| `(\w+)` \|", (helpers / "__init__.py").read_text(), re.MULTILINE)
     for file in helpers.glob("*/*.py"):
@@ -41,7 +41,7 @@ def test_a_room_imports_only_from_rooms_above_it():
 
 
 def test_only_the_face_of_a_room_is_imported_from_outside():
-    """What is behind a package's ``__init__`` can change without a look at the programs."""
+    """Examples and notebooks import from rooms, never from modules inside them."""
     programs = [*(ROOT / "examples").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
     for file in programs:
         assert not re.search(r"from helpers\.\w+\.\w+ import", file.read_text()), file

@@ -1,4 +1,4 @@
-"""Training on a Spark DataFrame: by one process, and by several workers in rounds."""
+"""Training on a Spark DataFrame: in one process, and in rounds of several workers."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from helpers.transformers import ModelPredictor
 
 
 def prepared(spark, count, seed):
-    """Return events as Spark has them for training, and as arrays."""
+    """Return training events as a DataFrame and as arrays."""
     events = generate_events(count, seed=seed)
     features = events[list(FEATURES)].to_numpy()
     features = (features - features.mean(axis=0)) / features.std(axis=0)
@@ -57,7 +57,7 @@ def tiny(*layers):
 
 
 def images():
-    """Return a network for what isn't a table."""
+    """Return a network for images, not for rows of a table."""
     return keras.Sequential([keras.Input((8, 8)), keras.layers.Dense(2)])
 
 
@@ -65,13 +65,13 @@ SCHEMA = "features array<double>, label int"
 
 
 def rows_of(spark, numbers, partitions=1):
-    """Return a row a number, whose class is whether it is even."""
+    """Return one row per number; its label is the number modulo 2."""
     rows = [([float(n), 1.0], n % 2) for n in numbers]
     return spark.createDataFrame(rows, SCHEMA).repartition(partitions)
 
 
 def by_number(**options):
-    """Return a recipe for labels that are numbers."""
+    """Return the options for labels that are numbers."""
     return {"loss": "sparse_categorical_crossentropy", "batch_size": 2, **options}
 
 
@@ -82,7 +82,7 @@ def auc_of(model, unseen):
 
 
 def test_one_process_one_worker_and_two_learn_the_same(events, unseen, capsys):
-    """The number of workers doesn't decide what a network is worth."""
+    """The AUC doesn't depend on the trainer or the number of workers; each epoch is logged."""
     recipe = {"batch_size": 128, "num_epoch": 6}
     both = [SingleTrainer(build_model(), **recipe)]
     both += [AveragingTrainer(build_model(), num_workers=n, **recipe) for n in (1, 2)]
@@ -101,7 +101,7 @@ def test_one_process_one_worker_and_two_learn_the_same(events, unseen, capsys):
 
 
 def test_the_same_seed_gives_the_same_training(events, unseen):
-    """A training can be repeated, but for the rounding where several threads add up."""
+    """A seed makes training repeatable, except for rounding where several threads add up."""
     small = keras.Sequential([keras.Input((30,)), keras.layers.Dense(2, "softmax")])
     recipe = {"batch_size": 100, "num_epoch": 1}
     other = SingleTrainer(small, seed=6, **recipe).train(events).get_weights()[0]
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_training(events, unseen):
 
 
 def drawing():
-    """Return a network with a layer that draws, without a seed, and one that keeps means."""
+    """Return a network with unseeded dropout and a batch normalization."""
     return tiny(
         keras.layers.Dense(8, "relu", kernel_initializer=keras.initializers.GlorotUniform(2)),
         keras.layers.BatchNormalization(), keras.layers.Dropout(0.5),
@@ -123,7 +123,7 @@ def drawing():
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_workers_give_the_same_weights_to_the_last_bit(spark, window):
-    """However Spark has cut and ordered the rows, and whatever layers draw."""
+    """Weights are identical however the rows are partitioned and ordered, even with dropout."""
     recipe = by_number(num_epoch=2, batch_size=8, communication_window=window)
     rows = rows_of(spark, [*range(100), *range(10)])
     found = [
@@ -135,19 +135,19 @@ def test_workers_give_the_same_weights_to_the_last_bit(spark, window):
 
 
 def test_the_network_that_is_given_stays_as_it_is(spark):
-    """A second training doesn't start from the first one's result."""
+    """Training doesn't change the given network, so a second training starts from it again."""
     model = tiny()
     before = model.get_weights()
     for make in (SingleTrainer, AveragingTrainer):
         trained = make(model, **by_number()).train(rows_of(spark, range(8)))
         assert all(map(np.array_equal, model.get_weights(), before))
         assert not np.array_equal(trained.get_weights()[0], before[0])
-        assert not trained.compiled  # an optimizer would go into each file
+        assert not trained.compiled  # an optimizer would be saved with it
 
 
 @pytest.mark.parametrize("numbers", [[3], [1, 2, 3]], ids=["a worker without rows", "odd parts"])
 def test_workers_with_different_numbers_of_rows_use_them_all(spark, numbers):
-    """One update by each worker, averaged by rows, is plain gradient descent on all rows."""
+    """Averaging by rows equals gradient descent on all rows, however unequal the parts."""
     rows = rows_of(spark, numbers)
     single = SingleTrainer(tiny(), "sgd", **by_number(batch_size=3))
     workers = AveragingTrainer(tiny(), "sgd", **by_number(batch_size=6))
@@ -159,7 +159,7 @@ def test_workers_with_different_numbers_of_rows_use_them_all(spark, numbers):
 
 @pytest.mark.parametrize("window, rounds", [(None, 1), (1, 10), (4, 3), (100, 1)])
 def test_a_round_has_the_updates_that_were_asked_for(spark, monkeypatch, window, rounds):
-    """The communication window is the most updates that a worker makes without the others."""
+    """`communication_window` limits the updates that a worker makes between two averages."""
     rows = rows_of(spark, range(400))
     trainer = AveragingTrainer(
         tiny(), **by_number(num_workers=1, batch_size=40, communication_window=window)
@@ -176,7 +176,7 @@ def test_a_round_has_the_updates_that_were_asked_for(spark, monkeypatch, window,
     assert sum(sizes) == 400
 
 
-# A loss, as many outputs as it is used with, and a label.
+# A loss, the number of outputs, and a label.
 LOSSES = [
     (keras.losses.CategoricalCrossentropy(), 2, [1.0, 0.0]),
     (keras.losses.SparseCategoricalCrossentropy(), 2, 1),
@@ -191,7 +191,7 @@ LOSSES = [
 
 @pytest.mark.parametrize("loss, outputs, label", LOSSES)
 def test_a_worker_takes_losses_as_keras_does(loss, outputs, label):
-    """The same loss means the same to both trainers."""
+    """A worker computes each loss and its update as Keras does."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(outputs, "sigmoid")])
     label_type = pyarrow.list_(pyarrow.float32()) if isinstance(label, list) else pyarrow.float32()
     batch = pyarrow.record_batch(
@@ -219,7 +219,7 @@ def test_a_worker_takes_losses_as_keras_does(loss, outputs, label):
     ids=["scaled", "averaged", "decayed", "slower and slower"],
 )
 def test_rounds_go_on_with_the_optimizer_as_keras_does(spark, optimizer):
-    """One worker makes in four rounds what Keras' `fit` makes in four epochs."""
+    """Rounds keep the optimizer's state: four rounds of one worker equal four epochs of `fit`."""
     model = tiny(
         keras.layers.Dense(
             3, "tanh", kernel_regularizer=keras.regularizers.L2(0.1),
@@ -243,14 +243,14 @@ def test_rounds_go_on_with_the_optimizer_as_keras_does(spark, optimizer):
 
 
 def copy_of(model):
-    """Return a network of the same layers and weights."""
+    """Return a copy of a network, with its weights."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     return copy
 
 
 def replica_of(model, optimizer, loss):
-    """Return a network that learns, as a worker has it."""
+    """Return a worker's replica of a network."""
     return Replica(
         model_to_bytes(model), keras.optimizers.serialize(keras.optimizers.get(optimizer)),
         keras.losses.serialize(loss),
@@ -264,7 +264,7 @@ def assert_same_weights(one, other):
 
 
 def test_what_layers_keep_is_averaged_by_rows(spark):
-    """A batch normalisation serves with the means of all workers' rows."""
+    """Batch normalization ends up with the means of all workers' rows."""
     model = keras.Sequential(
         [keras.Input((2,)), keras.layers.BatchNormalization(momentum=0.0), keras.layers.Dense(2)]
     )
@@ -276,7 +276,7 @@ def test_what_layers_keep_is_averaged_by_rows(spark):
 
 
 def test_each_worker_draws_other_numbers_in_each_round(spark):
-    """Units that drop out differ, so that the average is of different networks."""
+    """Dropout differs between workers and rounds, so that different networks are averaged."""
     features = np.ones((1, 2), "float32")
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dropout(0.5, seed=1)])
     replica = replica_of(model, "sgd", keras.losses.MeanSquaredError())
@@ -289,7 +289,7 @@ def test_each_worker_draws_other_numbers_in_each_round(spark):
 
 
 def worker_processes():
-    """Return the processes of Spark's Python workers that this test run has."""
+    """Return the Python worker processes of this test run's Spark."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -301,7 +301,7 @@ def worker_processes():
 
 
 def in_a_thread(trainer, df):
-    """Train beside the test; return the thread and a list that gets the network."""
+    """Train in a thread; return the thread, and a list that receives the network."""
     outcome = []
     thread = threading.Thread(target=lambda: outcome.append(trainer.train(df)))
     thread.start()
@@ -309,7 +309,7 @@ def in_a_thread(trainer, df):
 
 
 def test_a_worker_that_dies_is_replaced_and_nothing_changes(spark, events):
-    """Spark runs its task again, and the network is the same, to the last bit."""
+    """Spark reruns the task of a killed worker, and the weights are identical."""
     recipe = {"num_epoch": 3, "batch_size": 128}
     undisturbed = AveragingTrainer(build_model(), **recipe).train(events)
     trainer = AveragingTrainer(build_model(), **recipe)
@@ -325,10 +325,10 @@ def test_a_worker_that_dies_is_replaced_and_nothing_changes(spark, events):
 
 
 def test_an_interrupt_ends_the_jobs_and_leaves_nothing(spark, events):
-    """Spark's slots, the executors' disks and the session are as before."""
+    """An interrupt ends the jobs and frees cached rows; the session stays usable."""
     context = spark.sparkContext
     persisted = context._jsc.sc().getPersistentRDDs().size()
-    # As in a notebook's kernel, where PySpark's own reaction isn't in effect.
+    # As in a notebook's kernel, where PySpark's signal handler isn't in effect.
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = AveragingTrainer(build_model(), num_epoch=100_000)
 
@@ -352,7 +352,7 @@ def test_an_interrupt_ends_the_jobs_and_leaves_nothing(spark, events):
 
 
 def test_nothing_listens_beyond_loopback_during_a_training(spark, events):
-    """The workers listen nowhere, and Spark where it did before."""
+    """During a training, workers don't listen, and Spark only on loopback."""
 
     def listening():
         return {
@@ -379,14 +379,14 @@ def test_nothing_listens_beyond_loopback_during_a_training(spark, events):
 
 
 def test_more_workers_than_slots_take_turns(spark, capsys):
-    """A training doesn't wait for executors that never come."""
+    """Workers beyond the number of task slots take turns instead of waiting for executors."""
     trainer = AveragingTrainer(tiny(), **by_number(num_workers=5, batch_size=10))
     trainer.train(rows_of(spark, range(50)))
     assert len(trainer.get_history()) == 1
 
 
 def test_predictions_go_on_beside_a_training(spark, unseen):
-    """The same Python processes serve and train, and a prediction doesn't change by that."""
+    """Predictions and training share Python workers, and predictions don't change."""
     model = build_model()
     scored = ModelPredictor(keras_model=model).transform(unseen[0].limit(500)).cache()
     before = [row.prediction for row in scored.collect()]
@@ -396,7 +396,7 @@ def test_predictions_go_on_beside_a_training(spark, unseen):
 
 
 def test_rows_are_in_memory_once():
-    """A worker's memory is enough for its rows if it is enough for them and a batch."""
+    """A worker needs memory for its rows once, plus a batch."""
     batch_rows, batches, width = 4_096, 100, 30
     numbers = np.random.default_rng(0).random(batch_rows * width, "float32")
     lists = pyarrow.FixedSizeListArray.from_arrays(numbers, width).cast(
@@ -427,14 +427,14 @@ def test_rows_are_in_memory_once():
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_learnt_from_are_refused(spark, make, rows, reason):
-    """Otherwise the weights would become NaN, or TensorFlow's error name a tensor."""
+    """Rows that can't be learned from are refused with the column and the reason."""
     df = spark.createDataFrame(rows, SCHEMA)
     with pytest.raises(ValueError, match=reason):
         make(tiny(), **by_number()).train(df)
 
 
 def test_refused_rows_cost_no_worker(spark):
-    """A process that has TensorFlow loaded goes on, and the next job needn't wait for another."""
+    """Refused rows keep the Python workers alive, so the next job needn't start new ones."""
     df = rows_of(spark, range(20_000)).repartition(2)
     AveragingTrainer(tiny(), **by_number(batch_size=2_000)).train(df)
     before = {process.pid for process in worker_processes()}
@@ -445,7 +445,7 @@ def test_refused_rows_cost_no_worker(spark):
 
 
 def test_a_column_may_have_a_dot_in_its_name(spark):
-    """Otherwise Spark would look for a field of a struct, and say so."""
+    """A column name may contain a dot."""
     df = rows_of(spark, range(4)).withColumnRenamed("label", "event.label")
     trainer = SingleTrainer(tiny(), **by_number(label_col="event.label"))
     trainer.train(df)
@@ -454,7 +454,7 @@ def test_a_column_may_have_a_dot_in_its_name(spark):
 
 @pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
 def test_labels_of_another_length_are_refused(spark, make):
-    """Otherwise a loss would compare each row with the labels of all."""
+    """Labels that don't match the number of outputs are refused."""
     df = spark.createDataFrame([([1.0, 2.0], [1.0])], "features array<double>, label array<double>")
     with pytest.raises(ValueError, match="'label' has 1 entries a row, but the network has 2 outp"):
         make(tiny()).train(df)
@@ -478,7 +478,7 @@ def test_labels_of_another_length_are_refused(spark, make):
     ],
 )
 def test_wrong_options_are_refused(spark, options, reason):
-    """Otherwise the error would come from a worker."""
+    """Invalid options are refused on the driver, with the reason."""
     df = rows_of(spark, [1]).selectExpr("*", "'x' AS name")
     with pytest.raises(ValueError, match=reason):
         AveragingTrainer(**by_number(**{"keras_model": tiny(), **options})).train(df)
@@ -486,14 +486,14 @@ def test_wrong_options_are_refused(spark, options, reason):
 
 @pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
 def test_options_are_named(make):
-    """Otherwise a call of Distributed Keras, whose order is another, would swap two numbers."""
+    """Options must be named, since Distributed Keras has them in another order."""
     with pytest.raises(TypeError, match="positional arguments"):
         make(tiny(), "adam", "mse", "features", "label", 1, 32)
 
 
 @pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
 def test_what_goes_wrong_in_spark_is_one_sentence(spark, make):
-    """The cause is in the message, and not only in the logs of Spark's workers."""
+    """A failure in Spark is raised as one sentence that includes its cause."""
     fails = "CASE WHEN label >= 0 THEN raise_error('the detector is off') END"
     df = rows_of(spark, [1, 2]).selectExpr("features", f"CAST({fails} AS int) AS label")
     with pytest.raises(TrainingError, match=r"could not train: .*the detector is off") as told:
@@ -504,7 +504,7 @@ def test_what_goes_wrong_in_spark_is_one_sentence(spark, make):
 
 @pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
 def test_a_loss_that_explodes_ends_the_training(spark, make):
-    """Otherwise the network would be useless, and only its users would find out."""
+    """A loss that explodes ends the training, and the message names remedies."""
     df = rows_of(spark, range(100)).selectExpr("features", "array(1.0D, 0.0D) AS label")
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     trainer = make(model, keras.optimizers.SGD(1e30), "mse", num_epoch=9, batch_size=2)
@@ -514,7 +514,7 @@ def test_a_loss_that_explodes_ends_the_training(spark, make):
 
 @pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
 def test_weights_that_explode_in_the_last_update_are_not_returned(spark, make):
-    """The loss of an update is measured before it."""
+    """Weights that explode in the last update are an error, although its loss was finite."""
     df = rows_of(spark, [1]).selectExpr("features", "array(1e30D, 0.0D) AS label")
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     with pytest.raises(TrainingError, match=r"not finite after the last epoch: scale the features"):
@@ -524,14 +524,14 @@ def test_weights_that_explode_in_the_last_update_are_not_returned(spark, make):
 
 
 def test_shuffle_of_distributed_keras_is_explained(spark):
-    """An old call isn't taken for a training with validation."""
+    """Distributed Keras' `shuffle` is refused, and the message says to leave it out."""
     with pytest.raises(ValueError, match=r"True is not a DataFrame.*`shuffle`, leave it out"):
         SingleTrainer(tiny(), **by_number()).train(rows_of(spark, [1]), True)
 
 
 @pytest.mark.long
 def test_a_training_survives_an_executor():
-    """On a cluster another executor takes over, and the network is the same."""
+    """If an executor is killed, another one takes over, and the weights are identical."""
     run = run_python("tests/training_on_executors.py", seconds=600)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])

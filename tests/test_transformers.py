@@ -19,7 +19,7 @@ from helpers.model import build_model, normalized_network
 from helpers.records import parse_events
 from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
-BATCH = 4_096  # rows of an Arrow batch, as `get_spark` sets it
+BATCH = 4_096  # rows per Arrow batch, as `get_spark` sets it
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def events():
-    """One Arrow batch of events, and one more."""
+    """One event more than an Arrow batch holds."""
     return generate_events(BATCH + 1, seed=4)
 
 
 @pytest.fixture(scope="module")
 def vectors(spark, events):
-    """The events with their features as one vector of length 1."""
+    """The events, with their features as one vector of length 1."""
     columns = ["EventId", "Label", *FEATURES]
     df = spark.createDataFrame(events[columns]).coalesce(1)
     df = VectorAssembler(inputCols=list(FEATURES), outputCol="raw").transform(df)
@@ -51,7 +51,7 @@ def in_memory(model, events):
 
 
 def test_predictions_equal_keras_in_memory(model, events, vectors):
-    """Otherwise the stream would not score with the model; the last batch has one row."""
+    """Predictions in Spark equal those of Keras, even in a last batch of one row."""
     scored = ModelPredictor(keras_model=model).predict(vectors).select("EventId", "prediction")
     assert isinstance(scored.schema["prediction"].dataType, VectorUDT)
     found = scored.toPandas().sort_values("EventId")
@@ -64,7 +64,7 @@ def test_predictions_equal_keras_in_memory(model, events, vectors):
 
 @pytest.fixture(scope="module")
 def records(spark, events):
-    """The events as records of a topic, and a bad record among them."""
+    """The events as records of a topic, with one bad record among them."""
     rows = events[["EventId", *FEATURES]].to_dict("records")
     values = [bytearray(orjson.dumps(row)) for row in rows]
     values.insert(5, bytearray(b"junk"))
@@ -72,7 +72,7 @@ def records(spark, events):
 
 
 def test_events_are_scored_like_vectors(model, vectors, records):
-    """Otherwise the fast way would be another model; a bad record must not get a score."""
+    """Parsed events get the same scores as vectors, and a bad record gets none."""
     predictor = ModelPredictor(keras_model=normalized_network(model), features_col="event")
     scored = predictor.transform(parse_events(records))
     assert scored.columns == ["value", "event", "prediction"]
@@ -87,7 +87,7 @@ def test_events_are_scored_like_vectors(model, vectors, records):
 
 
 def test_named_features_are_taken_by_name_whatever_else_is_there(spark):
-    """Otherwise a vector of the same columns in another order would be scored, and no error."""
+    """Named features are read by name, even if the table also has a vector column."""
     network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])
     by_name = ModelPredictor(keras_model=network, feature_names=("a", "b"))
     df = spark.createDataFrame([(1.0, 2.0, Vectors.dense(2.0, 1.0))], ["a", "b", "features"])
@@ -97,7 +97,7 @@ def test_named_features_are_taken_by_name_whatever_else_is_there(spark):
 
 
 def test_events_of_another_width_are_refused(spark, model):
-    """Otherwise a network would be given another topic's events."""
+    """Events with another number of features are refused."""
     events = "event struct<EventId: long, features: array<double>, reason: string>"
     df = spark.createDataFrame([((1, [1.0, 2.0], None),)], events)
     with pytest.raises(PythonException, match="takes 30 features, but a row has 2"):
@@ -105,7 +105,7 @@ def test_events_of_another_width_are_refused(spark, model):
 
 
 def test_sparse_vectors_are_scored_too(spark, model):
-    """Otherwise rows with many zeros, which VectorAssembler makes sparse, would fail."""
+    """Sparse vectors, which VectorAssembler makes of rows with many zeros, are scored."""
     dense = [0.0] * 29 + [1.0]
     both = [(Vectors.dense(dense),), (Vectors.sparse(30, [29], [1.0]),)]
     scored = ModelPredictor(keras_model=model).transform(spark.createDataFrame(both, ["features"]))
@@ -114,7 +114,7 @@ def test_sparse_vectors_are_scored_too(spark, model):
 
 
 def test_a_pipeline_is_saved_and_loaded(spark, model, vectors, tmp_path):
-    """Otherwise a scoring pipeline could not be kept or moved to a cluster."""
+    """A pipeline can be saved and loaded, and then predicts the same."""
     stages = [ModelPredictor(keras_model=model), LabelIndexTransformer(activation_threshold=0.52)]
     fitted = Pipeline(stages=stages).fit(vectors)
     fitted.save(str(tmp_path / "pipeline"))
@@ -124,7 +124,7 @@ def test_a_pipeline_is_saved_and_loaded(spark, model, vectors, tmp_path):
 
 
 def test_evaluators_of_spark_ml_take_the_prediction(model, vectors):
-    """Otherwise the quality of a model could not be measured with Spark's own tools."""
+    """Spark ML's evaluators accept the prediction and the index."""
     scored = ModelPredictor(keras_model=model).predict(vectors)
     scored = LabelIndexTransformer().transform(scored)
     scored = scored.withColumn("label", (F.col("Label") == "s").cast("double"))
@@ -141,7 +141,7 @@ def test_evaluators_of_spark_ml_take_the_prediction(model, vectors):
     [("nowhere", "there is no column 'nowhere'"), ("EventId", "must hold vectors, not bigint")],
 )
 def test_a_wrong_input_column_is_said_before_anything_runs(model, vectors, column, reason):
-    """Otherwise the mistake would show as a failed task, minutes later."""
+    """A wrong input column is reported before any job runs."""
     with pytest.raises(ValueError, match=reason):
         ModelPredictor(keras_model=model, features_col=column).transform(vectors)
     with pytest.raises(ValueError, match=reason):
@@ -149,13 +149,13 @@ def test_a_wrong_input_column_is_said_before_anything_runs(model, vectors, colum
 
 
 def test_a_predictor_without_model_is_refused(vectors):
-    """Otherwise the workers would fail with an error of Python's own."""
+    """A predictor without a model is refused before any job runs."""
     with pytest.raises(ValueError, match="has no model: give it one as keras_model="):
         ModelPredictor().transform(vectors)
 
 
 def test_vectors_of_a_wrong_length_are_refused(spark, model):
-    """Otherwise rows of 29 and 31 features would be cut anew into two wrong rows of 30."""
+    """Vectors of wrong lengths are refused, even if together they fill whole rows."""
     rows = [(Vectors.dense([0.5] * length),) for length in (29, 31)]
     df = spark.createDataFrame(rows, ["features"]).coalesce(1)
     with pytest.raises(PythonException, match="the model takes 30 features, but a row has 29"):
@@ -163,7 +163,7 @@ def test_vectors_of_a_wrong_length_are_refused(spark, model):
 
 
 def test_rows_without_features_are_refused(spark, model):
-    """Otherwise they would shift the predictions of the rows after them."""
+    """A row whose features are null is refused, and the column is named."""
     schema = StructType([StructField("features", VectorUDT())])
     rows = spark.createDataFrame([(Vectors.dense([0.5] * 30),), (None,)], schema).coalesce(1)
     with pytest.raises(SparkRuntimeException, match=r"has no features \(column 'features' is null"):
@@ -171,7 +171,7 @@ def test_rows_without_features_are_refused(spark, model):
 
 
 def test_a_stream_whose_model_is_replaced_keeps_the_last_ones_only(spark, vectors):
-    """Otherwise the workers' memory would grow with each new version, until one is killed."""
+    """Workers keep only the latest models of a stream that replaces them."""
     for _ in range(5):
         network = keras.Sequential([keras.Input((30,)), keras.layers.Dense(2, "softmax")])
         ModelPredictor(keras_model=network).transform(vectors).collect()
@@ -184,7 +184,7 @@ def test_a_stream_whose_model_is_replaced_keeps_the_last_ones_only(spark, vector
 
 
 def reference_index(vector, output_dim, default, threshold):
-    """Distributed Keras' rules, one value after the other."""
+    """Return the index by Distributed Keras' rules, one value after the other."""
     largest, index = 0.0, default
     for i in range(output_dim):
         if vector[i] >= threshold:
@@ -196,7 +196,7 @@ def reference_index(vector, output_dim, default, threshold):
 
 @pytest.mark.parametrize("output_dim, default, threshold", [(3, 0, 0.55), (3, 2, 0.3), (2, 1, 2.0)])
 def test_label_index_follows_the_rules_of_distributed_keras(spark, output_dim, default, threshold):
-    """Otherwise old notebooks would count other classes than before."""
+    """The label index equals Distributed Keras', even for ties, zeros and NaN."""
     generator = np.random.default_rng(5)
     cases = [*generator.uniform(-1, 1, (200, 3)).round(1).tolist(), [0.0, 0.0, 0.0], [-1, -1, -1],
              [0.6, 0.9, 0.7], [0.2, 0.2, 0.1], [float("nan"), 0.1, 0.2], [float("nan")] * 3]
@@ -209,7 +209,7 @@ def test_label_index_follows_the_rules_of_distributed_keras(spark, output_dim, d
 
 
 def test_the_network_runs_once_however_often_its_result_is_used(spark, model, vectors):
-    """Otherwise keeping the prediction, its index and a filter would cost three times as much."""
+    """Keeping the prediction, its index and a filter on it run the network once."""
     scored = LabelIndexTransformer().transform(ModelPredictor(keras_model=model).predict(vectors))
     used = scored.filter("predicted_index == 0").drop("raw", "features")
     plan = used._jdf.queryExecution().executedPlan().toString()

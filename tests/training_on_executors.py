@@ -23,7 +23,7 @@ from helpers.model import build_model
 from helpers.spark import get_spark
 from helpers.training import AveragingTrainer
 
-# Spark puts the executors' folders below its own; no setting changes that.
+# Spark puts the executors' folders into its home; no setting changes that.
 WORK = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "work"
 
 
