@@ -1,6 +1,7 @@
 # run    executes a notebook, by default the walkthrough; its parameters can be set in capitals:
 #        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
-# test   runs all tests, in three processes; the notebooks are among them
+# test   runs all tests; the notebooks are among them. They run in up to three processes, as many as
+#        the free memory holds, each with 2.5 GB; make test WORKERS=1 sets the number
 # test-long  runs the tests that take longest: the same crash, many times; forty minutes
 # bench  measures how fast the walkthrough's stream is, against the processor's limit
 # lab    opens the notebooks in JupyterLab
@@ -9,6 +10,7 @@
 # Each sets up first what it needs, once: see setup.sh.
 
 NOTEBOOK = 1_walkthrough
+WORKERS = auto
 
 # What was typed on the command line, other than what is for make itself: the notebook's parameters.
 typed = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
@@ -21,7 +23,7 @@ run: setup
 	@.venv/bin/python -m helpers.notebook $(call quoted,$(NOTEBOOK)) $(parameters)
 
 test: setup
-	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: setup
 	@.venv/bin/python -m pytest -m long -s

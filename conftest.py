@@ -9,10 +9,13 @@ import itertools
 import os
 import re
 import signal
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
 import orjson
+import psutil
 import pytest
 from kafka import KafkaProducer
 from pyspark.ml.functions import array_to_vector
@@ -39,6 +42,10 @@ TOLERANCE_METRICS = 0.015
 
 # Streamed events are scored by the same network; only the rounding may differ.
 TOLERANCE_STREAMED = 0.001
+
+# What one of the processes that run tests takes, with its broker, Spark and workers.
+PROCESS_MEMORY = 2.5e9
+MOST_PROCESSES = 3  # half of their time is waiting; a fourth brings nothing on 2 cores
 
 # The tests start about fifty JVMs that live for a minute or less. In that time the second compiler
 # costs more than it saves: 5 to 10 % of the time. Spark passes this on to the driver it starts.
@@ -181,6 +188,64 @@ def names_in_docstrings(
     doctest_namespace.update(ssc=ssc, stream=stream)
     yield
     stop_streaming(ssc, gracefully=False)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Start as many processes as the free memory holds; `make test WORKERS=2` starts two."""
+    return processes_for(psutil.virtual_memory().available)
+
+
+def processes_for(free_memory: float) -> int:
+    """Return how many processes may run tests in so many bytes of memory."""
+    return max(1, min(MOST_PROCESSES, int(free_memory / PROCESS_MEMORY)))
+
+
+@pytest.hookimpl(trylast=True)  # the terminal's own plugin comes first
+def pytest_configure(config: pytest.Config) -> None:
+    """Report the progress by files where several processes run tests, as in `make test`."""
+    if config.option.numprocesses:
+        terminal = config.pluginmanager.get_plugin("terminalreporter")
+        config.pluginmanager.register(FileProgress(terminal))
+
+
+class FileProgress:
+    """Shows a line for each file whose tests are done, and each test that fails, at once."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+        self._tests: Counter[str] = Counter()
+        self._done: Counter[str] = Counter()
+        self._started = time.monotonic()
+
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Count each file's tests; all processes collect the same."""
+        self._tests = Counter(map(_file_of, ids))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_report_teststatus(self) -> Iterator[None]:
+        """Leave out the dots, and keep the words that the summary needs."""
+        category, _, word = yield
+        return category, "", word
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Name a test that fails."""
+        if report.failed:
+            self._terminal.write_line(f"FAILED {report.nodeid}", red=True)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Show a file whose last test this was, with their number, and how far all files are."""
+        file = _file_of(nodeid)
+        self._done[file] += 1
+        if self._done[file] == self._tests[file]:
+            percent = 100 * self._done.total() // self._tests.total()
+            minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+            so_far = f"{percent:3} %  {minutes:2}:{seconds:02}"
+            self._terminal.write_line(f"{so_far}  {file} ({self._done[file]})")
+
+
+def _file_of(nodeid: str) -> str:
+    """Return the file of a test."""
+    return nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(wrapper=True)

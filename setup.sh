@@ -49,6 +49,24 @@ find_python() {
     return 1
 }
 
+# uv keeps what it has fetched in the home folder's cache; where that can't be written, in .venv.
+choose_cache() {
+    caches=${XDG_CACHE_HOME:-${HOME:+$HOME/.cache}}
+    cache=${UV_CACHE_DIR:-${caches:-$PWD/.venv}/uv}
+    if ! mkdir -p "$cache" 2> /dev/null || [ ! -w "$cache" ]; then
+        cache=$PWD/.venv/uv
+    fi
+    export UV_CACHE_DIR="$cache"
+}
+
+# uv doesn't read pip's settings: a mirror that pip is told to use is handed on to it.
+hand_on_index() {
+    for setting in :env:.index-url global.index-url; do
+        index=$(.venv/bin/python -m pip config get "$setting" 2> /dev/null) || continue
+        export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
+    done
+}
+
 if [ -e "$stamp" ] && java_is_new_enough; then
     exit 0
 fi
@@ -71,9 +89,20 @@ python=$(find_python) || {
 
 echo "making .venv with $("$python" --version) ..." >&2
 "$python" -m venv --clear .venv
-echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, some minutes) ..." >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+# uv, in the version that requirements.txt names, installs the rest: it fetches in parallel, and what
+# was fetched once is linked into the next environment.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    "$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' requirements.txt)"
+choose_cache
+hand_on_index
+echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, a minute or more) ..." >&2
+.venv/bin/uv pip install --quiet --python .venv -r requirements.txt --editable .
 echo "fetching the jars of Kafka and of Spark's Kafka connector ..." >&2
-.venv/bin/python -c 'from helpers import broker, spark; broker.fetch(); spark.fetch()'
+.venv/bin/python -c 'import sys; sys.tracebacklimit = 0
+from helpers import broker, spark
+broker.fetch(); spark.fetch()' &
+jars=$!
+# Meanwhile TensorFlow's files are compiled, by importing it: the first run would take 10 s longer.
+.venv/bin/python -c 'import helpers.model'
+wait "$jars"
 touch "$stamp"

@@ -36,7 +36,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
 import keras
-import nbformat
 import numpy as np
 from pyspark.ml import Pipeline
 from pyspark.ml.feature import OneHotEncoder, StandardScaler, StringIndexer, VectorAssembler
@@ -240,8 +239,7 @@ def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
 
 def training_recipe() -> dict[str, Any]:
     """Return epochs and rows an update, as the notebook on training has them."""
-    notebook = nbformat.read(find_notebook("3_train_and_serve"), as_version=4)
-    given = parameters(notebook)
+    given = parameters(find_notebook("3_train_and_serve"))
     return {"num_epoch": given["epochs"], "batch_size": given["batch_size"]}
 
 

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
-from tqdm import tqdm
+from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -31,7 +29,7 @@ CELL_SECONDS = 7_200  # three trainings on the whole file of the challenge take 
 
 
 class NotebookError(RuntimeError):
-    """A notebook or a parameter isn't there, a value doesn't fit, or a cell failed."""
+    """A notebook or a parameter doesn't exist, a value doesn't fit, or nothing was recorded."""
 
 
 def find_notebook(name: str) -> Path:
@@ -54,49 +52,59 @@ def find_notebook(name: str) -> Path:
     raise NotebookError(f"there is no notebook {name!r}; there are: {there_are}.")
 
 
-def parameters(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """Return the names and values of the cell tagged `parameters`.
+def parameters(path: Path) -> dict[str, Any]:
+    """Return the names and values of a notebook's cell tagged `parameters`.
+
+    Raises
+    ------
+    NotebookError
+        If the notebook has no such cell.
 
     Examples
     --------
-    >>> notebook = nbformat.read(find_notebook("1_walkthrough"), as_version=4)
-    >>> parameters(notebook)["topic"]
+    >>> parameters(find_notebook("1_walkthrough"))["topic"]
     'Machine_Learning'
     """
-    source = notebook.cells[_parameters_index(notebook)].source
-    return {
-        statement.targets[0].id: ast.literal_eval(statement.value)
-        for statement in ast.parse(source).body
-        if isinstance(statement, ast.Assign)
-    }
+    for cell in nbformat.read(path, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            return {
+                statement.targets[0].id: ast.literal_eval(statement.value)
+                for statement in ast.parse(cell.source).body
+                if isinstance(statement, ast.Assign)
+            }
+    raise NotebookError("the notebook has no cell tagged 'parameters'.")
 
 
-def set_parameters(notebook: nbformat.NotebookNode, given: Mapping[str, str]) -> None:
-    """Insert a cell after the `parameters` that sets some of them anew.
+def parameter_values(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
+    """Return the parameters that were given as text, by their names and with their types.
 
     Parameters
     ----------
-    notebook : nbformat.NotebookNode
-        The notebook; it is changed.
+    path : pathlib.Path
+        The notebook.
     given : mapping of str to str
         Values as text, by the parameters' names in capitals.
 
     Raises
     ------
     NotebookError
-        If there is no such parameter, or the text is no value of the parameter's type.
+        If there is no such parameter, or the text is not a value of the parameter's type.
+
+    Examples
+    --------
+    >>> parameter_values(find_notebook("1_walkthrough"), {"EVENTS": "20_000"})
+    {'events': 20000}
     """
     if not given:
-        return
-    defaults = parameters(notebook)
-    lines = []
-    for name, text in given.items():
+        return {}
+    defaults = parameters(path)
+    for name in given:
         if name.lower() not in defaults:
             known = ", ".join(parameter.upper() for parameter in defaults)
             raise NotebookError(f"the notebook has no parameter {name}; it has: {known}.")
-        lines.append(f"{name.lower()} = {_convert(name, text, defaults[name.lower()])!r}")
-    cell = nbformat.v4.new_code_cell("\n".join(lines))
-    notebook.cells.insert(_parameters_index(notebook) + 1, cell)
+    return {
+        name.lower(): _convert(name, text, defaults[name.lower()]) for name, text in given.items()
+    }
 
 
 def definitions(name: str, tag: str) -> dict[str, Any]:
@@ -172,12 +180,12 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     path : pathlib.Path
         The notebook; the file isn't changed.
     given : mapping of str to str
-        Parameters, as for `set_parameters`.
+        Parameters, as for `parameter_values`.
 
     Returns
     -------
     nbformat.NotebookNode
-        The executed notebook. Where a cell fails, the rest of it wasn't executed.
+        The executed notebook. Where a cell fails, the rest of it isn't executed.
     str or None
         The section, the source and the error of the cell that failed; None if none did.
 
@@ -186,31 +194,24 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     NotebookError
         If a parameter doesn't fit.
     """
-    notebook = nbformat.read(path, as_version=4)
-    set_parameters(notebook, given)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":  # what an earlier run left must not pass for this one's
-            cell.outputs, cell.execution_count = [], None
-    code_cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
-        client = NotebookClient(
-            notebook,
-            timeout=CELL_SECONDS,
-            kernel_name="python3",
-            record_timing=False,
-            resources={"metadata": {"path": str(path.parent)}},
-            config=_kernel_settings(sockets),
-        )
-        with _Progress(path.stem, notebook, code_cells) as progress:
-            client.on_cell_start = progress.cell_starts
-            try:
-                client.execute()
-            except CellExecutionError as error:
-                return notebook, progress.place(f"{error.ename}: {error.evalue}")
-            except (DeadKernelError, CellTimeoutError) as error:
-                return notebook, progress.place(f"{type(error).__name__}: {error}")
-            progress.done = True
-    return notebook, None
+    values = parameter_values(path, given)
+    cells = nbformat.read(path, as_version=4).cells
+    # Papermill sets the values in a cell of its own, after the parameters.
+    progress = _Progress(sum(cell.cell_type == "code" for cell in cells) + bool(values))
+    failure = None
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        executed = Path(folder) / path.name
+        try:
+            execute_notebook(
+                path, executed, values, cwd=path.parent, kernel_name="python3", language="python",
+                progress_bar=False, execution_timeout=CELL_SECONDS,
+                on_cell_start=progress.cell_starts, config=_over_sockets(folder),
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            failure = progress.place(f"{error.ename}: {error.evalue}")
+        except (RuntimeError, TimeoutError) as error:  # the kernel has died, or a cell takes long
+            failure = progress.place(f"{type(error).__name__}: {error}")
+        return nbformat.read(executed, as_version=4), failure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -233,86 +234,55 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if options.store:
-        nbformat.write(notebook, path)
-    print(f"the executed notebook: {page}", file=sys.stderr)
+        _store_outputs(notebook, path)
+    seconds = notebook.metadata.papermill.duration
+    print(f"done after {seconds:.0f} s; the executed notebook: {page}", file=sys.stderr)
     name = re.sub(r"^\d+_", "", path.stem)
     print(f"{name}: {' '.join(f'{key}={value}' for key, value in values.items())}")
     return 0
 
 
 class _Progress:
-    """Says which cell of which section runs: a bar in a terminal, lines elsewhere."""
+    """Says which cell of which section runs."""
 
-    def __init__(
-        self, name: str, notebook: nbformat.NotebookNode, code_cells: list[int]
-    ) -> None:
-        self._notebook = notebook
+    def __init__(self, code_cells: int) -> None:
         self._code_cells = code_cells
+        self._number = 0
+        self._section = "the beginning"
+        self._source = ""
         self._started = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=len(code_cells), desc=name, unit="cell", disable=not self._terminal, leave=False
-        )
-        self._cell_index = code_cells[0]
-        self.done = False
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+    def cell_starts(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
+        """Show that a cell begins; nbclient calls this, also for the cells with text."""
+        if cell.cell_type == "markdown":
+            headings = re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE)
+            self._section = headings[-1] if headings else self._section
+            return
+        self._number += 1
+        self._source = cell.source
         seconds = time.monotonic() - self._started
-        print(f"{'done' if self.done else 'stopped'} after {seconds:.0f} s", file=sys.stderr)
+        cells = f"{self._number:2}/{self._code_cells}"
+        print(f"{seconds:4.0f} s  cell {cells}  {self._section}", file=sys.stderr, flush=True)
 
     def place(self, error: str) -> str:
         """Return an error with the section and the source of the cell that runs."""
-        section = _section(self._notebook, self._cell_index)
-        source = self._notebook.cells[self._cell_index].source
-        return f"in {section!r}, the cell\n\n{source}\n\n{error}"
-
-    def cell_starts(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
-        """Show that a cell begins; nbclient calls this."""
-        if cell_index not in self._code_cells:
-            return
-        self._cell_index = cell_index
-        number = self._code_cells.index(cell_index)
-        section = _section(self._notebook, cell_index)
-        if self._terminal:
-            self._bar.set_description(section, refresh=False)
-            self._bar.update(number - self._bar.n)
-            self._bar.refresh()
-        else:
-            seconds = time.monotonic() - self._started
-            cells = f"{number + 1:2}/{len(self._code_cells)}"
-            print(f"{seconds:4.0f} s  cell {cells}  {section}", file=sys.stderr, flush=True)
+        return f"in {self._section!r}, the cell\n\n{self._source}\n\n{error}"
 
 
-def _kernel_settings(sockets: str) -> Config:
-    """Return how the kernel is reached and ended."""
-    manager = {
-        # Over sockets in a folder, not over network ports that anybody on this machine can read.
-        "transport": "ipc",
-        "ip": f"{sockets}/kernel",
-    }
-    return Config({"KernelManager": manager})
+def _over_sockets(folder: str) -> Config:
+    """Return how to reach the kernel: not over network ports that all users here can read."""
+    return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
 
 
-def _section(notebook: nbformat.NotebookNode, index: int) -> str:
-    """Return the heading that a cell stands under."""
-    for cell in reversed(notebook.cells[:index]):
-        if cell.cell_type == "markdown":
-            headings = re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE)
-            if headings:
-                return headings[-1]
-    return "the beginning"
-
-
-def _parameters_index(notebook: nbformat.NotebookNode) -> int:
-    """Return the index of the cell tagged `parameters`."""
-    for index, cell in enumerate(notebook.cells):
-        if "parameters" in cell.metadata.get("tags", []):
-            return index
-    raise NotebookError("the notebook has no cell tagged 'parameters'.")
+def _store_outputs(executed: nbformat.NotebookNode, path: Path) -> None:
+    """Put the outputs of a run into the notebook itself, and nothing else of what was executed."""
+    notebook = nbformat.read(path, as_version=4)
+    results = {cell.id: cell for cell in executed.cells}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = results[cell.id].outputs
+            cell.execution_count = results[cell.id].execution_count
+    nbformat.write(notebook, path)
 
 
 def _convert(name: str, text: str, default: Any) -> Any:
@@ -332,7 +302,7 @@ def _convert(name: str, text: str, default: Any) -> Any:
 def _split(setting: str) -> tuple[str, str]:
     name, equals, text = setting.partition("=")
     if not equals:
-        raise NotebookError(f"{setting!r} is no setting: write NAME=value.")
+        raise NotebookError(f"{setting!r} is not a setting: write NAME=value.")
     return name, text
 
 

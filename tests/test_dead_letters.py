@@ -1,6 +1,5 @@
 """Dead letters: each that Kafka takes arrives, and none that it doesn't take stops the others."""
 
-import json
 import logging
 import os
 import time
@@ -13,13 +12,7 @@ from pyspark.sql import functions as F
 from test_sinks import rows
 
 from helpers.broker import LocalKafka, count_records
-from helpers.sinks import (
-    ParquetSink,
-    prepare_dead_letters,
-    read_bad_records,
-    send_dead_letters,
-    send_predictions,
-)
+from helpers.sinks import ParquetSink, prepare_dead_letters, read_bad_records, send_dead_letters
 from helpers.streaming import OffsetRange, StreamError, TopicAndPartition
 
 MIB = 1024**2
@@ -226,19 +219,6 @@ def test_a_login_that_fails_leaves_the_letters_for_another_try(spark):
         settings = {**secure.settings, "sasl.jaas.config": jaas}
         with pytest.raises(StreamError, match="SaslAuthenticationException"):
             send_dead_letters(bad_rows(spark, "events", [b"x"]), settings, {"events": None})
-
-
-def test_predictions_go_to_a_topic_keyed_by_event(spark, kafka):
-    """Otherwise a service could not react to a single event."""
-    topic = f"predictions-{uuid.uuid4()}"
-    settings = {"bootstrap.servers": kafka.bootstrap_servers}
-    send_predictions(rows(spark, 0, 3, bad=[1]), settings, topic)
-    found = sorted(consume(kafka, topic, 2), key=lambda record: record.key)
-    assert [record.key for record in found] == [b"100000", b"100002"]
-    assert json.loads(found[0].value) == {
-        "EventId": 100_000, "probabilities": [0.75, 0.25], "predicted_index": 0,
-    }  # fmt: skip
-    assert dict(found[0].headers)["offset"] == b"0"
 
 
 @pytest.mark.long

@@ -5,7 +5,13 @@ import pytest
 from processes import ROOT, dry_run_make, run_python
 
 from conftest import compare_records
-from helpers.notebook import NotebookError, find_notebook, parameters, recorded, set_parameters
+from helpers.notebook import (
+    NotebookError,
+    find_notebook,
+    parameter_values,
+    parameters,
+    recorded,
+)
 
 
 @pytest.fixture
@@ -61,9 +67,6 @@ def test_outputs_of_an_earlier_run_do_not_show(make_notebook):
     """Otherwise the page of a failed run would have results below the error."""
     path = make_notebook("fast or 1 / 0", "{'secret': 12345}")
     assert run_notebook(path, "FAST=True", "--store").returncode == 0
-    stored = nbformat.read(path, as_version=4)
-    stored.cells = [cell for cell in stored.cells if cell.source != "fast = True"]
-    nbformat.write(stored, path)
     assert run_notebook(path).returncode == 1
     pages = path.parent / "pages"
     page = (pages / "7_small.failed.html").read_text()
@@ -81,26 +84,41 @@ def test_a_kernel_that_dies_is_said(make_notebook):
 
 
 def test_stored_outputs_are_those_of_the_run(make_notebook):
-    """Otherwise `make notebooks` would not keep the outputs that the tests compare."""
+    """`make notebooks` keeps the outputs that the tests compare, and changes nothing else."""
     path = make_notebook("{'events': events}")
-    assert run_notebook(path, "--store").returncode == 0
-    assert recorded(nbformat.read(path, as_version=4)) == {"events": 5}
+    before = nbformat.read(path, as_version=4)
+    assert run_notebook(path, "EVENTS=21", "--store").returncode == 0
+    stored = nbformat.read(path, as_version=4)
+    assert recorded(stored) == {"events": 21}
+    for cell in stored.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    assert stored == before
 
 
 @pytest.mark.parametrize(
-    "given, source",
+    "given, values",
     [
-        ({"EVENTS": "20_000"}, "events = 20000"),
-        ({"RATE": "2"}, "rate = 2.0"),
-        ({"NAME": "host:9092"}, "name = 'host:9092'"),
-        ({"FAST": "True"}, "fast = True"),
+        ({"EVENTS": "20_000"}, {"events": 20_000}),
+        ({"RATE": "2"}, {"rate": 2.0}),
+        ({"NAME": "host:9092"}, {"name": "host:9092"}),
+        ({"FAST": "True"}, {"fast": True}),
     ],
 )
-def test_parameters_keep_their_types(make_notebook, given, source):
+def test_parameters_keep_their_types(make_notebook, given, values):
     """Otherwise EVENTS=20000 would be a text, and fail far from where it was typed."""
-    notebook = nbformat.read(make_notebook(), as_version=4)
-    set_parameters(notebook, given)
-    assert notebook.cells[2].source == source
+    found = parameter_values(make_notebook(), given)
+    assert found == values
+    assert [type(value) for value in found.values()] == [type(value) for value in values.values()]
+
+
+def test_each_type_arrives_in_the_notebook(make_notebook):
+    """The values that were typed are those that its cells see, quotes and all."""
+    path = make_notebook("{'events': events, 'rate': rate, 'name': name, 'fast': fast}")
+    run = run_notebook(path, "EVENTS=6", "RATE=1e3", """NAME=it's "a\\b" é""", "FAST=1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == """small: events=6 rate=1000.0 name=it's "a\\b" é fast=True\n"""
+    assert "unknown parameter" not in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -114,7 +132,7 @@ def test_parameters_keep_their_types(make_notebook, given, source):
 def test_a_wrong_parameter_is_refused_with_the_right_ones(make_notebook, given, reason):
     """Otherwise a typo would silently run with the default."""
     with pytest.raises(NotebookError, match=reason):
-        set_parameters(nbformat.read(make_notebook(), as_version=4), given)
+        parameter_values(make_notebook(), given)
 
 
 def test_an_unknown_notebook_is_refused_with_the_known_ones():
@@ -138,7 +156,7 @@ def test_notebooks_can_be_run_by_name_and_were_stored_whole(path):
     """Otherwise a reader on GitHub would see cells without outputs, or `make run` would fail."""
     assert find_notebook(path.stem) == path
     notebook = nbformat.read(path, as_version=4)
-    assert parameters(notebook)
+    assert parameters(path)
     assert recorded(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":

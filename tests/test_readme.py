@@ -49,8 +49,8 @@ def test_make_knows_the_target_and_the_notebook_its_parameters(command):
     if "helpers.notebook" in recipe:
         arguments = shlex.split(recipe.split("helpers.notebook", 1)[1])
         check = (
-            "import sys, nbformat; from helpers.notebook import *;"
-            "set_parameters(nbformat.read(find_notebook(sys.argv[1]), as_version=4),"
+            "import sys; from helpers.notebook import *;"
+            "parameter_values(find_notebook(sys.argv[1]),"
             "dict(setting.split('=', 1) for setting in sys.argv[2:]))"
         )
         run = run_python("-c", check, *arguments)

@@ -1,13 +1,25 @@
-"""What `make` does where Java or a fitting Python is missing."""
+"""What `make` installs, and what it says where Java or a fitting Python is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 
 import pytest
 from processes import ROOT
 
-TOOLS = ("sh", "cat", "cksum", "tr", "id", "sed", "head", "dirname")
+TOOLS = ("sh", "cat", "cksum", "tr", "id", "sed", "head", "dirname", "mkdir", "cp", "touch")
+
+# In place of Python and uv, which would take minutes: it notes how it was called.
+STAND_IN = """
+case "$*" in
+*"config get :env:"*) [ -n "$PIP_INDEX_URL" ] && echo "$PIP_INDEX_URL"; exit;;
+*"config get"*) exit 1;;
+*"-m venv"*) mkdir -p .venv/bin; for name in python uv; do cp tools/python3 .venv/bin/$name; done;;
+*broker.fetch*) exit "$FETCH";;
+esac
+echo "${0##*/} $*, cache $UV_CACHE_DIR, index $UV_DEFAULT_INDEX" >> calls
+"""
 
 
 @pytest.fixture
@@ -93,3 +105,48 @@ def test_a_second_call_needs_nothing(bare):
     (bare / ".venv" / f".installed-{stamp}").touch()
     run = setup(bare)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.fixture
+def complete(bare):
+    """A system with Java and Python, which has no environment yet."""
+    program(bare, "java", """echo 'openjdk version "21.0.1" 2023-10-17' >&2""")
+    program(bare, "python3", STAND_IN)
+    return bare
+
+
+def uv_call(folder, **environment):
+    """Run setup.sh, and return how it called uv."""
+    run = setup(folder, FETCH="0", **environment)
+    assert run.returncode == 0, run.stderr
+    (call,) = [line for line in (folder / "calls").read_text().splitlines() if line[:3] == "uv "]
+    return call
+
+
+def test_the_uv_of_the_requirements_installs_them(complete):
+    """The version is in one place, and its cache in the home folder."""
+    call = uv_call(complete, HOME=str(complete / "home"))
+    assert call.startswith("uv pip install --quiet --python .venv -r requirements.txt --editable .")
+    assert call.endswith(f", cache {complete}/home/.cache/uv, index ")
+    (pinned,) = re.findall(r"^uv==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert f"-m pip install --quiet --disable-pip-version-check {pinned}," in (
+        complete / "calls"
+    ).read_text()
+
+
+@pytest.mark.parametrize("home", ["", "setup.sh"])
+def test_without_a_home_folder_the_cache_is_in_the_environment(complete, home):
+    """A home that is not a folder can't be written, as a service's account has it."""
+    call = uv_call(complete, HOME=home and str(complete / home))
+    assert f", cache {complete}/.venv/uv," in call
+
+
+def test_pips_mirror_is_uvs_too(complete):
+    """Otherwise uv would go to an index that a closed network doesn't reach."""
+    assert uv_call(complete, PIP_INDEX_URL="mirror/simple").endswith(", index mirror/simple")
+
+
+def test_jars_that_cannot_be_fetched_fail_the_setup(complete):
+    """The next call begins again."""
+    assert setup(complete, FETCH="3").returncode == 3
+    assert not list((complete / ".venv").glob(".installed-*"))

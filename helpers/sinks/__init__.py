@@ -1,16 +1,11 @@
-"""Where scored events go: Parquet files, each event once whatever dies, and topics of Kafka.
+"""Where scored events go: Parquet files, each event once whatever dies.
 
-`ParquetSink` stores the batches of a stream, and `read_scored` reads them. Bad records and
-predictions can go to Kafka.
+`ParquetSink` stores the batches of a stream, and `read_scored` reads them. Bad records can go to
+Kafka, as dead letters.
 """
 
 from helpers.sinks.bad_records import ON_BAD_RECORD
-from helpers.sinks.dead_letters import (
-    DEAD_LETTERS,
-    prepare_dead_letters,
-    send_dead_letters,
-    send_predictions,
-)
+from helpers.sinks.dead_letters import DEAD_LETTERS, prepare_dead_letters, send_dead_letters
 from helpers.sinks.errors import BadRecordError, SinkError
 from helpers.sinks.parquet import Counts, ParquetSink, read_bad_records, read_scored
 from helpers.sinks.progress import check_topics

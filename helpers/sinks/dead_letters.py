@@ -1,4 +1,4 @@
-"""What a sink sends to Kafka: bad records to their topics' dead letters, and predictions.
+"""Bad records sent to Kafka, to their topics' dead letters.
 
 A dead letter has its record's key and bytes, and headers with its place and the reason. Before
 letters are sent, their topic is looked at, or created, so that a letter that it can't take is found
@@ -18,8 +18,6 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from helpers.higgs import EVENT_ID
-from helpers.records import vector_entries
 from helpers.spark import root_cause
 from helpers.streaming import (
     ANSWER_SECONDS,
@@ -174,39 +172,6 @@ def send_dead_letters(
                     "%s bad records of %s are in the sink's files only: %s", count, topic, reason
                 )
     return unsent
-
-
-def send_predictions(scored: DataFrame, settings: Mapping[str, str], topic: str) -> None:
-    """Send predictions to a topic of Kafka, each keyed by its event's id.
-
-    **At least once:** a batch that is done again is sent again, and a reader has to expect an event
-    twice. Its headers say which record it was scored from, and so which ones are the same.
-
-    Parameters
-    ----------
-    scored : pyspark.sql.DataFrame
-        As for `ParquetSink.write`; bad records are not sent.
-    settings : mapping
-        Settings of a Kafka client by Kafka's names.
-    topic : str
-        Where to.
-
-    Examples
-    --------
-    >>> send_predictions(scored, {"bootstrap.servers": kafka.bootstrap_servers}, "predictions")
-    """
-    content = F.struct(
-        EVENT_ID,
-        vector_entries(F.col("prediction")).alias("probabilities"),
-        F.col("prediction_index").cast("int").alias("predicted_index"),
-    )
-    messages = scored.where("bad IS NULL").select(
-        F.lit(topic).alias("topic"),
-        F.col(EVENT_ID).cast("string").alias("key"),
-        F.to_json(content).alias("value"),
-        _headers({name: F.col(name) for name in ("topic", "partition", "offset")}),
-    )
-    _send(messages, modern_settings(settings))
 
 
 class _Admin:

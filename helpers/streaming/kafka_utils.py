@@ -18,7 +18,7 @@ from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import BrokerAwayError, StreamError
 from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
 from helpers.streaming.reader import RangeReader
-from helpers.streaming.settings import modern_settings, refuse_zookeeper
+from helpers.streaming.settings import NO_ZOOKEEPER, modern_settings, refuse_zookeeper
 
 Decoder = Callable[[bytes | None], Any]
 
@@ -117,15 +117,16 @@ class KafkaUtils:
         """
         if not isinstance(topics, Mapping):
             raise TypeError("topics must be a dict from each topic to a number, as {'events': 1}.")
-        refuse_zookeeper(zkQuorum, only_its_port=True)
+        refuse_zookeeper(zkQuorum)
         settings = {**(kafkaParams or {}), "bootstrap.servers": zkQuorum, "group.id": groupId}
         try:
             return KafkaUtils.createDirectStream(
                 ssc, list(topics), settings, keyDecoder=keyDecoder, valueDecoder=valueDecoder
             )
-        except BrokerAwayError:
-            refuse_zookeeper(zkQuorum, only_its_port=False)
-            raise
+        except BrokerAwayError as error:
+            raise BrokerAwayError(
+                f"{error} It may be ZooKeeper's address. {NO_ZOOKEEPER}"
+            ) from None
 
     @staticmethod
     def createDirectStream(  # noqa: N802

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +11,9 @@ from pyspark.sql import SparkSession
 from helpers.kafka_settings import check_address
 
 ZOOKEEPER_PORT = 2181
-ZOOKEEPER_SECONDS = 3
+NO_ZOOKEEPER = (
+    "Kafka 4 has no ZooKeeper: pass the brokers' addresses instead, such as '127.0.0.1:9092'."
+)
 
 _OLD_NAMES = {"metadata.broker.list": "bootstrap.servers"}
 _OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
@@ -127,54 +127,30 @@ def use_added_jars(spark: SparkSession) -> None:
     spark._jvm.java.lang.Thread.currentThread().setContextClassLoader(loader)
 
 
-def refuse_zookeeper(addresses: str, only_its_port: bool) -> None:
-    """Raise `ValueError` if what `createStream` was given is ZooKeeper, which Kafka 4 doesn't have.
+def refuse_zookeeper(addresses: str) -> None:
+    """Raise `ValueError` for ZooKeeper's addresses: a path after them, or the port 2181.
 
     Parameters
     ----------
     addresses : str
         ``host:port``, several of them with commas between, perhaps with a ``/path`` at the end.
-    only_its_port : bool
-        Ask only those who listen at ZooKeeper's usual port, 2181, or are followed by a path; what
-        listens elsewhere is probably Kafka, which logs a warning when it is asked.
 
     Examples
     --------
-    >>> refuse_zookeeper("127.0.0.1:9092", only_its_port=True)
+    >>> refuse_zookeeper("127.0.0.1:9092")
+    >>> refuse_zookeeper("127.0.0.1:2181")
+    Traceback (most recent call last):
+    ...
+    ValueError: '127.0.0.1:2181' is ZooKeeper's address. Kafka 4 has no ZooKeeper: ...
     """
-    servers, slash, _ = addresses.partition("/")
-    for address in servers.split(","):
-        host, _, port = address.strip().rpartition(":")
-        if not port.isdecimal() or (only_its_port and not slash and int(port) != ZOOKEEPER_PORT):
-            continue
-        answer = _ask_zookeeper(host, int(port))
-        reason = None
-        if slash or (answer is not None and (b"ookeeper" in answer or b"whitelist" in answer)):
-            reason = "is an address of ZooKeeper"
-        elif answer is None and int(port) == ZOOKEEPER_PORT:
-            reason = "is ZooKeeper's port, and nothing listens there"
-        if reason:
-            raise ValueError(
-                f"{address.strip()!r} {reason}. Kafka 4 has no ZooKeeper: pass the brokers' own "
-                "addresses instead, such as '127.0.0.1:9092'."
-            )
+    servers, path, _ = addresses.partition("/")
+    if path or any(server.strip().endswith(f":{ZOOKEEPER_PORT}") for server in servers.split(",")):
+        raise ValueError(f"{addresses!r} is ZooKeeper's address. {NO_ZOOKEEPER}")
 
 
 def _names(spark: SparkSession, client: str) -> set[str]:
     """Return the names of the settings that a client knows."""
     return set(getattr(spark._jvm, f"org.apache.kafka.clients.{_CONFIGS[client]}").configNames())
-
-
-def _ask_zookeeper(host: str, port: int) -> bytes | None:
-    """Return what a server answers to ZooKeeper's command `srvr`; None if there is no server."""
-    try:
-        connection = socket.create_connection((host, port), timeout=ZOOKEEPER_SECONDS)
-    except OSError:
-        return None
-    with connection, contextlib.suppress(OSError):
-        connection.sendall(b"srvr")
-        return connection.recv(200)
-    return b""
 
 
 def _as_text(value: object) -> str:
