@@ -246,10 +246,7 @@ class KafkaQuery:
             with contextlib.suppress(FileNotFoundError):
                 kept[topic] = files.read(topic)
         ids = {topic: content["topic_id"] for topic, content in kept.items()}
-        self._topic_ids = self._client.topic_ids(self._topics)
-        for topic, topic_id in ids.items():
-            if self._topic_ids[topic] != topic_id:
-                raise TopicRecreatedError(topic)
+        self._topic_ids = self._client.topic_ids(self._topics, ids)
         begun = {
             TopicAndPartition(topic, int(partition)): offset
             for topic, content in kept.items()
@@ -281,9 +278,7 @@ class KafkaQuery:
         """Call the function with a batch; Spark calls this."""
         self._batches_begun += 1
         ranges = self.ranges_of(batch_id)
-        for topic, topic_id in self.topic_ids().items():
-            if self._topic_ids[topic] != topic_id:
-                raise TopicRecreatedError(topic)
+        self._client.topic_ids(self._topics, self._topic_ids)
         if ranges:  # Spark has batches without records: the first one of an empty topic
             self._call(PlannedBatch(batch_id, ranges, df))
         self._away_since = None
