@@ -123,21 +123,14 @@ class KafkaClient:
     def topics(
         self, names: Iterable[str], known_ids: Mapping[str, str] | None = None
     ) -> dict[str, Topic]:
-        """Return what Kafka says of topics, by their names.
-
-        Parameters
-        ----------
-        names : iterable of str
-            The topics.
-        known_ids : mapping of str to str, optional
-            The ids that topics had when offsets of theirs were kept.
+        """Return what Kafka says of topics, by their names; compare ids with those known before.
 
         Raises
         ------
         StreamError
             If one of them doesn't exist.
         TopicRecreatedError
-            If one of them has another id than the known one.
+            If one of them has another id than before.
         """
         names, found = list(names), {}
         with self._asking():

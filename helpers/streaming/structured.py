@@ -25,6 +25,8 @@ from helpers.spark import JsonFolder, folder_names, full_path, read_file
 from helpers.streaming.client import KafkaClient
 from helpers.streaming.context import FINISH_SECONDS, interrupt_noted, java_watched
 from helpers.streaming.errors import (
+    AWAY_SECONDS,
+    RETRY_SECONDS,
     BrokerAwayError,
     StreamError,
     TopicRecreatedError,
@@ -38,10 +40,6 @@ from helpers.streaming.reader import source_options
 from helpers.streaming.settings import modern_settings
 
 _LOGGER = logging.getLogger(__name__)
-
-# How long the broker may be away while a query runs.
-AWAY_SECONDS = 60
-RETRY_SECONDS = 0.5
 
 _SOURCE_LINE = 2  # of a file of offsets in a checkpoint: after the version and Spark's settings
 
