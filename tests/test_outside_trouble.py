@@ -17,10 +17,12 @@ from helpers.broker import LocalKafka
 from helpers.streaming import (
     KafkaUtils,
     StreamError,
-    batches,
     client,
+    errors,
     new_streaming_context,
+    recovery,
     run_stream,
+    source,
 )
 
 RECORDS = 20_000  # several Arrow batches
@@ -107,7 +109,8 @@ def test_a_broker_that_comes_back_changes_no_total(spark, own_kafka, tmp_path):
 
 def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path, monkeypatch):
     """Otherwise a stream without a broker would hang for ever, and nobody would know why."""
-    monkeypatch.setattr(batches, "AWAY_SECONDS", 1)
+    monkeypatch.setattr(errors, "AWAY_SECONDS", 1)  # of a commit
+    monkeypatch.setattr(source, "AWAY_SECONDS", 1)  # of a plan
     options = settings(own_kafka, **IN_SMALL_PIECES)
     ssc = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(ssc, ["events"], options)
@@ -189,7 +192,7 @@ def test_a_recovery_that_fails_is_tried_again_in_the_same_process(
     run_stream(first, until=lambda: list(tmp_path.glob("checkpoint/checkpoint-*")), timeout=120)
     own_kafka.kill()
     with monkeypatch.context() as impatient:
-        impatient.setattr(batches, "AWAY_SECONDS", 1)
+        impatient.setattr(errors, "AWAY_SECONDS", 1)
         with pytest.raises(StreamError, match="the next batch can't be planned"):
             run_stream(get_or_create(), until=lambda: False, timeout=120)
     own_kafka.start()
@@ -202,7 +205,7 @@ def test_old_plans_that_cannot_be_removed_do_not_stop_the_stream(
     own_kafka, checkpointed, tmp_path, monkeypatch, caplog
 ):
     """Plans that nobody needs any more take some room, and nothing worse."""
-    monkeypatch.setattr(batches, "_KEPT_SECONDS", 0)
+    monkeypatch.setattr(recovery, "KEPT_SECONDS", 0)
     get_or_create, numbers = checkpointed
     stuck, sent = [], []
 

@@ -16,9 +16,10 @@ from helpers.streaming import (
     OffsetRange,
     StreamError,
     TopicAndPartition,
-    batches,
+    errors,
     new_streaming_context,
     run_stream,
+    source,
     stop_streaming,
 )
 from helpers.streaming.client import KafkaClient
@@ -190,7 +191,7 @@ def test_an_idle_stream_keeps_its_offsets_alive(
     spark, kafka, one, produce, settings, monkeypatch
 ):
     """Kafka forgets offsets that are not committed for a while, and a restart would begin anew."""
-    monkeypatch.setattr(batches, "RECOMMIT_SECONDS", 0.5)
+    monkeypatch.setattr(source, "RECOMMIT_SECONDS", 0.5)
     produce(one, [b"x"] * 5)
     ssc = new_streaming_context(spark, 0.5)
     stream, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
@@ -236,7 +237,7 @@ def test_a_plan_that_is_never_written_stops_the_stream(
     spark, kafka, one, produce, settings, tmp_path, monkeypatch
 ):
     """No later batch is committed past the records that have no plan."""
-    monkeypatch.setattr(batches, "AWAY_SECONDS", 1)
+    monkeypatch.setattr(errors, "AWAY_SECONDS", 1)
     ssc = new_streaming_context(spark, 0.5)
     _, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
     (tmp_path / "kafka-plans").touch()  # no folder can be made here
@@ -262,14 +263,15 @@ def test_a_stream_that_runs_long_remembers_only_what_it_needs(
         return len(values) >= 3 and stream.lag() == 0
 
     run_stream(ssc, until=three_batches, timeout=300)
-    assert not stream._batches._committed and not stream._batches._planned
+    batches = stream._batches
+    assert not batches._recovery._committed and batches.ledger.is_settled()
 
 
 def test_what_is_asked_for_is_committed_when_its_batch_has_succeeded(
     spark, kafka, one, produce, settings, monkeypatch
 ):
     """A slow batch that fails after `commitAsync` is read again."""
-    monkeypatch.setattr(batches, "RECOMMIT_SECONDS", 0.1)
+    monkeypatch.setattr(source, "RECOMMIT_SECONDS", 0.1)
     partition, seen = TopicAndPartition(one, 0), []
     by_hand = {**settings, "auto.offset.reset": "earliest", "enable.auto.commit": "false"}
     produce(one, [b"x"] * 5)
@@ -285,9 +287,9 @@ def test_what_is_asked_for_is_committed_when_its_batch_has_succeeded(
             raise ValueError("not this one")
 
     calls = []
-    usual = stream._batches._commit_again_when_idle
+    usual = stream._batches.source.commit_when_idle
     monkeypatch.setattr(
-        stream._batches, "_commit_again_when_idle", lambda: (usual(), calls.append(1))
+        stream._batches.source, "commit_when_idle", lambda: (usual(), calls.append(1))
     )
     stream.foreachRDD(fail_slowly)
     with pytest.raises(StreamError, match="not this one"):
@@ -315,14 +317,14 @@ def test_a_stream_that_is_behind_catches_up_with_larger_batches(
     earliest = {**settings, "auto.offset.reset": "earliest"}
     stream = KafkaUtils.createDirectStream(ssc, [one], earliest)
     plans = []
-    usual = stream._batches._plan
+    usual = stream._batches.source.plan
 
     def plan(interval):
         produce(one, [b"x"])  # one record an interval
         usual(interval)
         plans.append(interval)
 
-    stream._batches._plan = plan
+    stream._batches.source.plan = plan
 
     def process(df, batch_id):
         if not sizes:  # the first batch takes twenty intervals

@@ -1,6 +1,7 @@
 """The stream beside all that Kafka does: retention, groups, transactions, compaction, codecs."""
 
 import contextlib
+import json
 import logging
 import time
 import uuid
@@ -18,11 +19,10 @@ from helpers.streaming import (
     StreamError,
     TopicAndPartition,
     new_streaming_context,
+    recovery,
     run_stream,
     stop_streaming,
 )
-from helpers.streaming import batches as batches_module
-from helpers.streaming.plans import PlanLog
 from helpers.streaming.rates import RateLimit
 
 
@@ -381,6 +381,12 @@ def test_a_backlog_does_not_overwhelm_a_stream_with_backpressure(spark, kafka, s
     assert most[-len(most) // 10] <= 2, list(zip(seconds, sizes, strict=False))
 
 
+def kept_offsets(file):
+    """Return where the only range of a plan in a checkpoint begins and ends."""
+    ((_, _, start, end, _),) = json.loads(file.read_text())["ranges"]
+    return start, end
+
+
 def test_plans_are_kept_while_a_stream_catches_up(
     spark, one, produce, settings, tmp_path, monkeypatch
 ):
@@ -399,18 +405,17 @@ def test_plans_are_kept_while_a_stream_catches_up(
         for interval in intervals:
             produce(one, [b"1"] * 5)
             batches.plan(datetime.fromtimestamp(interval / 1_000), None)
-            batches.submitted(interval, now + 60_000)
+            batches.ledger.submit(interval, now + 60_000)
             batches.completed(interval, None)
-        plans = PlanLog(spark, f"{tmp_path}/kafka-plans/{batches.stream_id}")
-        assert [plans.read(interval).ranges[0].fromOffset for interval in intervals] == [0, 5, 10]
+        folder = tmp_path / "kafka-plans" / batches.definition.stream_id
+        assert [kept_offsets(folder / f"{each}.json")[0] for each in intervals] == [0, 5, 10]
         # Long after its commit a plan goes; the last one stays, for it says where to go on.
-        monkeypatch.setattr(batches_module, "_KEPT_SECONDS", -1)
+        monkeypatch.setattr(recovery, "KEPT_SECONDS", -1)
         produce(one, [b"1"] * 5)
         batches.plan(datetime.fromtimestamp(now / 1_000), None)
-        batches.submitted(now, now + 60_000)
+        batches.ledger.submit(now, now + 60_000)
         batches.completed(now, None)
-        plans = PlanLog(spark, f"{tmp_path}/kafka-plans/{batches.stream_id}")
-        assert plans.read(intervals[0]) is None
-        assert plans.last().ranges[0].untilOffset == 20
+        assert not (folder / f"{intervals[0]}.json").exists()
+        assert kept_offsets(max(folder.glob("*.json"))) == (15, 20)
     finally:
         stop_streaming(context, gracefully=False)

@@ -3,9 +3,10 @@
 One class asks: `KafkaClient` talks to Kafka through the JVM's own consumer and administrator. One
 plans: `OffsetPlanner` decides which offsets belong to a batch, and knows nothing of Spark's
 streams. One reads: `RangeReader` reads given offsets with Spark's Kafka source, and knows nothing
-of consumer groups. `Batches` joins them: each interval it plans a batch, hands the batch on, and
-commits the batch's offsets when the whole batch has succeeded. `KafkaDirectStream` is its face as a
-DStream.
+of consumer groups. A `Ledger` keeps the books: what is planned, done and committed. `Recovery`
+keeps the plans for the time after a crash. `Batches` joins them: each interval it plans a batch,
+hands the batch on, and commits the batch's offsets when the whole batch has succeeded.
+`KafkaDirectStream` is its face as a DStream.
 
     stream = KafkaUtils.createDirectStream(ssc, ["Machine_Learning"], {
         "bootstrap.servers": "127.0.0.1:9092",
@@ -16,9 +17,10 @@ DStream.
     run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
 
 From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `client`, `planner`,
-`reader`, `rates` (how much a batch may have), `plans` (what a checkpoint needs), `batches`,
-`dstream`, `utils` (the old API), `running` (a context from its start to its end), `structured`
-(`KafkaQuery`: the same promises on Structured Streaming).
+`reader`, `rates` (how much a batch may have), `ledger`, `listener` (what Spark reports), `recovery`
+(what a checkpoint needs), `source` (what a stream asks Kafka), `batches`, `dstream`, `kafka_utils`
+(the old API), `context` (a context from its start to its end), `structured` (`KafkaQuery`: the same
+promises on Structured Streaming).
 """
 
 from helpers.streaming.client import topic_ids

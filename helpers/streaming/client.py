@@ -17,7 +17,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from helpers.spark import root_cause
-from helpers.streaming.errors import ANSWER_SECONDS, StreamError, explained
+from helpers.streaming.errors import ANSWER_SECONDS, StreamError, TopicRecreatedError, explained
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import (
     check_names,
@@ -120,13 +120,17 @@ class KafkaClient:
             )
             self._admin = clients.admin.Admin.create(java_map(spark, admins))
 
-    def topics(self, names: Iterable[str]) -> dict[str, Topic]:
-        """Return what Kafka says of topics, by their names.
+    def topics(
+        self, names: Iterable[str], known_ids: Mapping[str, str] | None = None
+    ) -> dict[str, Topic]:
+        """Return what Kafka says of topics, by their names; compare ids with those known before.
 
         Raises
         ------
         StreamError
             If one of them doesn't exist.
+        TopicRecreatedError
+            If one of them has another id than before.
         """
         names, found = list(names), {}
         with self._asking():
@@ -141,11 +145,16 @@ class KafkaClient:
                     for number in range(description.partitions().size())
                 ]
                 found[name] = Topic(description.topicId().toString(), partitions)
+        for name, topic in found.items():
+            if (known_ids or {}).get(name, topic.topic_id) != topic.topic_id:
+                raise TopicRecreatedError(name)
         return found
 
-    def topic_ids(self, names: Iterable[str]) -> dict[str, str]:
-        """Return Kafka's ids of topics, by their names."""
-        return {name: topic.topic_id for name, topic in self.topics(names).items()}
+    def topic_ids(
+        self, names: Iterable[str], known_ids: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Return Kafka's ids of topics, by their names; compare them as `topics` does."""
+        return {name: topic.topic_id for name, topic in self.topics(names, known_ids).items()}
 
     def begins(self, partitions: Iterable[TopicAndPartition]) -> dict[TopicAndPartition, int]:
         """Return the first offset that each partition still has."""

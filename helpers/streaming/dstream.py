@@ -163,7 +163,7 @@ class KafkaDirectStream(TransformedDStream):
         ...
         helpers.streaming.errors.StreamError: commitAsync is for streams with a group.id whose ...
         """
-        self._batches.commit_async(ranges)
+        self._batches.ledger.ask(ranges)
 
     def topic_ids(self) -> dict[str, str]:
         """Ask Kafka for the ids of the stream's topics, by their names.
@@ -173,7 +173,7 @@ class KafkaDirectStream(TransformedDStream):
         >>> list(stream.topic_ids())
         ['events']
         """
-        return self._batches.topic_ids()
+        return self._batches.source.planner.topic_ids_now()
 
     def positions(self) -> dict[TopicAndPartition, int]:
         """Return where the next batch to be planned begins in each partition.
@@ -183,7 +183,7 @@ class KafkaDirectStream(TransformedDStream):
         >>> stream.positions()
         {TopicAndPartition(topic='events', partition=0): 0}
         """
-        return self._batches.positions()
+        return self._batches.source.planner.positions()
 
     def lag(self) -> int:
         """Return how many offsets that the topics had at the last interval are not done yet.
@@ -193,7 +193,7 @@ class KafkaDirectStream(TransformedDStream):
         >>> stream.lag()
         100
         """
-        return self._batches.lag()
+        return self._batches.ledger.lag()
 
     def lag_after(self, batch_id: int) -> int:
         """Return what `lag` will be when a batch and those before it are done.
@@ -212,7 +212,7 @@ class KafkaDirectStream(TransformedDStream):
         >>> run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
         0 are left
         """
-        return self._batches.lag_after(batch_id)
+        return self._batches.ledger.lag_after(batch_id)
 
     def _with_ranges(self, func: Callable) -> Callable[[datetime, RDD], Any]:
         """Return a function of time and RDD that calls another with a `KafkaRDD`."""
@@ -220,7 +220,7 @@ class KafkaDirectStream(TransformedDStream):
         takes_time = len(inspect.signature(func).parameters) == 2
 
         def call(batch_time: datetime, rdd: RDD) -> Any:
-            kafka_rdd = KafkaRDD(rdd, batches.ranges(batch_id_of(batch_time)))
+            kafka_rdd = KafkaRDD(rdd, batches.ledger.ranges(batch_id_of(batch_time)))
             return func(batch_time, kafka_rdd) if takes_time else func(kafka_rdd)
 
         return call

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError, Py4JJavaError
+from pyspark.errors import PySparkException
 
 from helpers.kafka_settings import is_secret
 from helpers.spark import root_cause
 
+_LOGGER = logging.getLogger(__name__)
+
 # How long Kafka may take to answer a question of the planner.
 ANSWER_SECONDS = 15
+
+# How long the broker, or the checkpoint's file system, may be away while a stream runs.
+AWAY_SECONDS = 60
+
+# How long to wait before the next try.
+RETRY_SECONDS = 0.5
 
 _REMEDIES = {
     "TopicAuthorizationException": "the ACLs READ and DESCRIBE on the topic are needed",
@@ -64,6 +77,36 @@ class TopicRecreatedError(StreamError):
             "read the new topic from its beginning into the same output "
             "(ParquetSink(from_beginning=True), a new checkpoint)."
         )
+
+
+# What is raised while the broker or a file system is away.
+PASSING_ERRORS = (BrokerAwayError, OSError, Py4JError, PySparkException)
+
+
+def insist(action: Callable[[], Any], stopped: threading.Event) -> Any:
+    """Return what an action returns; retry it for 60 s while Kafka or a file system is away.
+
+    Parameters
+    ----------
+    action : callable
+        What to do.
+    stopped : threading.Event
+        Set when the stream stops: nothing is retried after that.
+
+    Examples
+    --------
+    >>> insist(lambda: "an answer", threading.Event())
+    'an answer'
+    """
+    deadline = time.monotonic() + AWAY_SECONDS
+    while True:
+        try:
+            return action()
+        except PASSING_ERRORS as error:
+            if stopped.is_set() or time.monotonic() > deadline:
+                raise
+            _LOGGER.warning("%s The stream tries again.", summary(str(error)))
+            stopped.wait(RETRY_SECONDS)
 
 
 def remedy(error: str) -> str:

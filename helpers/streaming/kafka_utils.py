@@ -18,6 +18,7 @@ from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import BrokerAwayError, StreamError
 from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
 from helpers.streaming.reader import RangeReader
+from helpers.streaming.recovery import StreamDefinition
 from helpers.streaming.settings import NO_ZOOKEEPER, modern_settings, refuse_zookeeper
 
 Decoder = Callable[[bytes | None], Any]
@@ -191,7 +192,8 @@ class KafkaUtils:
         _check_one_at_a_time(ssc)
         interval = ssc._jssc.ssc().graph().batchDuration().milliseconds() / 1000
         settings = modern_settings(kafkaParams)
-        batches = Batches(list(topics), settings, interval, fromOffsets, positions)
+        definition = StreamDefinition(list(topics), settings, interval, fromOffsets, positions)
+        batches = Batches(definition)
         batches.connect(ssc)
         to_element = _element_maker(keyDecoder, valueDecoder, messageHandler)
         return KafkaDirectStream(ssc, batches, to_element)

@@ -135,7 +135,7 @@ class OffsetPlanner:
             If a topic was created again since the offsets were planned.
         """
         if self._settings.get("group.id") and offsets:
-            self._check_topics(self._client.topic_ids(self._topics))
+            self._client.topic_ids(self._topics, self._topic_ids)
             self._client.commit(offsets, self._topic_ids)
 
     def unread(self) -> int:
@@ -175,8 +175,8 @@ class OffsetPlanner:
 
     def _look(self) -> dict[TopicAndPartition, int]:
         """Return where the partitions end now, and find out where the new ones among them begin."""
-        topics = self._client.topics(self._topics)
-        self._check_topics({name: topic.topic_id for name, topic in topics.items()})
+        topics = self._client.topics(self._topics, self._topic_ids)
+        self._topic_ids = {name: topic.topic_id for name, topic in topics.items()}
         partitions = sorted(self._fixed_partitions) or [
             partition for topic in topics.values() for partition in topic.partitions
         ]
@@ -187,18 +187,15 @@ class OffsetPlanner:
             self._positions.update(starts)
             self._starts = {**self._starts, **starts}
         begins, ends = self._client.begins(partitions), self._client.ends(partitions)
-        # Once more: the offsets may be those of a topic that was created again just now.
-        self._check_topics(self._client.topic_ids(self._topics))
+        # A topic that is created again between the two questions has other offsets. The same id
+        # before and after them proves them: Kafka never gives an id twice. The second question
+        # alone would do for that, but offsets of a deleted topic are asked for in vain for 15 s,
+        # as if the broker were away, and new partitions must be known first.
+        self._client.topic_ids(self._topics, self._topic_ids)
         for partition, end in ends.items():
             self._stay_within(partition, begins[partition], end)
         self._unread = sum(end - self._positions[partition] for partition, end in ends.items())
         return ends
-
-    def _check_topics(self, now: Mapping[str, str]) -> None:
-        """Raise `TopicRecreatedError` if the offsets known are of other topics with these names."""
-        for name, topic_id in now.items():
-            if self._topic_ids.setdefault(name, topic_id) != topic_id:
-                raise TopicRecreatedError(name)
 
     def _stay_within(self, partition: TopicAndPartition, begin: int, end: int) -> None:
         """Follow ``auto.offset.reset`` where the next record to be read was deleted."""

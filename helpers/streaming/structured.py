@@ -25,6 +25,8 @@ from helpers.spark import JsonFolder, folder_names, full_path, read_file
 from helpers.streaming.client import KafkaClient
 from helpers.streaming.context import FINISH_SECONDS, interrupt_noted, java_watched
 from helpers.streaming.errors import (
+    AWAY_SECONDS,
+    RETRY_SECONDS,
     BrokerAwayError,
     StreamError,
     TopicRecreatedError,
@@ -38,10 +40,6 @@ from helpers.streaming.reader import source_options
 from helpers.streaming.settings import modern_settings
 
 _LOGGER = logging.getLogger(__name__)
-
-# How long the broker may be away while a query runs.
-AWAY_SECONDS = 60
-RETRY_SECONDS = 0.5
 
 _SOURCE_LINE = 2  # of a file of offsets in a checkpoint: after the version and Spark's settings
 
@@ -246,10 +244,7 @@ class KafkaQuery:
             with contextlib.suppress(FileNotFoundError):
                 kept[topic] = files.read(topic)
         ids = {topic: content["topic_id"] for topic, content in kept.items()}
-        self._topic_ids = self._client.topic_ids(self._topics)
-        for topic, topic_id in ids.items():
-            if self._topic_ids[topic] != topic_id:
-                raise TopicRecreatedError(topic)
+        self._topic_ids = self._client.topic_ids(self._topics, ids)
         begun = {
             TopicAndPartition(topic, int(partition)): offset
             for topic, content in kept.items()
@@ -281,9 +276,7 @@ class KafkaQuery:
         """Call the function with a batch; Spark calls this."""
         self._batches_begun += 1
         ranges = self.ranges_of(batch_id)
-        for topic, topic_id in self.topic_ids().items():
-            if self._topic_ids[topic] != topic_id:
-                raise TopicRecreatedError(topic)
+        self._client.topic_ids(self._topics, self._topic_ids)
         if ranges:  # Spark has batches without records: the first one of an empty topic
             self._call(PlannedBatch(batch_id, ranges, df))
         self._away_since = None

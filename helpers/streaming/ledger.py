@@ -1,0 +1,207 @@
+"""The books of a stream: what is planned, what is done, and what may be committed.
+
+Nothing in here knows Spark, Kafka or the time, so tests can try any order of events.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from helpers.streaming.errors import StreamError
+from helpers.streaming.offsets import OffsetRange, TopicAndPartition, ends_of
+
+Offsets = Mapping[TopicAndPartition, int]
+
+
+@dataclass
+class _Planned:
+    """A plan whose offsets aren't committed yet."""
+
+    interval: int
+    ranges: list[OffsetRange]
+    planned_at: int
+    batch_id: int | None = None  # of the batch that uses it, once Spark reports the batch
+    is_done: bool = False
+
+    def count(self) -> int:
+        return sum(part.count() for part in self.ranges)
+
+
+class Ledger:
+    """Keeps the plans of a stream until their offsets are committed, in order.
+
+    1. `plan` enters the offsets of an interval.
+    2. `submit` says which plans a batch uses: the batch of a window uses those of several
+       intervals.
+    3. `complete` says that a batch has succeeded.
+    4. `commit` commits as far as all plans are done, and removes these plans.
+
+    A batch that fails is never completed, so nothing after it is committed. Intervals and batches
+    have their times as ids; all times are in milliseconds since 1970. Several threads may use a
+    ledger.
+
+    Parameters
+    ----------
+    by_hand : bool
+        Whether to commit only offsets that `ask` was given.
+
+    Examples
+    --------
+    >>> ledger = Ledger()
+    >>> ledger.begin({TopicAndPartition("events", 0): 0}, unread=10)
+    >>> ledger.plan(1_000, [OffsetRange("events", 0, 0, 10)], planned_at=1_005)
+    >>> ledger.submit(1_000, submitted_at=1_010)
+    >>> ledger.complete(1_000)
+    10
+    >>> ledger.commit(print)
+    {TopicAndPartition(topic='events', partition=0): 10}
+    [1000]
+    """
+
+    def __init__(self, by_hand: bool = False) -> None:
+        self._by_hand = by_hand
+        self._planned: list[_Planned] = []
+        self._committed: dict[TopicAndPartition, int] = {}
+        self._asked: dict[TopicAndPartition, set[int]] = {}
+        self._unread = 0
+        self._lock = threading.RLock()  # of the attributes above
+        self._committing = threading.Lock()  # held while a commit is on its way
+
+    def begin(self, offsets: Offsets, unread: int) -> None:
+        """Note where partitions begin, or are committed, and how many offsets are unplanned."""
+        with self._lock:
+            self._committed = _advanced(self._committed, offsets)
+            self._unread = unread
+
+    def plan(self, interval: int, ranges: list[OffsetRange], planned_at: int) -> None:
+        """Enter the plan of the next interval, unless it has no offsets."""
+        if ranges:
+            with self._lock:
+                self._planned.append(_Planned(interval, ranges, planned_at))
+
+    def submit(self, batch_id: int, submitted_at: int) -> None:
+        """Note that a batch uses all plans made before it that no other batch uses."""
+        with self._lock:
+            for planned in self._planned:
+                is_free = planned.batch_id is None and planned.planned_at <= submitted_at
+                if is_free and planned.interval <= batch_id:
+                    planned.batch_id = batch_id
+
+    def complete(self, batch_id: int) -> int:
+        """Note that a batch has succeeded, and return how many offsets it had."""
+        with self._lock:
+            used = [planned for planned in self._planned if planned.batch_id == batch_id]
+            for planned in used:
+                planned.is_done = True
+        return _count(used)
+
+    def ask(self, ranges: Iterable[OffsetRange]) -> None:
+        """Ask for ranges to be committed once their batches have succeeded.
+
+        Raises
+        ------
+        StreamError
+            If offsets are not committed by hand.
+        """
+        if not self._by_hand:
+            raise StreamError(
+                "commitAsync is for streams with a group.id whose enable.auto.commit is false; "
+                "otherwise each batch is committed anyway, when it has succeeded."
+            )
+        with self._lock:
+            for partition, end in ends_of(list(ranges)).items():
+                self._asked.setdefault(partition, set()).add(end)
+
+    def commit(self, send: Callable[[Offsets], None], again: bool = False) -> list[int]:
+        """Commit what may be committed, unless nothing has changed since the last commit.
+
+        Parameters
+        ----------
+        send : callable
+            Sends offsets to Kafka. If it raises, they are not committed. Only one call is under way
+            at a time, so no commit overtakes a later one.
+        again : bool
+            Whether to send offsets also if they have not changed; nothing happens then while
+            another commit is under way.
+
+        Returns
+        -------
+        list of int
+            The intervals whose plans are committed and removed.
+        """
+        if not self._committing.acquire(blocking=not again):
+            return []
+        try:
+            with self._lock:
+                done = list(itertools.takewhile(lambda planned: planned.is_done, self._planned))
+                offsets = self._due(done)
+                has_changed = any(self._committed.get(part) != offsets[part] for part in offsets)
+            if again or has_changed:
+                send(offsets)
+            with self._lock:
+                self._committed = _advanced(self._committed, offsets)
+                del self._planned[: len(done)]
+            return [planned.interval for planned in done]
+        finally:
+            self._committing.release()
+
+    def ranges(self, interval: int) -> list[OffsetRange]:
+        """Return the offset ranges of an interval; none if it has no records, or is committed."""
+        with self._lock:
+            return next((p.ranges for p in self._planned if p.interval == interval), [])
+
+    def lag(self) -> int:
+        """Return how many offsets are not committed yet, planned or not."""
+        with self._lock:
+            return self._unread + _count(self._planned)
+
+    def lag_after(self, interval: int) -> int:
+        """Return what `lag` will be when an interval and those before it are committed."""
+        with self._lock:
+            return self._unread + _count(p for p in self._planned if p.interval > interval)
+
+    def waiting(self) -> int:
+        """Return how many batches are submitted and not done."""
+        with self._lock:
+            waiting = {planned.batch_id for planned in self._planned if not planned.is_done}
+        return len(waiting - {None})
+
+    def is_settled(self) -> bool:
+        """Return whether all plans are committed."""
+        return not self._planned
+
+    def _due(self, done: list[_Planned]) -> dict[TopicAndPartition, int]:
+        """Return what may be committed when the first plans are done."""
+        if self._by_hand:
+            return self._asked_before(self._planned[len(done) :])
+        offsets = self._committed  # of all partitions, because Kafka forgets those long idle
+        for planned in done:
+            offsets = _advanced(offsets, ends_of(planned.ranges))
+        return offsets
+
+    def _asked_before(self, pending: list[_Planned]) -> dict[TopicAndPartition, int]:
+        """Return the largest offset asked for in each partition before any pending plan."""
+        limits: dict[TopicAndPartition, int] = {}
+        for part in (part for planned in pending for part in planned.ranges):
+            limits.setdefault(part.topicAndPartition(), part.fromOffset)
+        reached = {}
+        for partition, ends in self._asked.items():
+            least = self._committed.get(partition, 0)
+            possible = [end for end in ends if least <= end <= limits.get(partition, end)]
+            if possible:
+                reached[partition] = max(possible)
+                self._asked[partition] = {end for end in ends if end >= max(possible)}
+        return reached
+
+
+def _advanced(offsets: Offsets, ends: Offsets) -> dict[TopicAndPartition, int]:
+    """Return offsets moved forward to others, never back."""
+    moved = {partition: max(end, offsets.get(partition, end)) for partition, end in ends.items()}
+    return {**offsets, **moved}
+
+
+def _count(plans: Iterable[_Planned]) -> int:
+    return sum(planned.count() for planned in plans)

@@ -1,0 +1,120 @@
+"""The streaming context that a stream is part of, and what it reports of the stream's batches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from py4j.java_gateway import JavaObject
+from pyspark import SparkContext
+from pyspark.streaming import StreamingListener
+
+from helpers.streaming.errors import summary
+
+if TYPE_CHECKING:
+    from helpers.streaming.batches import Batches
+
+
+class ContextListener(StreamingListener):
+    """Joins a stream's batches with their streaming context.
+
+    Parameters
+    ----------
+    batches : Batches
+        The batches; they get each batch's submission and end.
+
+    Attributes
+    ----------
+    context : py4j.java_gateway.JavaObject or None
+        Java's ``StreamingContext``; None until it is joined.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        super().__init__()
+        self._batches = batches
+        self._joining = threading.Lock()
+        self.context: JavaObject | None = None
+
+    def join(self, context: JavaObject) -> None:
+        """Become part of a streaming context, unless this is part of one."""
+        with self._joining:
+            if self.context is not None:
+                return
+            self.context = context
+        jvm = SparkContext._active_spark_context._jvm
+        listener = jvm.PythonStreamingListenerWrapper(self)
+        context.addStreamingListener(jvm.JavaStreamingListenerWrapper(listener))
+        # A context from a checkpoint may have completed batches before this was known.
+        for batch in _as_list(context.progressListener().retainedCompletedBatches()):
+            outputs = _as_list(batch.outputOperations().values().toSeq())
+            failures = [output.failureReason() for output in outputs]
+            reasons = [failure.get() for failure in failures if failure.isDefined()]
+            self._report(batch.batchTime().milliseconds(), batch.submissionTime(), reasons)
+
+    def join_when_active(self) -> None:
+        """Join the context that Spark has recovered from a checkpoint, once it is active."""
+        # From a thread: until Spark has planned the first batches, the call waits for that.
+        threading.Thread(target=self._join_active, daemon=True).start()
+
+    def is_of(self, context: JavaObject) -> bool:
+        """Return whether the stream is part of one of Java's streaming contexts."""
+        if self.context is None and context.isCheckpointPresent():
+            self.join(context)  # Spark has just recovered both from the same checkpoint
+        return self.context is not None and self.context == context
+
+    def is_over(self) -> bool:
+        """Return whether the context is stopped, whoever stopped it."""
+        return self.context is not None and self.context.getState().toString() == "STOPPED"
+
+    def checkpoint(self) -> str | None:
+        """Return the folder of the context's checkpoint; None if it has none."""
+        return None if self.context is None else self.context.checkpointDir()
+
+    def remembered(self) -> int:
+        """Return how long Spark remembers intervals, in milliseconds: a window asks for them."""
+        return self.context.graph().getMaxInputStreamRememberDuration().milliseconds()
+
+    def stop(self, reason: str, first: Callable[[], None]) -> None:
+        """Call a function, and stop the context for a reason, which `awaitTermination` raises."""
+        if self.context is None:  # it hasn't started: whoever starts it gets the error
+            return
+        exception = SparkContext._active_spark_context._jvm.java.lang.RuntimeException(reason)
+        self.context.scheduler().reportError(reason, exception)
+
+        def stop() -> None:
+            first()
+            self.context.stop(False, False)
+
+        # From a thread that the context doesn't wait for.
+        threading.Thread(target=stop, daemon=True).start()
+
+    def onBatchSubmitted(self, batchSubmitted: Any) -> None:  # noqa: N802, N803
+        """Report a new batch; Spark calls this."""
+        info = batchSubmitted.batchInfo()
+        self._batches.ledger.submit(info.batchTime().milliseconds(), info.submissionTime())
+
+    def onBatchCompleted(self, batchCompleted: Any) -> None:  # noqa: N802, N803
+        """Report a batch's end, and why one of its outputs failed, if one did; Spark calls this."""
+        info = batchCompleted.batchInfo()
+        outputs = info.outputOperationInfos()
+        failures = [outputs[number].failureReason() for number in outputs]
+        reasons = [failure for failure in failures if failure is not None]
+        times = info.processingEndTime(), info.processingDelay(), info.schedulingDelay()
+        self._report(info.batchTime().milliseconds(), info.submissionTime(), reasons, *times)
+
+    def _report(
+        self, batch_id: int, submitted_at: int, failures: Iterable[str], *times: int
+    ) -> None:
+        self._batches.ledger.submit(batch_id, submitted_at)  # if this joined after that
+        self._batches.completed(batch_id, next(map(summary, failures), None), *times)
+
+    def _join_active(self) -> None:
+        contexts = SparkContext._active_spark_context._jvm.org.apache.spark.streaming
+        active = contexts.StreamingContext.getActive()
+        if active.isDefined():  # otherwise it could not start
+            self.join(active.get())
+
+
+def _as_list(scala_sequence: JavaObject) -> list[JavaObject]:
+    return [scala_sequence.apply(index) for index in range(scala_sequence.size())]

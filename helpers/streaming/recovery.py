@@ -1,0 +1,194 @@
+"""What a stream with a checkpoint keeps there, and finds again after a crash."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, field, replace
+
+from helpers.kafka_settings import is_secret
+from helpers.spark import JsonFolder, get_spark, protect_folder
+from helpers.streaming.errors import PASSING_ERRORS, insist, summary
+from helpers.streaming.listener import ContextListener
+from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+
+_LOGGER = logging.getLogger(__name__)
+
+# Spark writes its checkpoint some time after a batch. A driver that dies before that is followed by
+# one that asks for the batch again, so plans are kept this long after they are committed: time on
+# the clock, because a stream that catches up goes through hours of intervals in a minute.
+KEPT_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class StreamDefinition:
+    """What a stream is made from: by a program at first, after a crash by Spark's checkpoint.
+
+    Attributes
+    ----------
+    topics : list of str
+        The topics to read.
+    settings : mapping
+        Settings of `KafkaConsumer` by Kafka's names.
+    interval : float
+        The interval of the micro-batches, in seconds.
+    from_offsets : mapping of TopicAndPartition to int, optional
+        The partitions to read, and where each starts.
+    positions : mapping of TopicAndPartition to int, optional
+        Where to resume, as `OffsetPlanner` takes it.
+    stream_id : str
+        Names the folder of the stream's plans.
+    plans : str or None
+        That folder, if Spark has recovered the stream from its checkpoint.
+    """
+
+    topics: list[str]
+    settings: Mapping[str, str] = field(repr=False)  # passwords among them
+    interval: float
+    from_offsets: Mapping[TopicAndPartition, int] | None = None
+    positions: Mapping[TopicAndPartition, int] | None = None
+    stream_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    plans: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for a batch.
+
+    Attributes
+    ----------
+    ranges : list of OffsetRange
+        The batch's offsets.
+    positions : dict of TopicAndPartition to int
+        Where the batch after it begins in each partition.
+    topic_ids : dict of str to str
+        The ids of the topics, by their names.
+    """
+
+    ranges: list[OffsetRange]
+    positions: dict[TopicAndPartition, int]
+    topic_ids: dict[str, str] = field(default_factory=dict)
+
+
+class Recovery:
+    """Keeps the plans of a stream in its checkpoint, a file for each, and finds them after a crash.
+
+    Any file system of Spark's Hadoop client will do. Without a checkpoint nothing is kept.
+
+    Parameters
+    ----------
+    definition : StreamDefinition
+        What the stream is made from.
+    listener : ContextListener
+        Knows the context whose checkpoint it is.
+    stopped : threading.Event
+        Set when the stream stops: nothing is retried after that.
+    """
+
+    def __init__(
+        self, definition: StreamDefinition, listener: ContextListener, stopped: threading.Event
+    ) -> None:
+        self._definition, self._listener, self._stopped = definition, listener, stopped
+        self._recovered_at = None if definition.plans is None else time.time() * 1000
+        self._files: JsonFolder | None = None
+        self._intervals: list[int] = []  # that have a file, sorted
+        self._committed: deque[tuple[float, int]] = deque()  # when, and which interval
+
+    def definition(self) -> StreamDefinition:
+        """Return what Spark's checkpoint keeps of the stream."""
+        return replace(self._definition, plans=self._folder())
+
+    def last(self) -> Plan | None:
+        """Return the last plan from before a crash; None if the stream is new."""
+        if self._definition.plans is None:
+            return None
+        self._open(self._definition.plans)
+        return self._read(self._intervals[-1]) if self._intervals else None
+
+    def known(self, interval: int) -> Plan | None:
+        """Return the plan of an interval that was planned or missed before a crash."""
+        if self._recovered_at is None:
+            return None
+        if interval in self._intervals:
+            return insist(lambda: self._read(interval), self._stopped)
+        # While no driver was alive nothing was planned: these records are for the next interval.
+        return Plan([], {}) if interval < self._recovered_at else None
+
+    def keep(self, interval: int, plan: Plan) -> None:
+        """Write a plan down before its use, with retries while the file system is away.
+
+        Plans without records are not written, except the first, which says where the stream began.
+        """
+        insist(lambda: self._write(interval, plan), self._stopped)
+
+    def forget(self, committed: Iterable[int]) -> None:
+        """Remove the plans that no checkpoint asks for any more.
+
+        Parameters
+        ----------
+        committed : iterable of int
+            The intervals that were committed just now.
+        """
+        if self._files is None or self._listener.context is None:
+            return
+        now, old = time.monotonic(), None
+        self._committed.extend((now, interval) for interval in committed)
+        while self._committed and self._committed[0][0] < now - KEPT_SECONDS:
+            _, old = self._committed.popleft()
+        if old is not None:
+            try:
+                self._remove(old - self._listener.remembered())
+            except PASSING_ERRORS as error:
+                _LOGGER.warning("old plans can't be removed: %s", summary(str(error)))
+
+    def _folder(self) -> str | None:
+        """Return the folder of the plans; None without a checkpoint."""
+        checkpoint = self._listener.checkpoint()
+        beside = f"{checkpoint}/kafka-plans/{self._definition.stream_id}" if checkpoint else None
+        return self._definition.plans or beside
+
+    def _open(self, folder: str) -> None:
+        files = JsonFolder(get_spark(), folder)
+        self._intervals, self._files = sorted(int(name) for name in files.names()), files
+
+    def _read(self, interval: int) -> Plan:
+        content = self._files.read(str(interval))
+        ranges = [OffsetRange(*part) for part in content["ranges"]]
+        positions = {
+            TopicAndPartition(topic, partition): offset
+            for topic, partition, offset in content["positions"]
+        }
+        return Plan(ranges, positions, content.get("topic_ids", {}))
+
+    def _write(self, interval: int, plan: Plan) -> None:
+        """Write a plan, unless the same one is written already: a second try does no harm."""
+        if self._files is None and (folder := self._folder()) is not None:
+            if any(map(is_secret, self._definition.settings)):  # Spark's checkpoint has them
+                protect_folder(get_spark(), self._listener.checkpoint())
+            self._open(folder)
+        if self._files is None or (self._intervals and not plan.ranges):
+            return
+        content = {
+            "ranges": [astuple(part) for part in plan.ranges],
+            "positions": [[*astuple(part), offset] for part, offset in plan.positions.items()],
+            "topic_ids": plan.topic_ids,
+        }
+        try:
+            self._files.write(str(interval), content)
+        except FileExistsError:
+            # The file system may have done what it said it could not.
+            if self._read(interval) != plan:
+                raise
+        bisect.insort(self._intervals, interval)
+
+    def _remove(self, before: int) -> None:
+        """Remove the plans of intervals before a time, but not the last plan."""
+        old = bisect.bisect_left(self._intervals, before, hi=max(0, len(self._intervals) - 1))
+        for interval in self._intervals[:old]:
+            self._files.delete(str(interval))
+        del self._intervals[:old]
