@@ -1,7 +1,7 @@
-"""Where scored events go: Parquet files, each event once whatever dies, and topics of Kafka.
+"""Sinks for scored events: Parquet files, exactly once despite failures, and Kafka topics.
 
 `ParquetSink` stores the batches of a stream, and `read_scored` reads them. Bad records and
-predictions can go to Kafka.
+predictions can be sent to Kafka.
 """
 
 from helpers.sinks.bad_records import ON_BAD_RECORD
