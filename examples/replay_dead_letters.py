@@ -302,7 +302,7 @@ def send_back(
 
 
 def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, int, int, Letters]:
-    """Send dead letters back; return the numbers of sent, unrepaired and copied ones, and all."""
+    """Send dead letters back; return how many were sent, unrepaired and copies, and all of them."""
     topic = options.topic
     group = f"replay-{topic}{DEAD_LETTERS}"
     common = {"bootstrap_timeout_ms": CONNECT_SECONDS * 1000}

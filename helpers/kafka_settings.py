@@ -1,4 +1,4 @@
-"""Settings for Kafka clients, by Kafka's names: reading them, and telling which are secret.
+"""Settings for Kafka clients, by Kafka's names: read them, and know which are secret.
 
 Programs read them from a file, because every user of a machine can see its command lines.
 """

@@ -53,7 +53,7 @@ class Monitor:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # guards everything below
         self._batches: dict[int, Batch] = {}  # the last ones
-        self._totals: Counter[str] = Counter()  # of all
+        self._totals: Counter[str] = Counter()  # over all batches
         self._listener: QueryListener | None = None  # within `follow`
         self._display: Table | Lines | None = None
         self._unused: set[str] = set()  # since `begin`

@@ -71,5 +71,5 @@ def _skip(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
 def _send(
     settings: Mapping[str, str], bad: DataFrame, ranges: Iterable[OffsetRange]
 ) -> int:
-    """Send the records to the dead-letter topics of their topics."""
+    """Send the records to their dead-letter topics."""
     return send_dead_letters(bad, settings, {part.topic: part.topic_id for part in ranges})

@@ -38,7 +38,7 @@ _LOGGER = logging.getLogger(__name__)
 DEAD_LETTERS = ".dead-letter"  # suffix of the name of a dead-letter topic
 
 _DEFAULT_LIMIT = 1_048_588  # Kafka's default max.message.bytes, if the topic's is unknown
-_HEADERS_ROOM = 16 * 1024  # more than a letter's headers need
+_HEADERS_ROOM = 16 * 1024  # bytes; more than a letter's headers need
 _OVERHEAD = 200  # the most that Kafka adds to a letter with six headers
 _UNPACKED_LIMIT = 64 * 1024**2  # maximum size of a letter before compression
 _CODEC = "zstd"  # compresses at least as well as whatever codec the producer used

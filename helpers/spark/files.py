@@ -83,7 +83,7 @@ class JsonFolder:
         Parameters
         ----------
         name : str
-            Its name, without ``.json``.
+            The file's name, without ``.json``.
         content : object
             A value that `json` can serialize.
 
@@ -113,7 +113,7 @@ class JsonFolder:
             with contextlib.suppress(Py4JJavaError):
                 self._files.delete(draft, False)
         if self._local:
-            _flush(self._local)  # the name
+            _flush(self._local)  # the directory entry
 
     def read(self, name: str) -> Any:
         """Return the content of a file.
