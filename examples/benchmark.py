@@ -1,19 +1,19 @@
-"""Measure how fast the walkthrough's stream is, and how well and fast networks are trained.
+"""Measure the throughput of the walkthrough's stream, or the quality and speed of training.
 
     python examples/benchmark.py drain
     python examples/benchmark.py train
     python examples/benchmark.py train --csv atlas-higgs-challenge-2014-v2.csv.gz --runs 5
 
-`drain`: a broker is started on this machine and filled with events. The stream of the walkthrough,
-with the notebook's own functions, then drains the topic several times: each time a new consumer
-group reads all events, scores them, and writes the scores. Beside it, in the same minutes and on
-the same cores, NumPy multiplies matrices: the network is 2.036 million floating-point operations an
-event, nearly all of them in matrix products, so that is the limit for any way to run it in this
+`drain` starts a local broker and fills a topic with events. The walkthrough's stream, with the
+notebook's own functions, then drains the topic several times: each time, a new consumer group reads
+all events, scores them, and writes the scores. Before and after each drain, NumPy multiplies
+matrices on the same cores. The network needs 2.036 million floating-point operations per event,
+nearly all of them in matrix products, so this is the upper limit for any implementation in this
 precision.
 
-`train`: `SingleTrainer`, and `AveragingTrainer` with two workers, learn from 60 % of the events,
-with the recipe of the notebook on training, and are judged on the others. Each run splits the
-events in another way, the same way each time.
+`train` trains with `SingleTrainer`, and with `AveragingTrainer` on two workers, on 60 % of the
+events, with the parameters of the notebook on training, and evaluates on the rest. Each run uses a
+different split of the events; the splits are reproducible.
 
 The last line is a JSON object.
 """
@@ -59,7 +59,7 @@ from helpers.transformers import ModelPredictor
 TOPIC = "benchmark"
 ROWS = 4_096  # of the matrices, and events in an Arrow batch
 SGEMM_SECONDS = 2.0
-WARM_UPS = 2  # Java compiles its code while it runs; the third drain is about as fast as the tenth
+WARM_UPS = 2  # for Java's just-in-time compiler; the third drain is about as fast as the tenth
 INTERVAL_SECONDS = 1.0
 DRAIN_SECONDS = 600
 WORKERS = 2
@@ -67,21 +67,21 @@ TRAINING_SHARE = 6  # of ten
 
 
 def limit_events_per_s(model: keras.Model, seconds: float = SGEMM_SECONDS) -> float:
-    """Return how many events a second all cores could score if they did nothing but multiply.
+    """Return how many events per second all cores could score if they only multiplied.
 
     Parameters
     ----------
     model : keras.Model
         A network of dense layers.
     seconds : float
-        For how long to measure.
+        How long to measure.
 
     Returns
     -------
     float
-        The speed of NumPy's product of float32 matrices (SGEMM) with the shape of the network's
-        largest layer, divided by the network's operations for an event: a multiplication and an
-        addition for each parameter.
+        The speed of NumPy's float32 matrix product (SGEMM) with the shape of the network's largest
+        layer, divided by the network's operations per event: a multiplication and an addition per
+        parameter.
 
     Examples
     --------
@@ -115,14 +115,14 @@ def drain(
     bootstrap_servers : str
         The broker's address.
     score : callable
-        From a batch's records to scored events.
+        Converts a batch's records to scored events.
 
     Returns
     -------
     dict of str to int
-        The totals of the monitor.
+        The monitor's totals.
     float
-        Seconds from when the first batch was planned to when the last one was committed.
+        Seconds from the planning of the first batch until the last one was committed.
     """
     settings = {
         "bootstrap.servers": bootstrap_servers,
@@ -147,14 +147,14 @@ def drain(
 
 
 def measure(events: int, runs: int) -> dict[str, Any]:
-    """Return the benchmark's result.
+    """Run the `drain` benchmark, and return its result.
 
     Parameters
     ----------
     events : int
-        How many events the topic holds.
+        Number of events in the topic.
     runs : int
-        How many times it is drained, once warm.
+        Number of drains after the warm-up.
 
     Returns
     -------
@@ -166,7 +166,7 @@ def measure(events: int, runs: int) -> dict[str, Any]:
     Raises
     ------
     RuntimeError
-        If a drain scored another number of events.
+        If a drain scored a different number of events.
     """
     walkthrough = definitions("1_walkthrough", "pipeline")
     score, model = walkthrough["process_instances"], walkthrough["model"]
@@ -193,22 +193,22 @@ def measure(events: int, runs: int) -> dict[str, Any]:
 
 
 def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
-    """Return how good and how fast each trainer is.
+    """Run the `train` benchmark, and return its result.
 
     Parameters
     ----------
     events : int
-        How many events are generated, if there is no file.
+        Number of events to generate, if there is no file.
     csv : str, optional
         A file of the challenge.
     runs : int
-        How many ways of splitting the events are tried.
+        Number of different splits of the events.
 
     Returns
     -------
     dict
-        ``events``, ``cores``, and by the trainer's name its ``seconds`` (of each run, Spark's work
-        included), its mean ``accuracy`` and ``auc``, and the ``aucs`` of the runs.
+        ``events``, ``cores``, and for each trainer, by name, its ``seconds`` (per run, including
+        Spark's work), mean ``accuracy`` and ``auc``, and the ``aucs`` of the runs.
     """
     recipe = training_recipe()
     with _stopped_at_the_end(get_spark()) as spark:
@@ -238,13 +238,13 @@ def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
 
 
 def training_recipe() -> dict[str, Any]:
-    """Return epochs and rows an update, as the notebook on training has them."""
+    """Return the number of epochs and the batch size from the notebook on training."""
     given = parameters(find_notebook("3_train_and_serve"))
     return {"num_epoch": given["epochs"], "batch_size": given["batch_size"]}
 
 
 def judge(trainer: Trainer, table: DataFrame, split: int) -> tuple[float, float, float]:
-    """Train on a part of the events, and return the seconds, and accuracy and AUC on the others."""
+    """Train on part of the events; return the seconds, and accuracy and AUC on the rest."""
     place = F.pmod(F.xxhash64(EVENT_ID, F.lit(split)), F.lit(10))
     stages = Pipeline(
         stages=[
@@ -264,10 +264,10 @@ def judge(trainer: Trainer, table: DataFrame, split: int) -> tuple[float, float,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure what the command line says, and return the exit code."""
+    """Run the benchmark given on the command line, and return the exit code."""
     options = _options(arguments)
     try:
-        # The monitor's lines are for whoever waits; the result alone is for the standard output.
+        # The monitor prints to stderr, so that stdout has only the result.
         with contextlib.redirect_stdout(sys.stderr):
             if options.what == "drain":
                 result = measure(options.events, options.runs)
@@ -291,7 +291,7 @@ def _stopped_at_the_end(spark: SparkSession) -> Iterator[SparkSession]:
 
 
 def _produce(bootstrap_servers: str, events: int) -> None:
-    """Fill the topic with the producer that the README shows."""
+    """Fill the topic with the producer from the README."""
     program = Path(__file__).resolve().parent / "kafka_producer.py"
     command = [sys.executable, str(program), bootstrap_servers, "--topic", TOPIC]
     subprocess.run([*command, "--events", str(events)], stdout=sys.stderr, check=True)

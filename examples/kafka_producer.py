@@ -1,14 +1,14 @@
-"""Fill a Kafka topic with Higgs events: one JSON object an event, keyed by its EventId.
+"""Fill a Kafka topic with Higgs events: one JSON object per event, keyed by its EventId.
 
     python examples/kafka_producer.py 127.0.0.1:9092 --events 200000
     python examples/kafka_producer.py 127.0.0.1:9092 --csv atlas-higgs-challenge-2014-v2.csv.gz
 
-Events that Kafka doesn't acknowledge are reported when that is known, and counted at the end; then
-the exit code is 1. With `--loop` the program outlasts a broker that is away. Ctrl-C and SIGTERM end
-it when what was sent is settled.
+Events that Kafka doesn't acknowledge are reported as soon as they fail, and counted at the end; the
+exit code is then 1. With `--loop`, the program survives broker outages. On Ctrl-C or SIGTERM, it
+waits for the outcome of the events already sent, and exits.
 
-The events are generated, or read from a CSV file of the ATLAS Higgs challenge. The challenge's
-bookkeeping (Label, Weight, ...) stays behind: it is what a network is to find out.
+The events are generated, or read from a CSV file of the ATLAS Higgs challenge. The bookkeeping
+columns (Label, Weight, ...) are not sent: the label is what a network has to predict.
 """
 
 from __future__ import annotations
@@ -45,25 +45,24 @@ from helpers.kafka_settings import check_address, config_option
 
 CODECS = ("none", "gzip", "lz4", "snappy", "zstd")
 FIRST_EVENT_ID = 100_000  # as in the challenge's file
-CHUNK = 10_000  # events that are generated or encoded at a time, to bound the memory
+CHUNK = 10_000  # events that are generated or encoded at a time, to limit memory
 CONNECT_SECONDS = 10
 DELIVERY_SECONDS = 30
 LOOP_DELIVERY_SECONDS = 600  # an endless producer waits for its broker
-STALLED_SECONDS = 2  # that outcomes may be late
-STOP_SECONDS = 10  # what the last events get for their way at Ctrl-C
-REPORT_SECONDS = 5  # between two reports of what is wrong
-MOST_ON_THE_WAY = 100_000  # events without an outcome, to bound the memory
+STALLED_SECONDS = 2  # how late outcomes may be
+STOP_SECONDS = 10  # how long to wait for the last events after Ctrl-C
+REPORT_SECONDS = 5  # between two error reports
+MOST_ON_THE_WAY = 100_000  # maximum number of events without an outcome, to limit memory
 
 
 class ProducerError(RuntimeError):
-    """Why nothing, or not everything, could be produced, with what to do about it."""
+    """Some or all events could not be produced; the message says why and what to do."""
 
 
 class Deliveries:
-    """Counts what the brokers said of the events sent: acknowledged, or why not.
+    """Counts the outcomes of the events sent: acknowledged or failed.
 
-    Failures, and a broker that gives no answer, are reported on stderr: at once, and then every few
-    seconds.
+    Failures and missing answers are reported on stderr: at once, and then every few seconds.
     """
 
     def __init__(self) -> None:
@@ -71,9 +70,9 @@ class Deliveries:
         self.acknowledged = 0
         self.failed = 0
         self.error: Exception | str = "no answer"  # why the last event failed
-        self._settled_at = time.monotonic()  # when there was an outcome, or nothing to wait for
+        self._settled_at = time.monotonic()  # last time with an outcome, or nothing to wait for
         self._failing_since: float | None = None
-        self._lock = threading.Lock()  # outcomes come in the client's thread, and in this one
+        self._lock = threading.Lock()  # outcomes arrive in the client's thread and in this one
         threading.Thread(target=self._report, name="report", daemon=True).start()
 
     def watch(self, future: FutureRecordMetadata) -> None:
@@ -85,7 +84,7 @@ class Deliveries:
         future.add_errback(self._fail)
 
     def refuse(self, error: Exception) -> None:
-        """Count an event that the client didn't even take."""
+        """Count an event that the client did not accept."""
         self.sent += 1
         self._fail(error)
 
@@ -94,16 +93,16 @@ class Deliveries:
         return self.sent - self.acknowledged - self.failed
 
     def silence(self) -> float:
-        """Return for how many seconds there was no outcome, while events were on their way."""
+        """Return for how many seconds sent events have been waiting without any outcome."""
         return time.monotonic() - self._settled_at if self.on_the_way() else 0
 
     def failing(self) -> float:
-        """Return for how many seconds events have failed, and none was acknowledged."""
+        """Return for how many seconds events have failed and none was acknowledged."""
         since = self._failing_since
         return 0 if since is None else time.monotonic() - since
 
     def begin_again(self) -> None:
-        """Forget the failures of a producer that was replaced, but not their number."""
+        """Reset the time of the first failure for a new producer; the counts stay."""
         self._failing_since = None
 
     def _succeed(self, _: object) -> None:
@@ -116,7 +115,7 @@ class Deliveries:
         with self._lock:
             self.failed += 1
             self._failing_since = self._failing_since or time.monotonic()
-            if not isinstance(error, IllegalStateError):  # what a closed producer says of the rest
+            if not isinstance(error, IllegalStateError):  # a closed producer's error for the rest
                 self.error = error
             self._settled_at = time.monotonic()
 
@@ -141,7 +140,7 @@ class Stopping(threading.Event):
     Attributes
     ----------
     exit_code : int
-        That of a program that a signal has ended.
+        The exit code of a program ended by the signal.
     """
 
     exit_code = 0
@@ -159,12 +158,12 @@ class Stopping(threading.Event):
 
 
 def encode(events: pd.DataFrame) -> Iterator[tuple[bytes, bytes]]:
-    """Yield key and value of each event: its EventId, and a JSON object of the id and 30 features.
+    """Yield the key (EventId) and value (JSON of the id and 30 features) of each event.
 
     Parameters
     ----------
     events : pandas.DataFrame
-        Events with the columns of the challenge; others than EventId and the features are left out.
+        Events with the columns of the challenge; only EventId and the features are used.
 
     Yields
     ------
@@ -183,9 +182,9 @@ def encode(events: pd.DataFrame) -> Iterator[tuple[bytes, bytes]]:
 
 
 def chunks(options: argparse.Namespace, stopping: Stopping) -> Iterator[pd.DataFrame]:
-    """Yield the events to send, a chunk at a time; with ``--loop`` round after round.
+    """Yield the events to send, chunk by chunk; with ``--loop``, round after round.
 
-    Generated rounds go on with new events and new EventIds; a file's rounds repeat its events.
+    Generated rounds continue with new events and new EventIds; a file's rounds repeat its events.
     """
     for round_number in itertools.count():
         if options.csv:
@@ -198,18 +197,18 @@ def chunks(options: argparse.Namespace, stopping: Stopping) -> Iterator[pd.DataF
 
 
 def connect(options: argparse.Namespace) -> KafkaProducer:
-    """Return a producer whose events arrive exactly once and on all replicas, or are reported.
+    """Return a producer whose events arrive exactly once, on all replicas, or are reported.
 
     Parameters
     ----------
     options : argparse.Namespace
-        With ``bootstrap_servers``, ``compression`` (one of `CODECS`, or None) and
-        ``kafka_config``, settings by Kafka's names.
+        Has ``bootstrap_servers``, ``compression`` (one of `CODECS`, or None) and ``kafka_config``
+        (settings by Kafka's names).
 
     Raises
     ------
     ProducerError
-        If no broker answers within 10 s, or refuses, or the codec isn't installed.
+        If no broker answers within 10 s, Kafka refuses the client, or the codec isn't installed.
     ValueError
         If the address has no port, or kafka-python doesn't know a setting.
     """
@@ -225,7 +224,7 @@ def connect(options: argparse.Namespace) -> KafkaProducer:
     defaults = {
         "acks": "all",
         "enable_idempotence": True,
-        # Large batches are what makes it fast: 37,000 events/s in place of 13,000.
+        # Large batches raise the throughput from 13,000 to 37,000 events/s.
         "batch_size": 2**20,
         "linger_ms": 200,
         "max_block_ms": CONNECT_SECONDS * 1000,
@@ -248,16 +247,16 @@ def connect(options: argparse.Namespace) -> KafkaProducer:
 
 
 class Sender:
-    """A producer that is replaced, in a loop, when it gives no answers any more.
+    """A producer that is replaced, with ``--loop``, when it stops getting answers.
 
     Parameters
     ----------
     options : argparse.Namespace
-        As for `connect`, with ``topic`` and ``loop``.
+        As for `connect`, and with ``topic`` and ``loop``.
     deliveries : Deliveries
-        Counts what becomes of the events.
+        Counts the outcomes of the events.
     stopping : Stopping
-        Set when the program is to end.
+        Set when the program must end.
 
     Raises
     ------
@@ -270,16 +269,16 @@ class Sender:
     ) -> None:
         self._options, self._deliveries, self._stopping = options, deliveries, stopping
         self._producer = connect(options)
-        # Kafka's client calls an event lost after that time, if it works.
+        # A working Kafka client reports an event as lost after this time.
         self._patience = self._producer.config["delivery_timeout_ms"] / 1000 + STALLED_SECONDS
 
     def send(self, key: bytes, value: bytes) -> None:
-        """Send an event, as soon as not too many others are on their way.
+        """Send an event, once not too many others are waiting for their outcome.
 
         Raises
         ------
         ProducerError
-            If the topic can't be written to; in a loop only if that is so from the beginning.
+            If the topic can't be written to; with ``--loop``, only if that fails from the start.
         """
         while self._deliveries.on_the_way() >= MOST_ON_THE_WAY or self._is_broken():
             if self._stopping.wait(0.01):
@@ -300,12 +299,12 @@ class Sender:
                 ) from error
 
     def close(self) -> None:
-        """Wait until the outcome of every event is known, or the time is over; then it failed."""
+        """Wait for the outcome of every event; those without one at the time-out have failed."""
         seconds = STOP_SECONDS if self._stopping.is_set() else self._patience
         deadline = time.monotonic() + seconds
         try:
-            # `flush` gives up on batches that the broker finds too large and that are split and
-            # sent again, so it only makes sure that everything is on its way.
+            # `flush` doesn't wait for batches that are split and resent because the broker finds
+            # them too large, so it only makes sure that everything has been sent.
             with contextlib.suppress(KafkaError):
                 self._producer.flush(timeout=seconds)
             while self._deliveries.on_the_way() and time.monotonic() < deadline:
@@ -314,12 +313,12 @@ class Sender:
             self._abandon()
 
     def _is_broken(self) -> bool:
-        """Tell whether nothing is acknowledged any more, for whatever reason."""
+        """Return whether nothing is being acknowledged any longer, for whatever reason."""
         is_failing = self._options.loop and self._deliveries.failing() > REPORT_SECONDS
         return is_failing or self._deliveries.silence() > self._patience
 
     def _replace(self) -> None:
-        """Connect a new producer: an idempotent one of kafka-python's stays broken."""
+        """Connect a new producer, because kafka-python's idempotent producer doesn't recover."""
         if not self._options.loop:
             raise ProducerError(f"no answer from Kafka for {self._deliveries.silence():.0f} s")
         self._abandon()
@@ -330,8 +329,8 @@ class Sender:
                 return
 
     def _abandon(self) -> None:
-        """Close the producer; what it couldn't send has failed then."""
-        # Without this, which has no public name, `close` itself would wait for the broker.
+        """Close the producer; events that it couldn't send have then failed."""
+        # A private API; without it, `close` would wait for the broker.
         self._producer._sender.force_close()
         self._producer._sender.join(STOP_SECONDS)
         with contextlib.suppress(KafkaError):
@@ -339,7 +338,7 @@ class Sender:
 
 
 def produce(options: argparse.Namespace, sender: Sender, stopping: Stopping) -> None:
-    """Send all events, until the program is to stop."""
+    """Send all events, unless the program must stop."""
     pace = _pace(options.rate, stopping)
     total = None if options.loop or options.csv else options.events
     with tqdm(total=total, unit=" events", unit_scale=True, disable=None) as bar:
@@ -353,7 +352,7 @@ def produce(options: argparse.Namespace, sender: Sender, stopping: Stopping) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Produce as the command line says, and return the exit code."""
+    """Produce according to the command line, and return the exit code."""
     options = _options(arguments)
     stopping, deliveries = Stopping(), Deliveries()
     started = time.monotonic()
@@ -374,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _summary(deliveries: Deliveries, topic: str, seconds: float) -> int:
-    """Print what became of the events; return 1 if some are missing, otherwise 0."""
+    """Print the outcomes of the events; return 1 if some were not acknowledged, otherwise 0."""
     print(
         f"{deliveries.acknowledged} events acknowledged by {topic} in {seconds:.1f} s "
         f"({deliveries.acknowledged / seconds:,.0f} events/s)"
@@ -385,7 +384,7 @@ def _summary(deliveries: Deliveries, topic: str, seconds: float) -> int:
 
 
 def _generated_chunks(options: argparse.Namespace, round_number: int) -> Iterator[pd.DataFrame]:
-    """Yield the generated events of a round; the first n of a seed are the same for every n."""
+    """Yield a round's generated events; the first n for a seed don't depend on their number."""
     for first in range(0, options.events, CHUNK):
         chunk = generate_events(
             CHUNK,
@@ -404,7 +403,7 @@ def _file_chunks(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
 
 
 def _pace(rate: float | None, stopping: Stopping) -> Callable[[], None]:
-    """Return a function to call before each event, that waits so long that the rate is kept."""
+    """Return a function to call before each event that waits to keep to the rate."""
     started = time.monotonic()
     sent = 0
 
@@ -419,7 +418,7 @@ def _pace(rate: float | None, stopping: Stopping) -> Callable[[], None]:
 
 
 def _positive(kind: type) -> Callable[[str], float]:
-    """Return a converter for argparse that takes numbers above 0."""
+    """Return a converter for argparse that accepts only numbers above 0."""
 
     def number(text: str) -> float:
         value = kind(text)

@@ -1,19 +1,20 @@
-"""Send a topic's dead letters back to it, each once, with their keys.
+"""Send a topic's dead letters back to it, each exactly once, with their keys.
 
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T --repair mend.py:mend
 
-A repair function takes a record's bytes (or None) and returns what is to be sent instead; None for
-a record that it can't mend, which stays a dead letter for good. It is called twice for each record:
-first for all of them, so that nothing is sent if it fails for one.
+A repair function takes a record's bytes (or None) and returns the bytes to send instead, or None if
+it can't repair the record, which then stays a dead letter for good. The function is called twice
+for each record: first for all records, so that nothing is sent if it fails for one.
 
-What is sent back, and that it was, becomes visible in one Kafka transaction, so a program that dies
-in between has sent nothing; a stream that reads with isolation.level=read_committed never sees a
-record twice. The same record may be among the dead letters twice, if its batch was done again:
-their headers tell. A letter that can't be sent back stays where it is, and stops no other.
+The records and the progress are committed together, in Kafka transactions of up to 1,000 letters:
+if the program dies before a commit, nothing of that transaction is sent, and a stream with
+isolation.level=read_committed never sees a record twice. If a batch was retried, its dead letters
+may have duplicates, which are recognized by their headers and not sent. A letter that can't be sent
+back is left where it is, and doesn't stop the others.
 
-How far the letters are treated is kept in the compacted topic T.dead-letter.replayed, because Kafka
-forgets the offsets of a consumer group after some days without members.
+The progress is kept in the compacted topic T.dead-letter.replayed, because Kafka expires the
+offsets of a consumer group after some days without members.
 """
 
 from __future__ import annotations
@@ -48,33 +49,33 @@ from helpers.sinks import DEAD_LETTERS
 
 Repair = Callable[[bytes | None], bytes | None]
 Place = tuple[int, int]  # of a dead letter: its partition and its offset
-Source = tuple[str, str, int, int]  # of a record: topic, the topic's id, partition and offset
+Source = tuple[str, str, int, int]  # of a record: topic, topic id, partition and offset
 
-REPLAYED = ".replayed"  # what the name of the topic that keeps how far they are treated ends in
+REPLAYED = ".replayed"  # suffix of the name of the topic that keeps the progress
 CONNECT_SECONDS = 10
-SILENT_SECONDS = 15  # how long the dead letters may take to be read, from one to the next
-DEFAULT_LIMIT = 1_048_588  # Kafka's max.message.bytes, where it doesn't tell
-RECORD_OVERHEAD = 500  # what Kafka adds to a record, at most
+SILENT_SECONDS = 15  # the longest wait for the next dead letters
+DEFAULT_LIMIT = 1_048_588  # Kafka's default max.message.bytes, if the topic's is unknown
+RECORD_OVERHEAD = 500  # the most that Kafka adds to a record
 LETTERS_PER_TRANSACTION = 1_000
 BYTES_PER_TRANSACTION = 16_000_000
 
 
 class ReplayError(RuntimeError):
-    """Why nothing more is sent back, and what helps."""
+    """Nothing more is sent back; the message says why and what to do."""
 
 
 @dataclass
 class Letters:
-    """The places of the dead letters that no earlier run has treated; their bytes stay in Kafka.
+    """The places of the dead letters not handled by an earlier run; their bytes stay in Kafka.
 
     Attributes
     ----------
     new : dict
-        Which record each was, in the order of their offsets.
+        The source record of each letter, in the order of offsets.
     originals : set
-        Those to be sent back. The others are copies, or left.
+        The letters to send back. The others are copies, or are left where they are.
     left : dict of str to list
-        Those that are left where they are, by the reason.
+        The letters that are left where they are, by reason.
     """
 
     new: dict[Place, Source | None] = field(default_factory=dict)
@@ -87,7 +88,7 @@ class Letters:
 
 
 def source_of(letter: ConsumerRecord) -> Source | None:
-    """Return which record a dead letter was, with '' for an unknown id; None if it doesn't say."""
+    """Return a dead letter's source record ('' for an unknown topic id); None if it names none."""
     headers = dict(letter.headers)
     try:
         topic, partition, offset = (headers[name] for name in ("topic", "partition", "offset"))
@@ -103,7 +104,7 @@ def read_records(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord
     Raises
     ------
     ReplayError
-        If they can't be read.
+        If the records can't be read.
     """
     for number in sorted(consumer.partitions_for_topic(topic) or ()):
         partition = TopicPartition(topic, number)
@@ -118,17 +119,17 @@ def read_records(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord
 
 
 def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
-    """Return the dead letters of a topic that no earlier run has treated.
+    """Return a topic's dead letters that no earlier run has handled.
 
     Parameters
     ----------
     consumer : kafka.KafkaConsumer
-        Of the group that notes how far they are treated.
+        A consumer in the group that commits the progress.
     topic : str
-        The topic that they came from; letters that name another one are left.
+        The source topic; letters that name another topic are left.
     topic_id : str
-        Kafka's id of the topic of the dead letters, '' if there are none; what is noted of another
-        one with its name is of other letters.
+        The Kafka id of the dead-letter topic, '' if there is none. Progress recorded for another id
+        refers to other letters.
     """
     letters, seen, empty = Letters(), set(), set()
     treated = treated_up_to(consumer, topic + DEAD_LETTERS, topic_id)
@@ -139,7 +140,7 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
         letters.new[place_of(letter)] = source_of(letter)
         if letter.key is None and letter.value is None:
             empty.add(place_of(letter))
-    # Only now: the first copy of a letter may be in a partition that is read later.
+    # After reading everything, because a handled copy may be in a partition that is read later.
     for place, source in letters.new.items():
         if source is None:
             letters.leave(place, "not a dead letter: no headers that name a record")
@@ -156,13 +157,13 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
 def read_again(
     consumer: KafkaConsumer, topic: str, places: Container[Place]
 ) -> Iterator[ConsumerRecord]:
-    """Yield the dead letters of a topic at some places."""
+    """Yield a topic's dead letters at the given places."""
     letters = read_records(consumer, topic + DEAD_LETTERS)
     return (letter for letter in letters if place_of(letter) in places)
 
 
 def parts(letters: Iterable[ConsumerRecord]) -> Iterator[list[ConsumerRecord]]:
-    """Yield dead letters in parts that are small enough for memory and for a transaction."""
+    """Yield dead letters in parts that fit in memory and in a transaction."""
     part: list[ConsumerRecord] = []
     total = 0
     for letter in letters:
@@ -178,7 +179,7 @@ def parts(letters: Iterable[ConsumerRecord]) -> Iterator[list[ConsumerRecord]]:
 
 
 def treated_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) -> dict[int, int]:
-    """Return how far earlier runs have treated the letters, by their partitions."""
+    """Return the next offset to handle after earlier runs, by partition."""
     if not topic_id:
         return {}
     treated = {}
@@ -194,12 +195,12 @@ def treated_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) ->
 
 
 def create_notes(admin: KafkaAdminClient, letters_topic: str, replicas: int) -> None:
-    """Create the topic that keeps how far the letters are treated, unless it exists.
+    """Create the topic that keeps the progress, unless it exists.
 
     Raises
     ------
     ReplayError
-        If it can't be created.
+        If the topic can't be created.
     """
     name = letters_topic + REPLAYED
     wanted = {
@@ -218,9 +219,9 @@ def create_notes(admin: KafkaAdminClient, letters_topic: str, replicas: int) -> 
 
 
 def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
-    """Return Kafka's id of a topic's dead letters, '' if there are none, and the topic's limit.
+    """Return the id of the dead-letter topic ('' if there is none), and the topic's size limit.
 
-    If there are some, the topic that keeps how far they are treated exists afterwards.
+    If the dead-letter topic exists, the topic that keeps the progress exists afterwards.
     """
     letters_topic, topic_id, limit = topic + DEAD_LETTERS, "", DEFAULT_LIMIT
     topics = admin.list_topics()
@@ -229,7 +230,7 @@ def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
         topic_id = str(description["topic_id"])
         if letters_topic + REPLAYED not in topics:
             create_notes(admin, letters_topic, len(description["partitions"][0]["replica_nodes"]))
-    with contextlib.suppress(KafkaError, KeyError):  # it may not be for this user
+    with contextlib.suppress(KafkaError, KeyError):  # this user may not be authorized
         found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
         limit = int(found["topic"][topic]["max.message.bytes"]["value"])
     return topic_id, limit
@@ -241,9 +242,9 @@ def leave_large_ones(
     values: dict[Place, bytes | None],
     limit: int,
 ) -> None:
-    """Leave the letters of a part whose values a topic won't take, even compressed.
+    """Leave the letters of a part that are too large for a topic, even compressed.
 
-    A transaction with one of these in it would fail as a whole.
+    A single one would make the whole transaction fail.
     """
     for letter in part:
         place = place_of(letter)
@@ -264,23 +265,23 @@ def send_back(
     letters: Sequence[ConsumerRecord],
     values: Mapping[Place, bytes | None],
 ) -> None:
-    """Send what dead letters hold to where they came from, and note that, in one transaction.
+    """Send dead letters back to their topic, and commit the progress, in one transaction.
 
     Parameters
     ----------
     producer : kafka.KafkaProducer
-        Has a transactional id.
+        A producer with a transactional id.
     group : str
-        The consumer group that notes how far the dead letters are treated.
+        The consumer group that commits the progress.
     topic : str
-        Where to.
+        The topic to send to.
     topic_id : str
-        Kafka's id of the topic of the dead letters, which is noted, too.
+        The Kafka id of the dead-letter topic, which is recorded with the progress.
     letters : sequence of kafka.consumer.fetcher.ConsumerRecord
-        Dead letters in the order of their offsets.
+        Dead letters in the order of offsets.
     values : mapping
-        What to send, by the dead letters' partitions and offsets. Copies, and what can't be mended,
-        aren't in it.
+        The values to send, by the dead letters' partitions and offsets. Copies, and letters that
+        can't be repaired, are not included.
     """
     producer.begin_transaction()
     for letter in letters:
@@ -301,17 +302,17 @@ def send_back(
 
 
 def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, int, int, Letters]:
-    """Send dead letters back; return how many were sent, couldn't be mended, and were copies."""
+    """Send dead letters back; return how many were sent, unrepaired and copies, and all of them."""
     topic = options.topic
     group = f"replay-{topic}{DEAD_LETTERS}"
     common = {"bootstrap_timeout_ms": CONNECT_SECONDS * 1000}
     with KafkaAdminClient(**python_settings(settings), **common) as admin:
         topic_id, limit = ask(admin, topic)
-    # Whoever runs this at the same time is cut off here, and what it has begun is undone.
+    # `init_transactions` fences off a concurrent run and aborts its open transaction.
     producer = KafkaProducer(
         **{
             **python_settings(settings, KafkaProducer), **common, "transactional_id": group,
-            # As large as the topic takes it, which is compressed; see `leave_large_ones`.
+            # The topic limits the compressed size; see `leave_large_ones`.
             "acks": "all", "compression_type": "zstd", "max_request_size": 2**30,
         }
     )  # fmt: skip
@@ -342,7 +343,7 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
 
 
 def mend(letters: Iterable[ConsumerRecord], repair: Repair | None) -> dict[Place, bytes | None]:
-    """Return what is to be sent, by the dead letters' partitions and offsets."""
+    """Return the values to send, by the dead letters' partitions and offsets."""
     if repair is None:
         return {place_of(letter): letter.value for letter in letters}
     values = {}
@@ -363,17 +364,17 @@ def mend(letters: Iterable[ConsumerRecord], repair: Repair | None) -> dict[Place
 
 
 def place_of(letter: ConsumerRecord) -> Place:
-    """Return where a dead letter is: its partition and its offset."""
+    """Return a dead letter's partition and offset."""
     return letter.partition, letter.offset
 
 
 def repair_function(text: str) -> Repair:
-    """Return the function that ``file.py:name`` names.
+    """Return the function given as ``file.py:name``.
 
     Raises
     ------
     argparse.ArgumentTypeError
-        If there is no such file, or no such function in it.
+        If the file doesn't exist or has no such function.
     """
     file, _, name = text.rpartition(":")
     if not Path(file).is_file():
@@ -387,7 +388,7 @@ def repair_function(text: str) -> Repair:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Send dead letters back as the command line says, and return the exit code."""
+    """Send dead letters back according to the command line, and return the exit code."""
     options = _options(arguments)
     try:
         check_address(options.bootstrap_servers)

@@ -1,12 +1,12 @@
-r"""Score a Kafka topic into Parquet, each event once: the walkthrough's pipeline as a program.
+r"""Score a Kafka topic into Parquet, each event exactly once: the walkthrough as a program.
 
     python examples/streaming_job.py --engine structured --bootstrap-servers 127.0.0.1:9092 \
         --topic Machine_Learning --output scored --checkpoint checkpoint
 
-runs until it gets SIGTERM or Ctrl-C, finishes its batch, and ends with exit code 0; with
-`--available-now` it scores what is there and ends. `spark-submit examples/streaming_job.py ...`
-takes the settings of its Spark from spark-submit. Started again, it goes on where the output ends.
-`helpers.sinks.read_scored` reads the output.
+runs until SIGTERM or Ctrl-C, finishes its batch, and exits with code 0. With `--available-now`, it
+scores the available records and exits. `spark-submit examples/streaming_job.py ...` takes Spark's
+settings from spark-submit. A restarted job resumes from the end of the output. Read the output with
+`helpers.sinks.read_scored`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from helpers.streaming import (
 )
 from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
-# What a batch may have: enough to be fast, few enough to be done in seconds. spark-submit's own
-# spark.streaming.kafka.maxRatePerPartition, for DStreams, wins.
+# Limits on a batch: large enough for high throughput, small enough to finish within seconds. For
+# DStreams, spark.streaming.kafka.maxRatePerPartition from spark-submit overrides this.
 RECORDS_PER_BATCH = 100_000
 RECORDS_PER_PARTITION_AND_SECOND = 10_000
 
@@ -55,15 +55,15 @@ class Job:
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
-        The session that it runs in.
+        The session.
     options : argparse.Namespace
-        What was asked for on the command line.
+        The command-line options.
     sink : ParquetSink
-        Where the scored events go; it is open.
+        An open sink for the scored events.
     score : callable
-        From a batch's records to scored events.
+        Converts a batch's records to scored events.
     stopping : threading.Event
-        Set when the job is to end.
+        Set when the job must stop.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Job:
         self._score, self._settings = score, kafka_settings(options)
 
     def run_dstream(self) -> None:
-        """Score with a DStream: the sink says where it begins, so it needs no checkpoint."""
+        """Score with a DStream, which resumes from the sink's offsets and needs no checkpoint."""
         ssc = new_streaming_context(self._spark, self._options.interval)
         stream = KafkaUtils.createDirectStream(
             ssc, [self._options.topic], self._settings, positions=self._positions()
@@ -89,13 +89,13 @@ class Job:
         def is_over() -> bool:
             if self._stopping.is_set() or not self._options.available_now:
                 return self._stopping.is_set()
-            # Offsets that are deleted meanwhile are never done, but don't lag behind either.
+            # Offsets that Kafka deletes meanwhile are never done, but don't add to the lag either.
             return scoring.offsets_done >= backlog or stream.lag() == 0
 
         run_stream(ssc, until=is_over, timeout=math.inf)
 
     def run_structured(self) -> None:
-        """Score with Structured Streaming: Spark keeps in the checkpoint where it is."""
+        """Score with Structured Streaming, which keeps its progress in the checkpoint."""
         positions, monitor = self._positions(), Monitor()
         query = KafkaQuery(
             self._spark, [self._options.topic], self._settings, self._options.checkpoint,
@@ -115,12 +115,12 @@ class Job:
             query.run(until=self._stopping.is_set, interval=interval)
 
     def _positions(self) -> dict[TopicAndPartition, int]:
-        """Return where the output ends, and so where a stream resumes."""
+        """Return the offsets at which the output ends, and from which a stream resumes."""
         return self._sink.positions(topic_ids(self._spark, [self._options.topic], self._settings))
 
 
 def score_with_file(file: ModelFile) -> Score:
-    """Return what scores records with a serving model; each batch with the version in the file."""
+    """Return a function that scores each batch with the serving model that is in the file then."""
 
     def score(records: DataFrame) -> DataFrame:
         serving = file.current()
@@ -130,7 +130,7 @@ def score_with_file(file: ModelFile) -> Score:
 
 
 def score_as_walkthrough() -> Score:
-    """Return what scores records with the walkthrough's random network."""
+    """Return a function that scores records with the walkthrough's random network."""
     model = normalized_network(build_model())
     predictor = ModelPredictor(keras_model=model, features_col="event")
     label_indexer = LabelIndexTransformer(output_dim=2)
@@ -142,7 +142,7 @@ def score_as_walkthrough() -> Score:
 
 
 def kafka_settings(options: argparse.Namespace) -> dict[str, str]:
-    """Return the settings of Kafka's clients.
+    """Return the settings for Kafka clients.
 
     Examples
     --------
@@ -153,7 +153,7 @@ def kafka_settings(options: argparse.Namespace) -> dict[str, str]:
      'bootstrap.servers': 'h:9092'}
     """
     return {
-        # What a producer has taken back, such as a replay that was interrupted, is not scored.
+        # Records of an aborted transaction, such as an interrupted replay, are not scored.
         "auto.offset.reset": "earliest", "isolation.level": "read_committed",
         **options.kafka_config, **dict(options.kafka_option),
         "bootstrap.servers": options.bootstrap_servers,
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, stopping: threading.Event) -> None:
-    """Start Spark, and score until the job is told to stop or has nothing left to do."""
+    """Start Spark, and score until the job must stop or has nothing left to do."""
     score, event_id, signal_index = score_as_walkthrough(), EVENT_ID, 0
     if options.model:
         file = ModelFile(options.model)
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
         signal_index = contract.signal_index
     rate = {"spark.streaming.kafka.maxRatePerPartition": RECORDS_PER_PARTITION_AND_SECOND}
     spark = get_spark("Streaming job", config=rate)
-    stop_at_signals(stopping)  # once more, for PySpark has its own reaction to Ctrl-C
+    stop_at_signals(stopping)  # again, because PySpark installs its own handler for Ctrl-C
     try:
         settings = kafka_settings(options)
         if options.on_bad_record == "dead-letter":
@@ -201,19 +201,19 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
 
 
 def stop_at_signals(stopping: threading.Event) -> None:
-    """Have SIGTERM and Ctrl-C ask the job to stop, instead of ending it in the middle."""
+    """Make SIGTERM and Ctrl-C request a stop after the current batch."""
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: stopping.set())
 
 
 def fail(reason: str) -> int:
-    """Say why the job ends, and return the exit code for that."""
+    """Print why the job fails, and return its exit code."""
     print(f"streaming_job.py: {reason}", file=sys.stderr)
     return 1
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Return the options; ends the program with a sentence where they are wrong."""
+    """Return the options; exit with an error message if they are invalid."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

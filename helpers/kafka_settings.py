@@ -1,4 +1,4 @@
-"""The settings of Kafka's clients, by Kafka's names: where they come from, and which are secret.
+"""Settings for Kafka clients, by Kafka's names: read them, and know which are secret.
 
 Programs read them from a file, because every user of a machine can see its command lines.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 _LOGGER = logging.getLogger(__name__)
 
-# The settings whose values are nobody else's business: all that Kafka calls passwords, and more.
+# Settings whose values must stay secret: everything that Kafka calls a password, and more.
 SECRET_SETTINGS = r"passw|passphrase|jaas|secret|token|private\.key|keystore\.key"
 _SECRET = re.compile(SECRET_SETTINGS, re.IGNORECASE)
 
@@ -21,7 +21,7 @@ _BLANKS = " \t\f"  # in a properties file
 
 
 def is_secret(name: str) -> bool:
-    """Tell whether the value of a setting of Kafka's is nobody else's business.
+    """Return whether the value of a Kafka setting is secret.
 
     Examples
     --------
@@ -31,7 +31,7 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 def check_address(bootstrap_servers: str) -> None:
-    """Raise `ValueError` unless the text is ``host:port``, or several of them with commas between.
+    """Raise `ValueError` unless the text is a comma-separated list of ``host:port``.
 
     Examples
     --------
@@ -48,24 +48,24 @@ def check_address(bootstrap_servers: str) -> None:
 
 
 def read_config(path: str | Path) -> dict[str, str]:
-    r"""Return the settings in a file of Kafka's properties format, as its own tools read it.
+    r"""Return the settings in a properties file, as Kafka's tools read it.
 
     Parameters
     ----------
     path : str or pathlib.Path
-        The file, which `java.util.Properties` would read in the same way: comments, continued
-        lines, ``\uXXXX``, in Latin-1.
+        The file. As with `java.util.Properties`, it may have comments, continued lines and
+        ``\uXXXX``, and its encoding is Latin-1.
 
     Raises
     ------
     OSError
         If the file can't be read.
     ValueError
-        If it has a ``\u`` without four hexadecimal digits.
+        If the file has a ``\u`` without four hexadecimal digits.
 
     Warns
     -----
-    A warning in the log says so if others can read the secrets in it.
+    A warning is logged if other users can read the secrets in the file.
 
     Examples
     --------
@@ -85,12 +85,12 @@ def read_config(path: str | Path) -> dict[str, str]:
 
 
 def config_option(text: str) -> dict[str, str]:
-    """Return the settings in the file that a program's ``--kafka-config`` names.
+    """Return the settings in the file given as a program's ``--kafka-config``.
 
     Raises
     ------
     argparse.ArgumentTypeError
-        If it can't be read.
+        If the file can't be read.
     """
     try:
         return read_config(text)
@@ -101,7 +101,7 @@ def config_option(text: str) -> dict[str, str]:
 
 
 def setting_option(text: str) -> tuple[str, str]:
-    """Return name and value of a program's ``--kafka-option``.
+    """Return the name and value given as a program's ``--kafka-option``.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def setting_option(text: str) -> tuple[str, str]:
 
 
 def _properties(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the names and values in the text of a properties file."""
+    """Yield the names and values in a properties file's text."""
     lines = iter(re.split(r"\r\n|\r|\n", text))
     for line in lines:
         logical = line.lstrip(_BLANKS)
@@ -140,7 +140,7 @@ def _properties(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _unescaped(text: str) -> str:
-    """Return a name or value of a properties file without the backslashes in it."""
+    """Return a name or value from a properties file with its backslash escapes resolved."""
 
     def character(found: re.Match) -> str:
         escaped = found[1]
@@ -151,5 +151,5 @@ def _unescaped(text: str) -> str:
         return {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}.get(escaped, escaped)
 
     plain = re.sub(r"\\(u[0-9a-fA-F]{4}|.)", character, text, flags=re.DOTALL)
-    # Java's strings are UTF-16, where characters such as emoji are written as two.
+    # Java's strings are UTF-16, in which a character such as an emoji is two escapes.
     return plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")

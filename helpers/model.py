@@ -1,4 +1,4 @@
-"""The network of the walkthrough: built, sent to workers as bytes, and called."""
+"""The network of the walkthrough: build it, send it to workers as bytes, and call it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ FEATURE_COUNT = 30
 
 CLASS_COUNT = 2
 
-# How many of the events a network of random weights calls class 0 is an accident of its weights,
-# anything from none to all. With this seed it is about half of them, so there is something to see.
+# With random weights, the fraction of events that the network assigns to class 0 is arbitrary,
+# anything from none to all. With this seed it is about half, so there is something to see.
 SEED = 39
 
 
 def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.Model:
     """Return the original notebook's network with random weights: 30-500-1000-500-2.
 
-    Dense layers with relu, dropout of 0.4 after the first two, softmax at the end: 1,018,002
+    Dense layers with ReLU, dropout of 0.4 after the first two, softmax at the end: 1,018,002
     parameters. The same seed gives the same weights.
 
     Parameters
@@ -38,8 +38,8 @@ def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.M
 
     References
     ----------
-    The layers are those of the notebook "Kafka and Spark High Throughput Deep Learning Production
-    Pipeline" of Distributed Keras (CERN, 2016), https://github.com/cerndb/dist-keras.
+    The layers are those of the Distributed Keras notebook "Kafka and Spark High Throughput Deep
+    Learning Production Pipeline" (CERN, 2016), https://github.com/cerndb/dist-keras.
 
     Examples
     --------
@@ -62,15 +62,15 @@ def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.M
 
 
 def normalized_network(network: keras.Model) -> keras.Model:
-    """Return a network that scales the features of each event to length 1 itself.
+    """Return a network that first scales the features of each event to length 1.
 
-    Its first layer computes what Spark ML's `Normalizer` with ``p=2`` computes, so no stage before
-    it has to.
+    Its first layer computes the same as Spark ML's `Normalizer` with ``p=2``, so the pipeline needs
+    no such stage.
 
     Parameters
     ----------
     network : keras.Model
-        Takes features of length 1.
+        A network that takes features of length 1.
 
     Examples
     --------
@@ -105,12 +105,12 @@ def model_to_bytes(model: keras.Model) -> bytes:
 
 
 def model_from_bytes(content: bytes) -> keras.Model:
-    """Return the model that `model_to_bytes` made bytes of. No code in it runs (Keras' safe mode).
+    """Return the model that `model_to_bytes` serialized. Keras' safe mode runs no code from it.
 
     Raises
     ------
     ValueError
-        If the bytes are no Keras model.
+        If the bytes are not a Keras model.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
@@ -119,10 +119,10 @@ def model_from_bytes(content: bytes) -> keras.Model:
 
 
 def compiled_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a model's fastest way from features to probabilities, compiled once for all sizes.
+    """Return a model's fastest prediction function, compiled once for all batch sizes.
 
-    `keras.Model.predict` sets up a data pipeline on each call and compiles again for each new size
-    of the last batch; a stream calls with thousands of batches of all sizes.
+    `keras.Model.predict` sets up a data pipeline on each call and recompiles for each new size of
+    the last batch, while a stream makes thousands of calls with batches of all sizes.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def compiled_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     import tensorflow
 
     signature = tensorflow.TensorSpec([None, *model.input_shape[1:]], tensorflow.float32)
-    # autograph rewrites Python's control flow; there is none here, and it leaves files behind.
+    # AutoGraph rewrites Python control flow; there is none here, and it leaves files behind.
     graph = tensorflow.function(
         lambda features: model(features, training=False),
         input_signature=[signature],

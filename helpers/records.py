@@ -1,20 +1,19 @@
-"""What a good record is, and the way from a record's bytes to an event.
+"""Parse the bytes of Kafka records into events, and report bad records.
 
-A good record is
+A good record
 
-- one JSON object in UTF-8, as RFC 8259 defines it: no NaN, no Infinity, nothing after the object;
-- with each of its names once, and no number beyond the range of 64-bit floats;
-- with ``EventId`` as an integer of 64 bits (100000, not 100000.0 or "100000");
-- with each of the 30 features as a number that a network can take, within the range of 32-bit
-  floats; where the schema has an integer (``PRI_jet_num``), it is whole and fits (2 or 2.0, not
-  2.5).
+- is one JSON object in UTF-8, as in RFC 8259: no NaN, no Infinity, nothing after the object;
+- has no duplicate names, and no number beyond the range of 64-bit floats;
+- has ``EventId`` as a 64-bit integer (100000, not 100000.0 or "100000");
+- has each of the 30 features as a number within the range of 32-bit floats; where the schema has an
+  integer (``PRI_jet_num``), the number is whole and fits (2 or 2.0, not 2.5).
 
-Other fields are ignored. Whatever else arrives is a bad record: it is not scored, and it does not
-stop the stream. `parse_events` gives the reason for each, and `keep_bad_records` keeps it with its
-place in Kafka. `json_to_dataframe_row`, which parses one record, refuses the same ones.
+Other fields are ignored. Every other record is bad: it is not scored, and does not stop the stream.
+`parse_events` gives the reason, and `keep_bad_records` keeps the record with its topic, partition
+and offset. `json_to_dataframe_row` parses a single record and rejects the same ones.
 
-For events of your own, give another schema: its first column is the integer that identifies an
-event, the others are its features.
+For your own events, pass another schema: the first column is the integer that identifies an event,
+the others are its features.
 """
 
 from __future__ import annotations
@@ -37,47 +36,47 @@ from pyspark.sql.types import ArrayType, DoubleType, LongType, StringType, Struc
 
 from helpers.higgs import SCHEMA
 
-# How long Spark may take to hand over an action's counts. They are there by then, or never.
+# How long to wait for an action's counts; after this time they never arrive.
 COUNTS_SECONDS = 10
 
-MODEL_VERSION = "model_version"  # the column that says which serving model scored an event
+MODEL_VERSION = "model_version"  # the column with the version of the model that scored an event
 
 _DENSE = 1  # how VectorUDT marks a dense vector
-_NUMBERS = frozenset((int, float))  # not bool, which Python holds for an int
+_NUMBERS = frozenset((int, float))  # not bool, which Python treats as an int
 _LARGEST = float(np.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
-_QUOTED = 40  # characters of a bad record that its reason quotes
-# How many names of unused fields an Arrow batch reports, and how much of each: they come from
-# outside, and go to the driver.
+_QUOTED = 40  # maximum number of characters that a reason quotes from a bad record
+# Limits on the number and length of the unused field names that an Arrow batch reports to the
+# driver, because they come from outside.
 _NAMES_TOLD = 20
 _NAME_LENGTH = 100
 
 
 class BadRecordError(ValueError):
-    """The record is no event; the message is the reason."""
+    """The record is not an event; the message is the reason."""
 
 
 def json_to_dataframe_row(text: str | bytes, schema: StructType = SCHEMA) -> Row:
-    """Return the event of one record as a row, its columns in the schema's order.
+    """Return the event in a record as a row, with its columns in the schema's order.
 
-    Before Spark 3, ``Row(**event)`` sorted the columns by name; here the schema decides.
+    Before Spark 3, ``Row(**event)`` sorted the columns by name; here the schema sets the order.
 
     Parameters
     ----------
     text : str or bytes
         The record's value.
     schema : pyspark.sql.types.StructType
-        The id of an event, and its features.
+        The event's id, then its features.
 
     Returns
     -------
     pyspark.sql.Row
-        Integers where the schema has integers, otherwise floats.
+        Integers where the schema has integers, floats elsewhere.
 
     Raises
     ------
     BadRecordError
-        If it is no good record, as this module's text defines it.
+        If the record is bad, as defined at the top of this module.
 
     Examples
     --------
@@ -87,32 +86,32 @@ def json_to_dataframe_row(text: str | bytes, schema: StructType = SCHEMA) -> Row
     helpers.records.BadRecordError: DER_mass_MMC is missing
     """
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    # Writing a schema as JSON takes longer than reading an event.
+    # Serializing a schema to JSON takes longer than parsing an event.
     parser = _higgs_parser() if schema is SCHEMA else _parser(schema.json())
     return parser.row(content)
 
 
 def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
-    """Add the column `event`: what each Kafka record holds, or why it is a bad one.
+    """Add the column `event`: the event in each Kafka record, or the reason why it is bad.
 
-    The event stays one column until it is scored, so that parsing, scaling and the network run in
-    one pass through Python: fields that are taken out of it before would go back to Java first.
+    The event stays a single column until it is scored, so that parsing, scaling and the network run
+    in one pass through Python. Extracting fields earlier would send them back to Java first.
 
     Parameters
     ----------
     records : pyspark.sql.DataFrame
-        Has the binary column ``value``, as Spark's Kafka source does.
+        Records with the binary column ``value``, as Spark's Kafka source returns them.
     schema : pyspark.sql.types.StructType
-        The id of an event, and its features.
+        The event's id, then its features.
 
     Returns
     -------
     pyspark.sql.DataFrame
-        With ``event``, a struct of the id, of ``features`` (an array of floats in the schema's
-        order), of ``reason`` (null for a good record; otherwise the id and the features are null),
-        and of ``unused``, names that the record has and the schema doesn't. To be short, each Arrow
-        batch tells a name once, up to 100 characters of it, and no more than 20 names. The column's
-        metadata names the features.
+        The records with ``event``, a struct of the id; ``features`` (an array of floats in the
+        schema's order); ``reason`` (null for a good record; otherwise the id and the features are
+        null); and ``unused``, the names of fields that are not in the schema. Each Arrow batch
+        reports a name only once, truncated to 100 characters, and no more than 20 names. The
+        column's metadata names the features.
 
     Examples
     --------
@@ -129,14 +128,14 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
 
 
 def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
-    """Return rows of `json_to_dataframe_row` as the column `event` that `parse_events` makes.
+    """Convert rows from `json_to_dataframe_row` to the column `event` that `parse_events` adds.
 
     Parameters
     ----------
     rows : pyspark.sql.DataFrame
-        Has the schema's columns.
+        Rows with the schema's columns.
     schema : pyspark.sql.types.StructType
-        The id of an event, and its features.
+        The event's id, then its features.
 
     Examples
     --------
@@ -154,19 +153,19 @@ def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
 
 
 def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
-    """Return the events of Kafka records as a table: a column for the id and for each feature.
+    """Return the events in Kafka records as a table with a column per feature, and the id.
 
     Parameters
     ----------
     records : pyspark.sql.DataFrame
-        Has the binary column ``value``.
+        Records with the binary column ``value``.
     schema : pyspark.sql.types.StructType
-        The id of an event, and its features.
+        The event's id, then its features.
 
     Returns
     -------
     pyspark.sql.DataFrame
-        The schema's columns. A bad record is a row of nulls.
+        The schema's columns. A bad record becomes a row of nulls.
 
     Examples
     --------
@@ -183,26 +182,26 @@ def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
 
 
 def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
-    """Return scored records with the columns that a sink takes.
+    """Return scored records with the columns that a sink expects.
 
     Parameters
     ----------
     scored : pyspark.sql.DataFrame
-        Has the columns of Spark's Kafka source, and one of events as `parse_events` makes it and
-        `helpers.transformers.ModelPredictor` leaves it.
+        Records with the columns of Spark's Kafka source, and a column of events as returned by
+        `parse_events` and then `helpers.transformers.ModelPredictor`.
     event_col : str
-        The column of events.
+        The name of the event column.
 
     Returns
     -------
     pyspark.sql.DataFrame
-        Instead of the column of events its id, and
+        The event column is replaced by the event's id and
 
-        - ``topic``, ``partition``, ``offset``, ``timestamp``: the record's place and time in Kafka;
-        - ``bad``: null for a good record, otherwise a struct of ``key``, ``value``, ``reason``;
-        - ``unused``: names of fields that the record has and the schema doesn't, or null.
+        - ``topic``, ``partition``, ``offset``, ``timestamp`` of the record in Kafka;
+        - ``bad``: null for a good record, otherwise a struct of ``key``, ``value`` and ``reason``;
+        - ``unused``: names of fields that are not in the schema, or null.
 
-        All other columns stay, such as the prediction.
+        All other columns, such as the prediction, are kept.
 
     Examples
     --------
@@ -225,12 +224,12 @@ def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
 
 
 def observed(counts: Observation) -> dict[str, Any] | None:
-    """Return what an action has counted; None if it hasn't, for `get` alone would wait for ever.
+    """Return the metrics of an action; None if there are none, where `get` would block forever.
 
     Parameters
     ----------
     counts : pyspark.sql.Observation
-        What was given to `observe` of a DataFrame.
+        The observation that was passed to `DataFrame.observe`.
 
     Examples
     --------
@@ -271,9 +270,9 @@ def list_array(rows: np.ndarray, missing: np.ndarray) -> pyarrow.ListArray:
     Parameters
     ----------
     rows : numpy.ndarray
-        Shape (rows that are there, width).
+        Shape (rows that are not null, width).
     missing : numpy.ndarray
-        Shape (all rows), bool: which rows are null in the result.
+        Shape (all rows,), bool: which rows are null in the result.
 
     Examples
     --------
@@ -294,7 +293,7 @@ def matrix_of(lists: pyarrow.ListArray, width: int) -> np.ndarray:
     lists : pyarrow.ListArray
         Lists of numbers.
     width : int
-        How many numbers each must have.
+        Required length of each list.
 
     Returns
     -------
@@ -321,8 +320,8 @@ def matrix_of(lists: pyarrow.ListArray, width: int) -> np.ndarray:
 def vector_entries(vector: Column) -> Column:
     """Return a vector column as an array column, null where the vector is null.
 
-    The entries of a dense vector are at hand; Spark's `vector_to_array` would put each into an
-    object, and refuses null.
+    The entries of a dense vector are read directly. Spark's `vector_to_array` would box each of
+    them, and fails on null.
 
     Parameters
     ----------
@@ -342,13 +341,13 @@ def vector_entries(vector: Column) -> Column:
 
 
 def printable(text: str) -> str:
-    r"""Return a text that came from outside as a log or a page may show it, on one line.
+    r"""Return text from outside on one line, safe to show in a log or on a page.
 
     Parameters
     ----------
     text : str
-        Whatever a record has: control characters, line breaks, marks that turn the direction of
-        writing, and halves of characters are escaped.
+        Any text. Control characters, line breaks, bidirectional control characters and lone
+        surrogates are escaped.
 
     Examples
     --------
@@ -363,19 +362,19 @@ def printable(text: str) -> str:
 
 
 def _metadata(schema: StructType) -> dict[str, list[str]]:
-    """Return what a column of events says of itself: the names of its features, in their order."""
+    """Return the metadata of an event column: the names of its features, in order."""
     return {"features": schema.names[1:]}
 
 
 class _Event(NamedTuple):
-    """A good record's content: the id and the features in order, and the names without use."""
+    """A good record's content: the id and the features in order, and the unused names."""
 
     numbers: Sequence[float]
     unused: list[str]
 
 
 class _Parser:
-    """Parses the records of one schema; what is good is decided in `event`."""
+    """Parses the records of one schema; `event` decides which are good."""
 
     def __init__(self, schema: StructType) -> None:
         self._names = schema.names
@@ -384,17 +383,17 @@ class _Parser:
         self._whole_numbers = [(i, b) for i, b in enumerate(bits) if b]
         self._row = Row(*schema.names)
         self._numbers_of = operator.itemgetter(*schema.names)
-        # The id as an integer, for a float has only 53 bits for it; the features as floats.
+        # The id as an integer, because a float has only 53 bits for it; the features as floats.
         self._packed = struct.Struct(f"<q{len(schema.names) - 1}d")
 
     def row(self, value: bytes) -> Row:
-        """Return a record's event as a row; raises `BadRecordError`."""
+        """Return a record's event as a row, or raise `BadRecordError`."""
         numbers = self.event(value).numbers
         kinds = [int if bits else float for bits in self._bits.values()]
         return self._row(*(kind(number) for kind, number in zip(kinds, numbers, strict=True)))
 
     def event(self, value: bytes | None) -> _Event:
-        """Return a record's event; raises `BadRecordError` with the first reason that is found."""
+        """Return a record's event, or raise `BadRecordError` with the first reason found."""
         event = _json_object(value)
         for name in self._names:
             if name not in event:
@@ -444,10 +443,10 @@ class _Parser:
         return None
 
     def _numbers_at_a_glance(self, value: bytes | None) -> Sequence[float] | None:
-        """Return a record's numbers where it is surely good, otherwise None: `event` decides then.
+        """Return the numbers of a record that is certainly good; otherwise None: `event` decides.
 
-        Where all fields are numbers, text is only in the names; and where there are as many colons
-        as fields, no name comes twice.
+        If all fields are numbers, only names contain text; if there are then as many colons as
+        fields, no name is duplicated.
         """
         try:
             event = orjson.loads(value)
@@ -470,10 +469,10 @@ class _Parser:
         unused: list[list[str] | None],
         values: pyarrow.BinaryArray,
     ) -> pyarrow.StructArray:
-        """Return a packed table of ids and features, with its reasons, as an array of structs."""
+        """Return a packed table of ids and features, with the reasons, as an array of structs."""
         ids = np.frombuffer(table, dtype="<i8").reshape(len(reasons), -1)[:, 0]
         features = np.frombuffer(table, dtype="<f8").reshape(len(reasons), -1)[:, 1:]
-        # All events at once, for a look at each number of each event would take as long as parsing.
+        # All events at once, because checking each number separately takes as long as parsing.
         for index in np.flatnonzero((np.abs(features) > _LARGEST).any(axis=1)):
             reasons[index] = self._reason(values[index].as_py())
         bad = np.array([reason is not None for reason in reasons], dtype=bool)
@@ -493,12 +492,12 @@ def _higgs_parser() -> _Parser:
 
 @functools.lru_cache(maxsize=8)
 def _parser(schema_json: str) -> _Parser:
-    """Return the parser of a schema; there is one, for making it takes longer than an event."""
+    """Return the parser of a schema, cached because creating it takes longer than an event."""
     return _Parser(StructType.fromJson(json.loads(schema_json)))
 
 
 def _json_object(value: bytes | None) -> Mapping[str, Any]:
-    """Return the JSON object that a record's bytes are; raises `BadRecordError`."""
+    """Return the JSON object in a record's bytes, or raise `BadRecordError`."""
     if value is None:
         raise BadRecordError("it has no value (a tombstone)")
     try:
@@ -513,7 +512,7 @@ def _json_object(value: bytes | None) -> Mapping[str, Any]:
 
 
 def _check_names_differ(value: bytes) -> None:
-    """Raise `BadRecordError` where an object has a name twice, of which orjson takes the last."""
+    """Raise `BadRecordError` if an object has duplicate names, of which orjson keeps the last."""
     try:
         pairs = json.loads(value.decode(), object_pairs_hook=list, parse_int=str, parse_float=str)
     except RecursionError:
@@ -526,13 +525,13 @@ def _check_names_differ(value: bytes) -> None:
 
 
 def _is_whole(number: float, bits: int) -> bool:
-    """Tell whether a number is whole and fits an integer of so many bits."""
+    """Return whether a number is whole and fits an integer of `bits` bits."""
     limit = 2 ** (bits - 1)
     return number % 1 == 0 and -limit <= number < limit
 
 
 def _quoted(value: object) -> str:
-    """Return a JSON value as a short text."""
+    """Return a JSON value as short text."""
     if isinstance(value, list | dict):
         return "an array" if isinstance(value, list) else "an object"
     text = printable(orjson.dumps(value).decode())

@@ -1,11 +1,11 @@
-"""From a stream to a sink: the one place that joins a source, a function, a sink and a monitor.
+"""Score a stream into a sink: the one place that joins source, function, sink and monitor.
 
     with ParquetSink(spark, path, signal_index=0) as sink:
         score_stream(stream, process_instances, sink, monitor)
         run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
 
-The function takes a DataFrame of Kafka records and returns a DataFrame of scored events. All else
-is done here, in the same way for a DStream and for a Structured Streaming query.
+The function takes a DataFrame of Kafka records and returns a DataFrame of scored events. This
+module does everything else, in the same way for DStreams and Structured Streaming.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ Score = Callable[[DataFrame], DataFrame]
 
 
 class Source(Protocol):
-    """Where batches come from: a `KafkaDirectStream` or a `KafkaQuery`."""
+    """A source of batches: a `KafkaDirectStream` or a `KafkaQuery`."""
 
     def for_each_planned_batch(self, function: Callable[[PlannedBatch], None]) -> None:
-        """Call a function with each batch."""
+        """Call a function for each batch."""
 
     def topic_ids(self) -> Mapping[str, str]:
-        """Ask Kafka for the ids of the topics now, by their names."""
+        """Return the current Kafka ids of the topics, by topic name."""
 
     def positions(self) -> Mapping[TopicAndPartition, int]:
         """Return where the next batch begins in each partition."""
 
     def lag_after(self, batch_id: int) -> int:
-        """Return how many offsets are left when a batch is done."""
+        """Return how many offsets are left after a batch."""
 
 
 class Scoring:
-    """What `score_stream` has set up.
+    """A stream's scoring, as set up by `score_stream`.
 
     Attributes
     ----------
     offsets_done : int
-        How many offsets its batches had so far; they are all in the sink.
+        The number of offsets in its batches so far, all of which are in the sink.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Scoring:
         self.offsets_done = 0
 
     def process(self, batch: PlannedBatch) -> None:
-        """Score, store and count a batch, unless it is stored already; the stream calls this."""
+        """Score, store and count a batch, unless it is already stored; the stream calls this."""
         if self._sink.left(batch.ranges):
             self._process(batch)
         self.offsets_done += sum(part.count() for part in batch.ranges)
@@ -79,30 +79,31 @@ class Scoring:
 def score_stream(
     source: Source, score: Score, sink: ParquetSink, monitor: Monitor | None = None
 ) -> Scoring:
-    """Score the batches of a stream into a sink, each event once, when the stream runs.
+    """Score a stream's batches into a sink, each event exactly once, when the stream runs.
 
     Parameters
     ----------
     source : Source
-        A `KafkaDirectStream` or a `KafkaQuery`, which doesn't run yet.
+        A `KafkaDirectStream` or a `KafkaQuery` that is not running yet.
     score : callable
-        Takes a DataFrame with the columns of Spark's Kafka source. Returns it with the column
-        ``event`` of `helpers.records.parse_events`, with ``prediction`` (a vector of two) and with
-        ``predicted_index``; all in one pass, because each Spark action would score anew.
+        Takes a DataFrame with the columns of Spark's Kafka source. Returns it with the columns
+        ``event`` from `helpers.records.parse_events`, ``prediction`` (a vector of two) and
+        ``predicted_index``. It must not trigger a Spark action, because each action scores the
+        batch again.
     sink : ParquetSink
-        Where the scored events go; it is open.
+        An open sink for the scored events.
     monitor : Monitor, optional
-        Shows the batches.
+        Displays the batches.
 
     Returns
     -------
     Scoring
-        Knows how far the stream is.
+        Reports the stream's progress.
 
     Raises
     ------
     SinkError
-        If the sink has a stream already, or is of another topic with the same name.
+        If the sink already has a stream, or holds events of another topic with the same name.
 
     Examples
     --------

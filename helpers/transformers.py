@@ -1,4 +1,4 @@
-"""A Keras network as a stage of a Spark ML pipeline, and the index of the class that it chose."""
+"""Spark ML stages that apply a Keras network and choose a class from its prediction."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ Network = TypeVar("Network")
 class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLReadable):
     """Add a Keras model's output to a DataFrame, as a vector column.
 
-    Each worker process loads the model once, on its first batch, and computes on one thread a task.
+    Each worker process loads the model once, on its first batch, and uses one thread per task.
 
     Parameters
     ----------
     keras_model : keras.Model
         The model, with one input of shape (features,) and one output of shape (classes,).
     features_col : str
-        A column of events as `helpers.records.parse_events` makes it, with as many features as the
-        model has inputs; or a vector column with as many entries. An event leaves the network with
-        the prediction in place of its features, so that neither crosses from Python to Java and
-        back; a bad record's output is null.
+        A column of events from `helpers.records.parse_events` with as many features as the model
+        has inputs, or a vector column with as many entries. In an event, the prediction replaces
+        the features, so that neither crosses from Python to Java and back. A bad record's output is
+        null.
     output_col : str
-        The new column's name: a vector with one entry a class.
+        The name of the new column, a vector with one entry per class.
     feature_names : sequence of str, optional
-        What the model's inputs are called, in their order, as a serving model's contract has it.
-        Then a table has a column of each name, in any order, and `features_col` may only be one of
-        events; they are refused if they were parsed with other features, or in another order.
+        The names of the model's inputs, in order, as in a serving model's contract. If given, the
+        table has a column of each name, in any order, and `features_col` may only be a column of
+        events; events parsed with other features, or in another order, are rejected.
 
     Examples
     --------
@@ -97,16 +97,16 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         self._model_bytes = None if keras_model is None else model_to_bytes(keras_model)
 
     def predict(self, dataset: DataFrame) -> DataFrame:
-        """Return `transform(dataset)`: the name that Distributed Keras used."""
+        """Return `transform(dataset)`, under the name that Distributed Keras used."""
         return self.transform(dataset)
 
     def write(self) -> MLWriter:
-        """Return what saves this stage: its parameters as Spark does, the model beside them."""
+        """Return a writer that saves the parameters as Spark does, and the model next to them."""
         return _ModelPredictorWriter(self)
 
     @classmethod
     def read(cls) -> MLReader:
-        """Return what loads a saved stage."""
+        """Return a reader that loads a saved stage."""
         return _ModelPredictorReader()
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
@@ -137,7 +137,7 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
 
 
 class _ModelPredictorWriter(MLWriter):
-    """Saves a `ModelPredictor` wherever Spark can write: the model is a table of one cell."""
+    """Saves a `ModelPredictor` wherever Spark can write: the model is a table with one cell."""
 
     def __init__(self, predictor: ModelPredictor) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class _ModelPredictorReader(MLReader):
     """Loads what `_ModelPredictorWriter` saved."""
 
     def load(self, path: str) -> ModelPredictor:
-        """Return the stage that was saved."""
+        """Return the saved stage."""
         metadata = DefaultParamsReader.loadMetadata(path, self.sparkSession)
         predictor = ModelPredictor()
         predictor._resetUid(metadata["uid"])
@@ -168,24 +168,23 @@ class _ModelPredictorReader(MLReader):
 class LabelIndexTransformer(
     Transformer, HasInputCol, HasOutputCol, DefaultParamsWritable, DefaultParamsReadable
 ):
-    """Add the index of the class that a prediction chooses.
+    """Add the index of the class chosen from a prediction.
 
-    The first class whose value reaches `activation_threshold` is chosen; if none does, the class
-    with the largest value above 0; if there is none either, `default_index`. Spark computes it
-    without Python.
+    The first class whose value reaches `activation_threshold` is chosen; otherwise the class with
+    the largest value above 0; otherwise `default_index`. Spark computes the index without Python.
 
     Parameters
     ----------
     output_dim : int
-        The number of classes: how many entries of the prediction count.
+        The number of classes: how many entries of the prediction are considered.
     input_col : str
-        The prediction: a vector column.
+        The prediction, a vector column.
     output_col : str
-        The new column's name. It is a double, as Spark ML's evaluators expect.
+        The name of the new column. It is a double, as Spark ML's evaluators expect.
     default_index : int
-        What is chosen where no value is above 0.
+        The index if no value is above 0.
     activation_threshold : float
-        The value that is enough to be chosen before larger ones that come later.
+        The value at which a class is chosen even if a later one has a larger value.
 
     References
     ----------
@@ -229,16 +228,16 @@ class LabelIndexTransformer(
         return dataset.withColumn(self.getOutputCol(), self._index(dataset[self.getInputCol()]))
 
     def _index(self, prediction: Column) -> Column:
-        """Return the index chosen, as an expression on a vector column."""
+        """Return the chosen index, as an expression on a vector column."""
         entries = vector_entries(prediction)
         indices = range(self.getOrDefault(self.outputDim))
-        # Spark holds NaN for larger than any number; a NaN must not be chosen.
+        # Spark treats NaN as larger than any number; a NaN must not be chosen.
         nothing = F.lit(float("-inf"))
         values = [F.nanvl(F.get(entries, i), nothing) for i in indices]
         largest = F.array_max(F.array(*values))
         threshold = self.getOrDefault(self.activationThreshold)
         default = self.getOrDefault(self.defaultIndex)
-        # CASE WHEN takes the first condition that holds, which is what the rules ask for.
+        # CASE WHEN takes the first condition that is true, as the rules require.
         rules = [(value >= threshold, index) for index, value in zip(indices, values, strict=True)]
         rules += [(largest <= 0, default)]
         rules += [(value == largest, index) for index, value in zip(indices, values, strict=True)]
@@ -250,10 +249,10 @@ class LabelIndexTransformer(
 def _network_function(
     context: SparkContext, model_bytes: bytes, returns: DataType
 ) -> Callable[[Column], Column]:
-    """Return the function from a column of lists or of events to one with predictions.
+    """Return a function from a column of lists or events to a column with predictions.
 
-    It is made once for a model, so that the model goes to the workers once. It is marked
-    non-deterministic because Spark's optimizer copies a deterministic function into each expression
+    It is created once per model, so that the model is broadcast once. It is marked
+    nondeterministic because Spark's optimizer copies a deterministic function into each expression
     and filter that uses its result, and each copy would run the network again.
     """
     model = context.broadcast(model_bytes)
@@ -275,32 +274,32 @@ class _Loaded(NamedTuple):
     width: int
 
 
-# On a worker: the networks that it has used last, by the digest of their bytes or by the training
-# that they learn in. A stream whose model is replaced again and again needs the current one, and
-# for a moment the one before.
+# On a worker: the most recently used networks, by the digest of their bytes or by the name of the
+# training. A stream whose model is replaced repeatedly needs the current one and, briefly, the
+# previous one.
 _KEPT: OrderedDict[str, Any] = OrderedDict()
 _MOST_KEPT = 3
 
 
 def kept_network(name: str, make: Callable[[], Network]) -> Network:
-    """Return what a worker has kept under a name, or make it; few are kept, the last ones used.
+    """Return the network cached on a worker under a name, or make it (an LRU cache).
 
     Parameters
     ----------
     name : str
-        What no other network is called.
+        A name that is unique to the network.
     make : callable
-        Makes the network, or an object that holds it. TensorFlow computes on one thread then.
+        Makes the network, or an object that holds it. TensorFlow is limited to one thread first.
     """
     if name not in _KEPT:
         _use_one_thread()
         _KEPT[name] = make()
         if len(_KEPT) > _MOST_KEPT:
             _KEPT.popitem(last=False)
-            gc.unfreeze()  # a network refers to itself, so only a collection frees it
+            gc.unfreeze()  # a network has reference cycles, so only a collection frees it
             gc.collect()
-        # Spark's worker collects garbage after each task, and looking through all of TensorFlow's
-        # objects takes 0.15 s of processor time; frozen, they aren't looked at.
+        # Spark's worker collects garbage after each task, and traversing TensorFlow's objects takes
+        # 0.15 s of processor time; frozen objects are skipped.
         gc.freeze()
     _KEPT.move_to_end(name)
     return _KEPT[name]
@@ -309,7 +308,7 @@ def kept_network(name: str, make: Callable[[], Network]) -> Network:
 def _predict_events(
     events: pyarrow.StructArray, names: list[str], digest: str, model: Broadcast[bytes]
 ) -> pyarrow.StructArray:
-    """Put predictions in place of the events' features, on a worker."""
+    """Replace the events' features by predictions, on a worker."""
     predictions = _predict_lists(events.field("features"), digest, model)
     return _replace_features(events, predictions, names)
 
@@ -317,7 +316,7 @@ def _predict_events(
 def _predict_lists(
     features: pyarrow.ListArray, digest: str, model: Broadcast[bytes]
 ) -> pyarrow.ListArray:
-    """Run the network on one Arrow batch, on a worker; what is null stays null."""
+    """Run the network on an Arrow batch, on a worker; null stays null."""
     network = _loaded(digest, model)
     matrix = matrix_of(features, network.width)
     predictions = network.predict(matrix.astype("float32")).astype("float64")
@@ -325,7 +324,7 @@ def _predict_lists(
 
 
 def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
-    """Return the network, which a worker loads on its first batch."""
+    """Return the network, which a worker loads on the first batch."""
 
     def load() -> _Loaded:
         network = model_from_bytes(model.value)
@@ -337,7 +336,7 @@ def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
 def _replace_features(
     events: pyarrow.StructArray, features: pyarrow.ListArray, names: list[str]
 ) -> pyarrow.StructArray:
-    """Return events with another list in place of their features, and new names of the fields."""
+    """Return events with their features replaced by other lists, and with new field names."""
     place = events.type.get_field_index("features")
     arrays = [events.field(index) for index in range(len(events.type))]
     arrays[place] = features
@@ -345,46 +344,46 @@ def _replace_features(
 
 
 def _with_vector(dataset: DataFrame, name: str) -> DataFrame:
-    """Return a table whose column of lists has become one of vectors; null stays null."""
+    """Return a table with a column of lists converted to vectors; null stays null."""
     vector = F.when(dataset[name].isNotNull(), array_to_vector(dataset[name]))
     return dataset.withColumn(name, vector)
 
 
 def _no_features(name: str) -> Column:
-    """Return what fails, for rows whose features are null."""
+    """Return an expression that fails, for rows whose features are null."""
     reason = f"a row has no features (column {name!r} is null): filter such rows out."
     return F.raise_error(F.lit(reason))
 
 
 def _column_type(dataset: DataFrame, name: str) -> DataType:
-    """Return a column's type; raise `ValueError` if there is no such column."""
+    """Return a column's type, or raise `ValueError` if there is no such column."""
     if name not in dataset.columns:
         raise ValueError(f"there is no column {name!r}; the columns are {dataset.columns}.")
     return dataset.schema[name].dataType
 
 
 def _holds_events(column_type: DataType) -> bool:
-    """Tell whether a column of this type is one of `helpers.records.parse_events`."""
+    """Return whether a column of this type holds events from `helpers.records.parse_events`."""
     return isinstance(column_type, StructType) and "features" in column_type.names
 
 
 def _with_output(event_type: StructType, output: str) -> StructType:
-    """Return the type of events whose features have become a prediction."""
+    """Return the type of events whose features are replaced by a prediction."""
     prediction = StructField(output, ArrayType(DoubleType()))
     return StructType([prediction if f.name == "features" else f for f in event_type])
 
 
 def _use_one_thread() -> None:
-    """Have TensorFlow compute on one thread: Spark runs as many tasks as there are cores."""
+    """Limit TensorFlow to one thread, because Spark runs as many tasks as there are cores."""
     import tensorflow
 
-    with contextlib.suppress(RuntimeError):  # TensorFlow has run already, in the driver's process
+    with contextlib.suppress(RuntimeError):  # TensorFlow is already initialized, as in the driver
         tensorflow.config.threading.set_intra_op_parallelism_threads(1)
         tensorflow.config.threading.set_inter_op_parallelism_threads(1)
 
 
 def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
-    """Return columns of numbers as one of arrays, in the order of the names."""
+    """Return numeric columns as one array column, in the order of the names."""
     missing = [name for name in names if name not in dataset.columns]
     if missing:
         raise ValueError(
@@ -399,12 +398,12 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
             )
     columns = [F.col(f"`{name}`").cast("double") for name in names]
     known = [column.isNotNull() & ~F.isnan(column) for column in columns]
-    # As with records: an event without one of its features has no prediction.
+    # As with records, an event that lacks a feature has no prediction.
     return F.when(functools.reduce(Column.__and__, known), F.array(*columns))
 
 
 def _check_features(dataset: DataFrame, name: str, expected: Sequence[str]) -> None:
-    """Raise `ValueError` if events were parsed with other features than the model has inputs."""
+    """Raise `ValueError` if events were parsed with features other than the model's inputs."""
     found = dataset.schema[name].metadata.get("features", [])
     if list(found) != list(expected):
         wrong = sorted(set(found) ^ set(expected)) or "their order"
@@ -415,7 +414,7 @@ def _check_features(dataset: DataFrame, name: str, expected: Sequence[str]) -> N
 
 
 def _check_vector_column(dataset: DataFrame, name: str) -> None:
-    """Raise `ValueError` unless the column is there and holds vectors."""
+    """Raise `ValueError` unless the column exists and holds vectors."""
     found = _column_type(dataset, name)
     if not isinstance(found, VectorUDT):
         raise ValueError(

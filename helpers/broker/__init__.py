@@ -4,9 +4,9 @@
         kafka.create_topic("Machine_Learning", partitions=4)
         ...  # produce to and consume from kafka.bootstrap_servers
 
-In a terminal: ``python -m helpers.broker --port 9092``. `local` runs the broker's process, `server`
-has its settings, `admin` creates topics and users and counts records, and `security` has what a
-secured broker and its clients need.
+In a terminal: ``python -m helpers.broker --port 9092``. `local` runs the broker process, `server`
+defines its settings, `admin` creates topics and users and counts records, and `security` provides
+the certificate, passwords and settings of a secured broker and its clients.
 """
 
 from helpers.broker.admin import ANSWER_SECONDS, count_records

@@ -1,4 +1,4 @@
-"""A Kafka broker in a terminal, until Ctrl-C: ``python -m helpers.broker --port 9092``."""
+"""Run a Kafka broker in a terminal until Ctrl-C: ``python -m helpers.broker --port 9092``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a broker is asked and ordered: topics, records, users and their rights."""
+"""Administration of a broker: topics, record counts, users and their ACLs."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ ANSWER_SECONDS = 10
 
 
 class BrokerAdmin(abc.ABC):
-    """The administration of a broker by Kafka's clients; a subclass says how they connect."""
+    """Administers a broker through Kafka clients; a subclass defines how they connect."""
 
     @property
     @abc.abstractmethod
     def settings(self) -> dict[str, str]:
-        """The administrator's settings, by Kafka's names."""
+        """Client settings of the administrator, by Kafka's names."""
 
     def create_topic(
         self, name: str, partitions: int = 4, config: Mapping[str, object] | None = None
     ) -> None:
-        """Create a topic, and return when it can be written to. An existing one is left as it is.
+        """Create a topic and wait until it is writable; an existing topic is left unchanged.
 
         Parameters
         ----------
         name : str
             The topic's name.
         partitions : int
-            Into how many partitions it is split: as many can be read at the same time.
+            Number of partitions, which is how many tasks can read the topic in parallel.
         config : mapping, optional
-            The topic's settings by Kafka's names, such as ``{"retention.ms": 3_600_000}``.
+            Topic settings by Kafka's names, such as ``{"retention.ms": 3_600_000}``.
 
         Raises
         ------
@@ -71,18 +71,18 @@ class BrokerAdmin(abc.ABC):
                 raise BrokerError(f"topic {name} has no leader after {START_SECONDS} s.")
 
     def add_user(self, name: str) -> dict[str, str]:
-        """Add a user to a secured broker, with a new password, and return a client's settings.
+        """Add a user with a new password to a secured broker, and return client settings.
 
         Parameters
         ----------
         name : str
-            The user, who may do nothing yet; see `allow`.
+            The user, who has no permissions yet; see `allow`.
 
         Returns
         -------
         dict of str to str
-            By Kafka's names. `helpers.broker.python_settings` makes arguments of kafka-python of
-            them.
+            Settings by Kafka's names. `helpers.broker.python_settings` converts them to arguments
+            of kafka-python.
 
         Raises
         ------
@@ -110,16 +110,16 @@ class BrokerAdmin(abc.ABC):
     def allow(
         self, user: str, operations: Iterable[str], topic: str = "", group: str = ""
     ) -> None:
-        """Allow a user of a secured broker something, on one topic or for one consumer group.
+        """Allow a user of a secured broker operations on a topic or a consumer group.
 
         Parameters
         ----------
         user : str
             The user.
         operations : iterable of str
-            By Kafka's names, such as ``READ``, ``WRITE``, ``DESCRIBE``, ``CREATE``.
+            Operations by Kafka's names, such as ``READ``, ``WRITE``, ``DESCRIBE``, ``CREATE``.
         topic, group : str
-            The name of one of them; ``*`` for all.
+            The name of a topic or of a group, not both; ``*`` for all.
         """
         kind = ResourceType.TOPIC if topic else ResourceType.GROUP
         rules = [
@@ -134,7 +134,7 @@ class BrokerAdmin(abc.ABC):
             admin.create_acls(rules)
 
     def topics(self) -> list[str]:
-        """Return the names of the topics, sorted, without Kafka's internal ones.
+        """Return the names of all topics, sorted, without Kafka's internal ones.
 
         Examples
         --------
@@ -148,7 +148,7 @@ class BrokerAdmin(abc.ABC):
 
 
 def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
-    """Return how many records each partition of a topic holds; an empty dict without the topic.
+    """Return the number of records in each partition; an empty dict if there is no such topic.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
     Returns
     -------
     dict of int to int
-        Offsets in each partition, by its number.
+        Number of offsets in each partition, by partition number.
 
     Raises
     ------
@@ -196,12 +196,12 @@ def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until a condition is true; return False if that takes too long.
+    """Wait until a condition is true; return False on timeout.
 
     Parameters
     ----------
     condition : callable
-        It is asked repeatedly; errors of the connection to Kafka are taken for False.
+        Called repeatedly; Kafka connection errors are treated as False.
     seconds : float
         How long to wait.
 
@@ -220,14 +220,14 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _admin(settings: Mapping[str, str]) -> KafkaAdminClient:
-    """Return a client for questions and orders to the broker; it gives up after 5 s."""
+    """Return an admin client whose requests time out after 5 s."""
     return KafkaAdminClient(
         **python_settings(settings), request_timeout_ms=5_000, bootstrap_timeout_ms=2_000
     )
 
 
 def _has_leaders(admin: KafkaAdminClient, topic: str) -> bool:
-    """Tell whether every partition of a topic can be written to."""
+    """Return whether every partition of a topic has a leader and so can be written to."""
     (description,) = admin.describe_topics([topic])
     partitions = description["partitions"]
     return bool(partitions) and all(partition["leader_id"] >= 0 for partition in partitions)

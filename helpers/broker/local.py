@@ -1,6 +1,6 @@
-"""The process of a local broker: started, stopped, killed, waited for, and its folder.
+"""The process of a local broker, and its folder: start, stop, kill, wait.
 
-`server` says how the broker is set up, and `admin` what it can be asked.
+`server` defines how the broker is set up, and `admin` administers it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from helpers.broker.server import ADMINISTRATOR, KAFKA_VERSION, START_SECONDS, B
 
 STOP_SECONDS = 30
 
-# The shell becomes the broker (`exec` keeps the process id, $$), and leaves a watcher behind that
-# reads from a pipe which this Python process holds. A line in the pipe dismisses the watcher. The
-# end of the pipe means that this process is gone, however it went: then the watcher kills the
-# broker and removes its temporary folder ($1, empty if the folder is to stay).
+# The shell becomes the broker (`exec` keeps the process id, $$) and leaves a watcher that reads
+# from a pipe held by this Python process. A line in the pipe dismisses the watcher. End of file
+# means that this process has ended, for whatever reason: the watcher then kills the broker and
+# removes its temporary folder ($1, empty if the folder is to stay).
 _START_BROKER_WATCHED = """
 temporary_folder=$1; shift
 exec 3<&0
@@ -43,35 +43,35 @@ class LocalKafka(BrokerAdmin):
     Parameters
     ----------
     port : int, optional
-        The port for clients; a free one by default.
+        The port for clients. The default is a free port.
     folder : str or pathlib.Path, optional
-        Where its data is kept. A broker that is given the folder of an earlier one continues with
-        its data. By default a temporary folder that is removed at the end.
+        The data folder. A broker that is given an earlier broker's folder continues with its data.
+        The default is a temporary folder that is removed at the end.
     security : str, optional
-        ``"SASL_SSL"`` for a secured broker: TLS with a new certificate, users who sign in with
-        SCRAM-SHA-512, and no rights beyond those that ACLs grant. Such a broker needs a temporary
-        folder.
+        ``"SASL_SSL"`` for a secured broker: TLS with a new certificate, SCRAM-SHA-512
+        authentication, and only the permissions that ACLs grant. It must use a temporary folder.
 
     Attributes
     ----------
     bootstrap_servers : str
-        What clients connect to, as ``host:port``.
+        The broker's address for clients, as ``host:port``.
     log_file : pathlib.Path
-        What the broker has logged since its last start.
+        The broker's log since its last start.
 
     Raises
     ------
     BrokerError
-        If the port is taken, or the broker doesn't answer within 60 s of its start; the message
-        ends with the broker's last log lines.
+        If the port is in use, or the broker doesn't answer within 60 s of its start; the message
+        then ends with the broker's last log lines.
     ValueError
-        If the port is not between 1 and 65535, or `security` is neither ``"SASL_SSL"`` nor None.
+        If the port is not between 1 and 65535, `security` is neither ``"SASL_SSL"`` nor None, or a
+        secured broker is given a folder.
     helpers.spark.JarsError
         If Java is missing or the broker's jars can't be fetched.
 
     Notes
     -----
-    When the Python process ends, the broker ends, even if Python is killed.
+    The broker ends when the Python process ends, even if Python is killed.
 
     Examples
     --------
@@ -113,7 +113,7 @@ class LocalKafka(BrokerAdmin):
 
     @property
     def settings(self) -> dict[str, str]:
-        """A client's settings, by Kafka's names; for a secured broker, the administrator's.
+        """Client settings, by Kafka's names; for a secured broker, the administrator's.
 
         Examples
         --------
@@ -136,17 +136,17 @@ class LocalKafka(BrokerAdmin):
         self._remove_folder()
 
     def start(self) -> LocalKafka:
-        """Start the broker, with the data that it had, and return when it answers.
+        """Start the broker with its existing data, and return once it answers.
 
         Returns
         -------
         LocalKafka
-            This broker. If it runs already, nothing happens.
+            This broker. If it is already running, nothing happens.
 
         Raises
         ------
         BrokerError
-            If the port is taken or it doesn't answer within 60 s.
+            If the port is in use, or the broker doesn't answer within 60 s.
         """
         if self._process is not None:
             return self
@@ -159,27 +159,27 @@ class LocalKafka(BrokerAdmin):
                 )
         except BaseException:
             self.kill()
-            if not self._has_run:  # otherwise there is data, which stays for another try
+            if not self._has_run:  # otherwise keep the data for another attempt
                 self._remove_folder()
             raise
         self._has_run = True
         return self
 
     def stop(self) -> None:
-        """End the broker in order: everything is on disk afterwards. Its data stays for `start`."""
+        """Stop the broker cleanly, with everything on disk; its data stays for `start`."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the broker as a power cut would (SIGKILL). Its data stays for `start`."""
+        """Kill the broker (SIGKILL), as a crash would; its data stays for `start`."""
         self._end(signal.SIGKILL)
 
     def wait(self) -> int:
-        """Wait until the broker ends by itself, and return its exit code.
+        """Wait until the broker exits by itself, and return its exit code.
 
         Raises
         ------
         BrokerError
-            If it ended with an error; the message ends with its last log lines.
+            If it exits with an error; the message ends with its last log lines.
         """
         code = self._process.wait()
         if code != 0:
@@ -187,32 +187,32 @@ class LocalKafka(BrokerAdmin):
         return code
 
     def _check_port(self) -> None:
-        """Report a taken port at once; the broker's log has it only after seconds."""
+        """Report a port in use at once; the broker would log it only after seconds."""
         if not port_is_free(self._port):
             raise BrokerError(
                 f"port {self._port} is in use: stop what listens there, or choose another port."
             )
 
     def _launch(self) -> None:
-        """Prepare the folder and start the process, with its watcher."""
+        """Prepare the folder, and start the process and its watcher."""
         command = server.prepare(self._folder, self._port, free_port(), self._passwords)
         watched = ["/bin/sh", "-c", _START_BROKER_WATCHED, "broker"]
         watched += [str(self._folder) if self._temporary else ""]
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 watched + command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal or the kernel isn't for the broker
+                start_new_session=True,  # Ctrl-C in the terminal or the kernel must not reach it
             )  # fmt: skip
 
     def _answers(self) -> bool:
-        """Ask the broker for its topics; raise `BrokerError` if it has ended."""
+        """Request the list of topics; raise `BrokerError` if the broker has ended."""
         if self._process.poll() is not None:
             raise BrokerError(f"the broker ended; {self._last_log_lines()}")
         self.topics()
         return True
 
     def _end(self, signal_number: signal.Signals) -> None:
-        """Send a signal to the process, wait for its end, and dismiss its watcher."""
+        """Dismiss the watcher, send the process a signal, and wait for its end."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -254,7 +254,7 @@ def free_port() -> int:
 
 
 def port_is_free(port: int) -> bool:
-    """Tell whether a broker can open a port of the loopback interface.
+    """Return whether a broker can open a port of the loopback interface.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""What a secured Kafka broker and its clients need: a certificate, passwords, and settings.
+"""The certificate, passwords and settings of a secured Kafka broker and its clients.
 
-Settings have Kafka's names, those of its Java clients, so that one dictionary is enough for the
-planner, for Spark's source, and, through `python_settings`, for kafka-python.
+Settings have the names of Kafka's Java clients, so that the planner, Spark's Kafka source and,
+through `python_settings`, kafka-python all use the same dictionary.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ALIAS = "broker"
 
 _LOGGER = logging.getLogger(__name__)
 
-# What kafka-python's clients can be told in words, with the defaults that show of which kind it is.
+# Arguments of kafka-python's clients that can be given as text; the default shows the type.
 _ARGUMENTS = {
     name: default
     for client in (KafkaProducer, KafkaConsumer, KafkaAdminClient)
@@ -58,7 +58,7 @@ _TLS_SETTINGS = {
 
 
 def new_password() -> str:
-    """Return a password that nobody guesses.
+    """Return a random password.
 
     Examples
     --------
@@ -69,15 +69,15 @@ def new_password() -> str:
 
 
 def make_certificate(folder: Path, password: str) -> None:
-    """Make a key and a certificate for this machine's loopback interface, unless they are there.
+    """Create a key and a certificate for the loopback interface, unless they exist.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Gets ``broker.p12`` (both, readable for this user only) and ``certificate.pem`` (what
-        clients trust).
+        Where to write ``broker.p12`` (both, readable only by this user) and ``certificate.pem``
+        (which clients trust).
     password : str
-        Of ``broker.p12``.
+        The password of ``broker.p12``.
 
     Raises
     ------
@@ -103,24 +103,24 @@ def make_certificate(folder: Path, password: str) -> None:
 def broker_settings(
     folder: Path, store_password: str, administrator: str, admin_password: str, password: str
 ) -> dict[str, Any]:
-    """Return what a broker's settings file needs for security, listeners aside.
+    """Return a broker's security settings, except its listeners.
 
-    Clients sign in with SCRAM-SHA-512; who may do what is for ACLs, and without one nothing is
-    allowed. The broker signs in to its own controller with a password that only it knows: a
-    controller that takes everybody would be a way around the ACLs.
+    Clients authenticate with SCRAM-SHA-512, and only operations granted by an ACL are allowed. The
+    broker authenticates to its controller with a password that only it knows, because a controller
+    that accepts everyone would bypass the ACLs.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Where `make_certificate` has put the key.
+        The folder that was passed to `make_certificate`.
     store_password : str
         The key's password.
     administrator : str
-        The user who may do everything.
+        The superuser's name.
     admin_password : str
-        That user's password.
+        The superuser's password.
     password : str
-        The broker's own.
+        The broker's own password.
     """
     controller = f'username="{_ALIAS}" password="{password}" user_{_ALIAS}="{password}"'
     return {
@@ -147,16 +147,16 @@ def broker_settings(
 def client_settings(
     bootstrap_servers: str, certificate: Path, user: str, password: str
 ) -> dict[str, str]:
-    """Return a client's settings, by Kafka's own names.
+    """Return a client's settings, by Kafka's names.
 
     Parameters
     ----------
     bootstrap_servers : str
         The brokers' addresses.
     certificate : pathlib.Path
-        The file with the certificate that the client trusts.
+        The file with the certificate to trust.
     user, password : str
-        Whom the client signs in as.
+        The client's credentials.
 
     Examples
     --------
@@ -175,7 +175,7 @@ def client_settings(
 
 
 def jaas(user: str, password: str) -> str:
-    """Return the setting ``sasl.jaas.config`` with which a user signs in.
+    """Return the value of ``sasl.jaas.config`` for a user.
 
     Examples
     --------
@@ -188,21 +188,21 @@ def jaas(user: str, password: str) -> str:
 def python_settings(
     settings: Mapping[str, str], client: type = KafkaAdminClient
 ) -> dict[str, Any]:
-    """Return settings by Kafka's own names as arguments of one of kafka-python's clients.
+    """Convert settings with Kafka's names to arguments for a kafka-python client.
 
     Parameters
     ----------
     settings : mapping
-        Settings of Kafka's Java clients. A name's dots become underscores; certificates and keys
-        are PEM, in files or in the settings themselves.
+        Settings for Kafka's Java clients. Dots in names become underscores; certificates and keys
+        are PEM, in files or inline.
     client : type
-        `KafkaProducer`, `KafkaConsumer`, or `KafkaAdminClient`. Settings that only the others know
-        are left out.
+        `KafkaProducer`, `KafkaConsumer` or `KafkaAdminClient`. Settings known only to the others
+        are dropped.
 
     Raises
     ------
     ValueError
-        If kafka-python doesn't know a setting, or can't take its value.
+        If kafka-python doesn't know a setting, or doesn't accept its value.
 
     Examples
     --------
@@ -228,7 +228,7 @@ def python_settings(
 
 
 def _as_argument(name: str, value: str, default: object) -> object:
-    """Return the text of a setting as the Python object that kafka-python takes."""
+    """Return the text of a setting as the Python object that kafka-python expects."""
     if name == "bootstrap.servers":
         return [address.strip() for address in value.split(",")]
     if (name, value) == ("compression.type", "none"):
@@ -245,7 +245,7 @@ def _as_argument(name: str, value: str, default: object) -> object:
 
 
 def _signing_in(jaas: str) -> dict[str, str]:
-    """Return user and password of a JAAS entry; nothing if it has none, as that of Kerberos."""
+    """Return the user and password in a JAAS entry; an entry for Kerberos, say, has none."""
     fields = dict(re.findall(r'\b(username|password)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', jaas))
     return {
         f"sasl_plain_{name}": re.sub(r"\\(.)", r"\1", value[1:-1]) if value[0] == '"' else value
@@ -254,7 +254,7 @@ def _signing_in(jaas: str) -> dict[str, str]:
 
 
 def _tls_context(settings: Mapping[str, str]) -> ssl.SSLContext:
-    """Return what Kafka's settings ``ssl.*`` mean for Python."""
+    """Return Kafka's ``ssl.*`` settings as a Python SSL context."""
     for name in settings:
         if name not in _TLS_SETTINGS:
             raise ValueError(f"kafka-python has no setting {name!r}: leave it out.")
@@ -275,7 +275,7 @@ def _tls_context(settings: Mapping[str, str]) -> ssl.SSLContext:
 
 
 def _load_certificates(context: ssl.SSLContext, settings: Mapping[str, str]) -> None:
-    """Load whom a client trusts, and its own certificate."""
+    """Load the certificates that a client trusts, and its own."""
     trusted = settings.get("ssl.truststore.certificates")
     if trusted or settings.get("ssl.truststore.location"):
         context.load_verify_locations(
@@ -295,7 +295,7 @@ def _load_certificates(context: ssl.SSLContext, settings: Mapping[str, str]) -> 
 
 
 def _pem(text: str) -> str:
-    """Return PEM with the line breaks that Python needs, and Kafka's settings mostly don't have."""
+    """Return PEM with the line breaks that Python needs and Kafka's settings often lack."""
     found = re.findall(r"-----BEGIN ([A-Z ]+)-----(.*?)-----END \1-----", text, re.DOTALL)
     return "".join(
         f"-----BEGIN {kind}-----\n{chr(10).join(textwrap.wrap(''.join(body.split()), 64))}\n"
@@ -305,7 +305,7 @@ def _pem(text: str) -> str:
 
 
 def _keytool(*arguments: str, password: str) -> None:
-    """Run Java's `keytool`, with the password in its environment: a command line can be seen."""
+    """Run Java's `keytool`, with the password in its environment: command lines are visible."""
     program = Path(java_command()).resolve().parent / "keytool"
     if not program.exists():
         raise JarsError(f"{program} is missing: install a Java that has it, as OpenJDK does.")

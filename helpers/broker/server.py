@@ -1,6 +1,6 @@
-"""What a local broker is started with: its jars, its settings, and its formatted folder.
+"""The jars, settings and formatted data folder that a local broker starts with.
 
-The place for another broker setting is `_broker_settings`.
+To add a broker setting, extend `_broker_settings`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _JVM_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 
 
 class BrokerError(RuntimeError):
-    """The broker did not start, or doesn't answer; the message says why."""
+    """The broker doesn't start or doesn't answer; the message says why."""
 
 
 class Passwords:
-    """The passwords of a secured broker: for itself, its key, and its administrator."""
+    """The passwords of a secured broker: its own, its key store's and its administrator's."""
 
     def __init__(self) -> None:
         self.broker, self.store, self.administrator = (security.new_password() for _ in range(3))
@@ -54,16 +54,16 @@ def fetch() -> None:
 def prepare(
     folder: Path, port: int, controller_port: int, passwords: Passwords | None
 ) -> list[str]:
-    """Write the broker's settings file, and format its data folder if that is new.
+    """Write the broker's settings file, and format its data folder if it is new.
 
     Parameters
     ----------
     folder : pathlib.Path
-        The folder for settings, log and data; it is created if it is missing.
+        The folder for settings, log and data; it is created if missing.
     port, controller_port : int
         The ports on loopback for clients and for the KRaft controller.
     passwords : Passwords or None
-        The passwords of a secured broker; None for one without security.
+        The passwords of a secured broker; None for an unsecured one.
 
     Returns
     -------
@@ -119,10 +119,10 @@ def _broker_settings(
         "controller.quorum.bootstrap.servers": f"{LOOPBACK}:{controller_port}",
         "log.dirs": folder / "data",
         "num.partitions": 4,
-        # After a SIGKILL the controller lets the same broker in again when this has passed.
+        # After a SIGKILL, the controller readmits the same broker only after this time.
         "broker.session.timeout.ms": 3_000,
         "broker.heartbeat.interval.ms": 500,
-        # One broker keeps the only copy of everything, of Kafka's internal topics as well.
+        # A single broker keeps the only replica, including those of Kafka's internal topics.
         "offsets.topic.replication.factor": 1,
         "offsets.topic.num.partitions": 1,
         "transaction.state.log.replication.factor": 1,
@@ -131,10 +131,10 @@ def _broker_settings(
         "share.coordinator.state.topic.replication.factor": 1,
         "share.coordinator.state.topic.min.isr": 1,
         "share.coordinator.state.topic.num.partitions": 1,
-        # ACLs can restrict users, as on a site's brokers; without any, everything is allowed.
+        # ACLs can restrict users, as on a site's brokers; without ACLs, everything is allowed.
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "allow.everyone.if.no.acl.found": "true",
-        # A group of one laptop needs no time for other members to arrive.
+        # A group on one laptop needn't wait for other members to join.
         "group.initial.rebalance.delay.ms": 0,
     }
     if passwords:
@@ -145,7 +145,7 @@ def _broker_settings(
 
 
 def _format(folder: Path, settings: Path, passwords: Passwords | None) -> None:
-    """Prepare an empty data folder, which Kafka requires before the first start."""
+    """Format an empty data folder, which Kafka requires before the first start."""
     cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     arguments = ["format", "--standalone", f"--cluster-id={cluster_id}", "--config", str(settings)]
     if passwords:
@@ -164,7 +164,7 @@ def _format(folder: Path, settings: Path, passwords: Passwords | None) -> None:
 
 
 def _write_privately(file: Path, text: str) -> None:
-    """Write a file that only this user can read: a secured broker has passwords in it."""
+    """Write a file that only this user can read, since it may contain passwords."""
     file.touch(mode=0o600)
     file.write_text(text)
 

@@ -1,18 +1,18 @@
-"""Higgs boson challenge events: their columns, their files, and a generator of similar events.
+"""Events of the Higgs boson challenge: columns, files, and a generator of similar events.
 
-The ATLAS collaboration published simulated proton-proton collisions for the Higgs boson machine
-learning challenge of 2014. Each event has 30 features: quantities that a detector measures
-(``PRI_``, for primitive) and quantities that physicists compute from them (``DER_``, for derived).
-The task is to tell the decays of a Higgs boson into two tau leptons (signal, ``s``) from other
-processes that look alike (background, ``b``).
+The ATLAS collaboration published simulated proton-proton collisions for the 2014 Higgs boson
+machine learning challenge. Each event has 30 features: quantities measured by the detector
+(``PRI_``, primitive) and quantities that physicists compute from them (``DER_``, derived). The task
+is to distinguish decays of a Higgs boson into two tau leptons (signal, ``s``) from other processes
+that look similar (background, ``b``).
 
-`read_events` reads the published files. `generate_events` draws events of the same kind with a
-simplified physics model, so that the tutorial also works without a download.
+`read_events` reads the published files. `generate_events` draws similar events from a simplified
+physics model, so the tutorial needs no download.
 
 References
 ----------
 .. [1] C. Adam-Bourdarios et al., "Learning to discover: the Higgs boson machine learning
-   challenge", 2014, its appendix describes the features. Published with the results in PMLR 42,
+   challenge", 2014. The appendix describes the features. Published with the results in PMLR 42,
    pages 19-55, 2015, http://proceedings.mlr.press/v42/cowa14.html
 .. [2] ATLAS collaboration, "Dataset from the ATLAS Higgs Boson Machine Learning Challenge 2014",
    CERN Open Data record 328, https://doi.org/10.7483/OPENDATA.ATLAS.ZBP2.M5T8

@@ -1,4 +1,4 @@
-"""The published files of events, read into pandas or into Spark."""
+"""Read the published event files into pandas or Spark."""
 
 from __future__ import annotations
 
@@ -36,27 +36,26 @@ def read_events(path: str | PathLike[str]) -> pd.DataFrame:
     Parameters
     ----------
     path : str or path-like
-        A CSV file, plain or compressed (``.csv.gz``), with the columns of CERN's file (35), of
-        Kaggle's training file (33), of Kaggle's test file (31, no classes) or of
-        `generate_events` (32).
+        A CSV file, plain or compressed (``.csv.gz``), with the columns of CERN's file (35),
+        Kaggle's training file (33), Kaggle's test file (31, no classes) or `generate_events` (32).
 
     Returns
     -------
     pandas.DataFrame
         One row per event. The columns are those of the file, in the published order: `EVENT_ID`
-        (int64), the 30 `FEATURES` (float64 in GeV or radians, ``PRI_jet_num`` int64) and those
-        `BOOKKEEPING` columns that the file has.
+        (int64), the 30 `FEATURES` (float64 in GeV or radians, ``PRI_jet_num`` int64) and the
+        `BOOKKEEPING` columns that the file contains.
 
     Raises
     ------
     FileNotFoundError
-        If there is no file at `path`.
+        If `path` is not a file.
     ValueError
-        If a column is missing, unknown, or holds values that it cannot hold.
+        If a column is missing, unknown, or contains invalid values.
 
     References
     ----------
-    The files: CERN Open Data record 328 [2]_.
+    CERN Open Data record 328 [2]_.
 
     Examples
     --------
@@ -88,20 +87,19 @@ def read_events(path: str | PathLike[str]) -> pd.DataFrame:
 
 
 def read_events_in_spark(spark: SparkSession, path: str) -> DataFrame:
-    """Read a file of the Higgs boson challenge with Spark, from any file system that it knows.
+    """Read a file of the Higgs boson challenge with Spark, from any file system Spark supports.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session to read with.
     path : str
-        As for `read_events`.
+        See `read_events`.
 
     Returns
     -------
     pyspark.sql.DataFrame
-        As `read_events` returns them; an action fails if a value that it uses isn't what its
-        column holds.
+        The columns that `read_events` returns. An action fails if it uses an invalid value.
 
     Raises
     ------
@@ -120,7 +118,7 @@ def read_events_in_spark(spark: SparkSession, path: str) -> DataFrame:
     texts = (LABEL, "KaggleSet")
     types = [StringType() if name in texts else spark_type(name) for name in header]
     schema = StructType([StructField(*column) for column in zip(header, types, strict=True)])
-    # Each file's header is compared with the schema, for a path may be a folder of several.
+    # Compare each file's header with the schema, because the path may be a folder of several files.
     events = spark.read.csv(
         path, header=True, schema=schema, mode="FAILFAST", enforceSchema=False
     )
@@ -128,7 +126,7 @@ def read_events_in_spark(spark: SparkSession, path: str) -> DataFrame:
 
 
 def _checked(name: str, path: str) -> Column:
-    """Return a column of a published file, which fails where it has what `read_events` refuses."""
+    """Return a column that fails on values that `read_events` rejects."""
     column = F.col(name)
     if name == LABEL:
         fault, holds = "values other than s and b", column.isin(*LABELS)
@@ -141,7 +139,7 @@ def _checked(name: str, path: str) -> Column:
 
 
 def _layout_of(header: pd.Index, path: str | PathLike[str]) -> list[str]:
-    """Return the columns of the smallest layout with room for all of `header`."""
+    """Return the columns of the smallest layout that contains all of `header`."""
     for bookkeeping in _LAYOUTS:
         layout = [EVENT_ID, *FEATURES, *bookkeeping]
         if header.isin(layout).all():
@@ -158,7 +156,7 @@ def _layout_of(header: pd.Index, path: str | PathLike[str]) -> list[str]:
 
 
 def _numbers(values: pd.Series, path: str | PathLike[str]) -> pd.Series:
-    """Return `values` as int64 or float64, whichever their column holds."""
+    """Return `values` as int64 or float64, depending on the column."""
     numbers = pd.to_numeric(values, errors="coerce")
     if numbers.isna().any():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Events like those of the challenge, drawn with a simplified physics model."""
+"""Draw events like those of the challenge from a simplified physics model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from helpers.higgs.kinematics import Particle, angular_distance, derive_columns,
 
 
 class Process(NamedTuple):
-    """What the generator knows about one kind of collision; energies are in GeV.
+    """Parameters of one kind of collision; energies are in GeV.
 
     References
     ----------
-    The kinds of collision: section "The data" of [1]_. The numbers are adjusted to the first
-    6,000 events of [2]_, whose weights suggest the kind of each.
+    The kinds of collision are from section "The data" of [1]_. The numbers are fitted to the first
+    6,000 events of [2]_, whose weights suggest the kind of each event.
     """
 
     label: str
@@ -141,26 +141,26 @@ def generate_events(n: int, seed: int = 0, first_event_id: int = 100_000) -> pd.
     """Draw events that resemble those of the challenge.
 
     The model is a sketch of the physics. A boson recoils against up to three jets and softer
-    particles; it decays to a tau and a lepton, and neutrinos carry momentum away; or the tau comes
-    from elsewhere. The detector measures soft particles poorly and loses low momenta. Every
-    derived column follows from the drawn primitive ones by `derive_columns`, except
-    ``DER_mass_MMC``: that is the result of a likelihood calculation without a closed formula, so
-    it is drawn around a formula fitted to the published events, and is missing at random with a
-    fitted probability.
+    particles. It decays to a tau and a lepton, while neutrinos carry momentum away; or the tau
+    comes from elsewhere. The detector measures soft particles poorly and loses low momenta.
+    `derive_columns` computes every derived column from the drawn primitive ones, except
+    ``DER_mass_MMC``. The MMC mass is the result of a likelihood calculation without a closed
+    formula, so it is drawn around a formula fitted to the published events, and is missing at
+    random with a fitted probability.
 
     For each column and class, mean and spread agree with the published events within 25 % (the
-    mean within 25 % of the spread where values have both signs), and the share of missing values
-    within 0.05. Correlations and tails agree less: use these events to learn and to test programs,
-    never for physics.
+    mean within 25 % of the spread where values have both signs), and the fraction of missing values
+    within 0.05. Correlations and tails agree less well: use these events to learn and to test
+    programs, never for physics.
 
     Parameters
     ----------
     n : int
         Number of events.
     seed : int, default 0
-        Seed of the random numbers: the same arguments give the same events.
+        Random seed: the same arguments give the same events.
     first_event_id : int, default 100000
-        Identifier of the first event; the others count on from it.
+        Identifier of the first event; the following ones count up from it.
 
     Returns
     -------
@@ -194,7 +194,7 @@ def generate_events(n: int, seed: int = 0, first_event_id: int = 100_000) -> pd.
         rows = np.flatnonzero(kinds == kind)
         primitives = _draw_primitives(generator, process, len(rows))
         parts.append(pd.DataFrame(primitives, index=rows).assign(**{LABEL: process.label}))
-    # Rounding comes first, so that the columns of the finished event agree with each other.
+    # Round first, so that the columns of the finished event are consistent with each other.
     events = derive_columns(pd.concat(parts).sort_index().round(3))
     events["DER_mass_MMC"] = _draw_mmc(generator, events)
     events[EVENT_ID] = np.arange(first_event_id, first_event_id + n)
@@ -207,7 +207,7 @@ def _draw_primitives(generator: Generator, process: Process, n: int) -> dict[str
     soft = _draw_plane(generator, process.soft_pt, n)
     # The colliding protons bring no transverse momentum: the boson balances everything else.
     tau, lep = _draw_tau_and_lep(generator, process, -jets - soft, jet_middle)
-    # The rest of the summed energy is that of soft particles, whatever their direction.
+    # Soft particles contribute the rest of the summed energy, whatever their direction.
     summed = (
         columns["PRI_jet_all_pt"]
         + TAU_LEP_RESPONSE * (tau.pt + lep.pt)
@@ -226,7 +226,7 @@ def _draw_primitives(generator: Generator, process: Process, n: int) -> dict[str
 
 
 def _draw_plane(generator: Generator, mean: ArrayLike, n: int) -> NDArray[np.complex128]:
-    """Draw `n` transverse momenta of exponential size around `mean` in any direction."""
+    """Draw `n` transverse momenta in any direction, exponentially distributed with `mean`."""
     return plane(generator.exponential(mean, n), generator.uniform(-np.pi, np.pi, n))
 
 
@@ -240,7 +240,7 @@ def _draw_jets(
     # The leading jet comes first, and the zeros of absent jets last.
     excess = np.sort(generator.exponential(mean, (3, n)) * is_there, axis=0)[::-1]
     pt = (JET_PT + excess) * is_there
-    # The published number of jets stops at three: the third stands for the further ones too.
+    # The published number of jets stops at three, so the third also represents any further ones.
     pt[2] *= 1 + generator.poisson(FURTHER_JETS, n)
     eta = _draw_jet_eta(generator, process, n)
     phi = generator.uniform(-np.pi, np.pi, (3, n))
@@ -257,7 +257,7 @@ def _draw_jets(
 def _draw_jet_eta(generator: Generator, process: Process, n: int) -> NDArray[np.float64]:
     """Draw the pseudorapidities of `n` pairs of jets, shape (2, n)."""
     mean, spread = np.divide(process.jet_gap, JET_GAP_LIMIT)
-    # The parameters of the beta distribution between 0 and 1 with this mean and spread.
+    # Parameters of the beta distribution on (0, 1) with this mean and spread.
     strength = mean * (1 - mean) / spread**2 - 1
     gap = JET_GAP_LIMIT * generator.beta(mean * strength, (1 - mean) * strength, n)
     half = gap / 2 * generator.choice((-1, 1), n)
@@ -272,7 +272,7 @@ def _draw_tau_and_lep(
     recoil: NDArray[np.complex128],
     jet_middle: NDArray[np.float64],
 ) -> tuple[Particle, Particle]:
-    """Draw a tau and a lepton for each recoil, again and again until the detector keeps both."""
+    """Draw a tau and a lepton for each recoil, repeating until the detector keeps both."""
     tau, lep = np.empty((2, 3, len(recoil)))
     rows = np.arange(len(recoil))
     while len(rows):
@@ -283,7 +283,7 @@ def _draw_tau_and_lep(
 
 
 def _is_kept(tau: Particle, lep: Particle) -> NDArray[np.bool_]:
-    """Tell which pairs the detector keeps."""
+    """Return which pairs the detector keeps."""
     return (
         (tau.pt > TAU_PT)
         & (lep.pt > LEP_PT)
@@ -325,15 +325,15 @@ def _split(
     transverse: NDArray[np.complex128],
     rapidity: NDArray[np.float64],
 ) -> tuple[Particle, Particle]:
-    """Let bosons decay to two massless particles, which fly apart in any direction."""
+    """Decay bosons to two massless particles that fly apart in any direction."""
     n = len(transverse)
     transverse_energy = np.hypot(mass, np.abs(transverse))
     energy = transverse_energy * np.cosh(rapidity)
     boson = np.array([transverse.real, transverse.imag, transverse_energy * np.sinh(rapidity)])
     cosine = generator.uniform(-1, 1, n)
     across = plane(np.sqrt(1 - cosine**2), generator.uniform(-np.pi, np.pi, n))
-    # For the boson at rest each particle has half the mass as energy; the Lorentz transformation
-    # then lets the pair move with the boson.
+    # In the boson's rest frame each particle has half the mass as energy; the Lorentz boost then
+    # moves the pair with the boson.
     at_rest = mass / 2 * np.array([across.real, across.imag, cosine])
     along = np.sum(at_rest * boson, axis=0)
     first = at_rest + boson * (along / (mass * (energy + mass)) + 0.5)
@@ -348,14 +348,14 @@ def _polar(momentum: NDArray[np.float64]) -> Particle:
 
 
 def _draw_mmc(generator: Generator, events: pd.DataFrame) -> pd.Series:
-    """Draw the MMC mass of events around a fit, and tell where it has no solution."""
+    """Draw the MMC mass of events around a fit; it is `MISSING` where there is no solution."""
     met = events["PRI_met"]
     visible_pt = events["PRI_tau_pt"] + events["PRI_lep_pt"]
     error = generator.normal(0, MMC_ERROR, len(events))
     mass = MMC_SCALE * events["DER_mass_vis"] * np.exp(MMC_SLOPE * met / visible_pt + error)
     tau = plane(events["PRI_tau_pt"], events["PRI_tau_phi"])
     lep = plane(events["PRI_lep_pt"], events["PRI_lep_phi"])
-    # A tau's neutrinos fly along with it: momentum missing in other directions has other causes.
+    # A tau's neutrinos fly along with it; momentum missing in other directions has other causes.
     astray = met * (1 - np.cos(events["PRI_met_phi"] - np.angle(tau + lep)))
     solution_share = 1 / (1 + (astray / MMC_LIMIT) ** MMC_STEEPNESS)
     return mass.round(3).where(generator.random(len(events)) < solution_share, MISSING)

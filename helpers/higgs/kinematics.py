@@ -1,4 +1,4 @@
-"""Quantities that physicists compute from what a detector measures."""
+"""Compute the derived quantities from those that the detector measures."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def invariant_mass(
     eta_2: ArrayLike,
     phi_2: ArrayLike,
 ) -> NDArray[np.float64]:
-    r"""Compute the mass of two particles that have no mass themselves.
+    r"""Compute the invariant mass of two massless particles.
 
     The formula is :math:`\sqrt{2 p_1 p_2 (\cosh\Delta\eta - \cos\Delta\phi)}`. The published jets
-    have a mass that no column tells, so ``DER_mass_jet_jet`` comes out a few GeV too small.
+    have a mass that no column contains, so ``DER_mass_jet_jet`` is a few GeV too small.
 
     Parameters
     ----------
@@ -83,14 +83,14 @@ def invariant_mass(
 def angular_distance(
     eta_1: ArrayLike, phi_1: ArrayLike, eta_2: ArrayLike, phi_2: ArrayLike
 ) -> NDArray[np.float64]:
-    r"""Compute the distance of two directions, :math:`\sqrt{\Delta\eta^2 + \Delta\phi^2}`.
+    r"""Compute the angular distance :math:`\sqrt{\Delta\eta^2 + \Delta\phi^2}` of two directions.
 
     Parameters
     ----------
     eta_1, eta_2 : array_like, shape (n,)
         Pseudorapidities.
     phi_1, phi_2 : array_like, shape (n,)
-        Azimuth angles in radians; their difference is taken the short way round the circle.
+        Azimuth angles in radians; their difference is taken the short way around the circle.
 
     Returns
     -------
@@ -110,7 +110,7 @@ def angular_distance(
 
 
 def phi_centrality(phi: ArrayLike, phi_1: ArrayLike, phi_2: ArrayLike) -> NDArray[np.float64]:
-    r"""Tell how centrally a direction lies between two others in the transverse plane.
+    r"""Compute how centrally a direction lies between two others in the transverse plane.
 
     With :math:`A = \sin(\phi - \phi_1)` and :math:`B = \sin(\phi_2 - \phi)`, both multiplied by
     the sign of :math:`\sin(\phi_2 - \phi_1)`, the centrality is :math:`(A + B) / \sqrt{A^2 + B^2}`.
@@ -120,13 +120,13 @@ def phi_centrality(phi: ArrayLike, phi_1: ArrayLike, phi_2: ArrayLike) -> NDArra
     phi : array_like, shape (n,)
         Azimuth angle of the direction in radians.
     phi_1, phi_2 : array_like, shape (n,)
-        Azimuth angles of the two others in radians.
+        Azimuth angles of the two other directions in radians.
 
     Returns
     -------
     ndarray, shape (n,)
-        From :math:`\sqrt 2` in the middle of the two, over 1 on either, to :math:`-\sqrt 2`
-        opposite; 0 where all three lie on one line, which leaves the middle undefined.
+        :math:`\sqrt 2` midway between the two directions, 1 on either of them, :math:`-\sqrt 2`
+        opposite the middle; 0 where all three lie on one line, which leaves the middle undefined.
 
     References
     ----------
@@ -145,7 +145,7 @@ def phi_centrality(phi: ArrayLike, phi_1: ArrayLike, phi_2: ArrayLike) -> NDArra
 
 
 def eta_centrality(eta: ArrayLike, eta_1: ArrayLike, eta_2: ArrayLike) -> NDArray[np.float64]:
-    r"""Tell how centrally a pseudorapidity lies between those of two jets.
+    r"""Compute how centrally a pseudorapidity lies between those of two jets.
 
     The formula is :math:`\exp(-4 (\eta - \bar\eta)^2 / (\eta_1 - \eta_2)^2)`, where
     :math:`\bar\eta` is the mean of the jets' pseudorapidities.
@@ -160,7 +160,7 @@ def eta_centrality(eta: ArrayLike, eta_1: ArrayLike, eta_2: ArrayLike) -> NDArra
     Returns
     -------
     ndarray, shape (n,)
-        1 in the middle of the jets, 1/e on either, towards 0 outside.
+        1 midway between the jets, 1/e on either of them, approaching 0 outside.
 
     References
     ----------
@@ -172,7 +172,7 @@ def eta_centrality(eta: ArrayLike, eta_1: ArrayLike, eta_2: ArrayLike) -> NDArra
     [1.0, 0.368]
     """
     middle, gap = np.add(eta_1, eta_2) / 2, np.subtract(eta_1, eta_2)
-    # Jets at one pseudorapidity have nothing between them: a tiny gap gives the limit, not 0 / 0.
+    # Jets at the same pseudorapidity enclose nothing: a tiny gap gives the limit, not 0 / 0.
     return np.exp(-4 * ((eta - middle) / np.maximum(np.abs(gap), 1e-9)) ** 2)
 
 
@@ -198,9 +198,9 @@ def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        A copy of `events` whose ``DER_`` columns hold their definitions' values, rounded to 3
-        decimals as the published ones are, and `MISSING` where the event has too few jets. Only
-        ``DER_mass_MMC`` is kept as it is: it comes from a likelihood, not from a formula.
+        A copy of `events` with the ``DER_`` columns computed from their definitions, rounded to 3
+        decimals like the published ones, and `MISSING` where the event has too few jets.
+        ``DER_mass_MMC`` stays unchanged: it comes from a likelihood, not from a formula.
 
     References
     ----------
@@ -212,7 +212,7 @@ def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
     >>> derive_columns(events).equals(events)
     True
     """
-    # NaN spreads through every formula: a result is missing where an input is.
+    # NaN propagates through every formula: a result is missing where an input is.
     column = events.replace(MISSING, np.nan)
     tau, lep, leading, subleading = (
         Particle(*(column[f"PRI_{name}_{part}"].to_numpy() for part in Particle._fields))
@@ -220,7 +220,7 @@ def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
     )
     met, met_phi = column["PRI_met"].to_numpy(), column["PRI_met_phi"].to_numpy()
     higgs = plane(tau.pt, tau.phi) + plane(lep.pt, lep.phi) + plane(met, met_phi)
-    # Absent jets add nothing, and by definition neither do jets beyond these two.
+    # Absent jets contribute nothing, and neither, by definition, do jets beyond these two.
     jets = sum(np.nan_to_num(plane(jet.pt, jet.phi)) for jet in (leading, subleading))
     derived = {
         "DER_mass_transverse_met_lep": transverse_mass(lep.pt, lep.phi, met, met_phi),
@@ -242,10 +242,10 @@ def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
 
 
 def plane(pt: NDArray[np.float64], phi: NDArray[np.float64]) -> NDArray[np.complex128]:
-    """Return transverse momenta as complex numbers: adding these adds the vectors."""
+    """Return transverse momenta as complex numbers, so that a sum is a vector sum."""
     return pt * np.exp(1j * phi)
 
 
 def wrapped(angle: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the same angle between -pi and pi."""
+    """Return `angle` wrapped to the range from -pi to pi."""
     return np.angle(np.exp(1j * angle))

@@ -1,4 +1,4 @@
-"""How well a selection of events would show the Higgs boson: the measure of the challenge."""
+"""The metric of the challenge: how significantly a selection of events shows the Higgs boson."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ def significance(signal: ArrayLike, background: ArrayLike) -> NDArray[np.float64
     Parameters
     ----------
     signal, background : array_like
-        The summed weights of the events of each class that are selected: how many of them the
-        detector would see.
+        The summed weights of the selected events of each class: how many the detector would see.
 
     Returns
     -------
     numpy.ndarray
-        In standard deviations.
+        The AMS, in standard deviations.
 
     References
     ----------
-    The challenge's own measure, equation 7 of [1]_, with its regularisation of 10 events.
+    The metric of the challenge, equation 7 of [1]_, with its regularisation of 10 events.
 
     Examples
     --------
@@ -40,22 +39,22 @@ def significance(signal: ArrayLike, background: ArrayLike) -> NDArray[np.float64
 def significance_curve(
     scores: ArrayLike, is_signal: ArrayLike, weights: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the AMS of selecting the events that score at least a threshold, for each threshold.
+    """Return, for each threshold, the AMS of selecting the events that score at least that much.
 
     Parameters
     ----------
     scores : array_like, shape (n,)
-        The probability of signal that a network gives each event.
+        The network's signal probability for each event.
     is_signal : array_like of bool, shape (n,)
-        What each event is.
+        Whether each event is signal.
     weights : array_like, shape (n,)
-        How much each event counts for its class. They are scaled so that each class sums up to what
-        the challenge expects of it, whatever part of its events is here.
+        The weight of each event in its class. They are scaled so that each class sums to the number
+        that the challenge expects, whatever fraction of its events is given.
 
     Returns
     -------
     thresholds, significances : numpy.ndarray
-        The scores that occur, falling, and the AMS at each.
+        The distinct scores in descending order, and the AMS at each.
 
     Examples
     --------
@@ -70,6 +69,6 @@ def significance_curve(
     for chosen, expected in ((is_signal, EXPECTED_SIGNAL), (~is_signal, EXPECTED_BACKGROUND)):
         sums = np.cumsum(np.where(chosen, weights, 0))
         selected.append(expected * sums / sums[-1])
-    # Events of equal scores are selected together.
+    # Events with equal scores are selected together.
     last = np.append(np.diff(scores) != 0, True)
     return scores[last], significance(*selected)[last]

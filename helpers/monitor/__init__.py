@@ -1,10 +1,10 @@
-"""What a stream does, batch by batch: a table while it runs, and a plot when it is done.
+"""Monitor a stream batch by batch: a live table while it runs, and a plot afterwards.
 
     monitor = Monitor()
     score_stream(stream, process_instances, sink, monitor)
 
-In a notebook the table is below the cell that called `begin`, and changes there with each batch;
-elsewhere each batch is a printed line.
+In a notebook, the table is displayed below the cell that called `begin` and updated with each
+batch; elsewhere, a line is printed per batch.
 """
 
 from helpers.monitor.batch import Batch

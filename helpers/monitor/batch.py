@@ -13,16 +13,16 @@ class Batch:
     Attributes
     ----------
     batch_id : int
-        What Spark calls the batch; of a DStream, its time in milliseconds since 1970.
+        Spark's id of the batch; for a DStream, its time in milliseconds since 1970.
     events, signal, bad : int
-        How many events it had, how many of these are signal, and how many records are no events.
+        How many events it had, how many of them are signal, and how many records are not events.
     seconds : float
-        How long it took.
+        Processing time.
     lag : int or None
-        How many records of the topic were left after it; None where nobody knows.
+        How many records were left in the topic after it; None if unknown.
     planned_at : int or None
-        When it was planned, in milliseconds since 1970, if that isn't its id: Structured Streaming
-        numbers its batches.
+        When it was planned, in milliseconds since 1970, if its id is not that time: Structured
+        Streaming numbers its batches.
 
     Examples
     --------
@@ -45,5 +45,5 @@ class Batch:
 
     @property
     def events_per_second(self) -> float:
-        """How many events it did in a second; not a number if it took no time."""
+        """Events per second of processing time; NaN if the batch took no time."""
         return self.events / self.seconds if self.seconds else math.nan

@@ -1,4 +1,4 @@
-"""The table of a stream's batches: in a notebook, and line by line in a terminal."""
+"""Display a stream's batches: as a table in a notebook, line by line in a terminal."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from IPython.display import display
 
 from helpers.monitor.batch import Batch
 
-# How many batches the table in a notebook shows: the last ones.
+# Number of batches, the last ones, that the table in a notebook shows.
 ROWS_SHOWN = 20
 
-# How many characters of the name of an unused field are shown.
+# Maximum number of characters shown of an unused field's name.
 CHARACTERS_SHOWN = 40
 
 _HEADINGS = ("time (UTC)", "events", "signal", "bad", "seconds", "events/s", "lag")
 _WIDTHS = (10, 9, 9, 7, 7, 9, 11)
 _UNKNOWN = "-"
 
-# What a notebook shows of a table: its content by MIME type.
+# A table's content for a notebook, by MIME type.
 Contents = dict[str, str]
 
 
 class Table:
-    """The table in a notebook, below the cell that makes it, wherever it is changed from."""
+    """A table in a notebook, displayed below the cell that created it."""
 
     def __init__(self, contents: Contents) -> None:
         self._handle = display(contents, raw=True, display_id=True)
 
     def show(self, batch: Batch, contents: Callable[[], Contents]) -> None:
-        """Show the last batches instead of those before."""
+        """Update the table."""
         self._handle.update(contents(), raw=True)
 
 
@@ -45,7 +45,7 @@ class Lines:
         self._begun = False
 
     def show(self, batch: Batch, contents: Callable[[], Contents]) -> None:
-        """Print a batch, the first below a heading."""
+        """Print a batch; the first is preceded by a heading."""
         if not self._begun:
             print(_line(_HEADINGS), flush=True)
             self._begun = True
@@ -53,27 +53,27 @@ class Lines:
 
 
 def open_display() -> Table | Lines:
-    """Return a new table where a notebook shows it, otherwise lines."""
+    """Return a new table in a notebook, otherwise lines."""
     return Table(contents_of([], Counter(), set())) if in_notebook() else Lines()
 
 
 def in_notebook() -> bool:
-    """Return whether this is a Jupyter kernel; IPython in a terminal has none."""
+    """Return whether this is a Jupyter kernel, as opposed to IPython in a terminal."""
     return getattr(get_ipython(), "kernel", None) is not None
 
 
 def shortened(name: str) -> str:
-    """Return a name, cut where it is too long to be shown."""
+    """Return a name, truncated if it is too long to show."""
     return name if len(name) <= CHARACTERS_SHOWN else f"{name[:CHARACTERS_SHOWN]}..."
 
 
 def about_unused(names: Iterable[str]) -> str:
-    """Return a sentence on fields that the records have and nobody uses."""
+    """Return a sentence about unused fields in the records."""
     return f"fields that are not used: {', '.join(sorted(names))} (they are ignored)"
 
 
 def _cells(batch: Batch) -> tuple[str, ...]:
-    """Return a batch as texts, in the order of the headings."""
+    """Return a batch as strings, in the order of the headings."""
     moment = datetime.fromtimestamp(batch.time / 1000, UTC)
     lag = _UNKNOWN if batch.lag is None else f"{batch.lag:,}"
     return (f"{moment:%H:%M:%S}", *_figures(batch), lag)
@@ -86,13 +86,13 @@ def _figures(batch: Batch) -> tuple[str, ...]:
 
 
 def _total_cells(totals: Counter[str]) -> tuple[str, ...]:
-    """Return the totals as texts, in the order of the headings."""
+    """Return the totals as strings, in the order of the headings."""
     names = ("events", "signal", "bad", "seconds")
     return ("total", *_figures(Batch(0, **{name: totals[name] for name in names})), "")
 
 
 def _line(cells: Sequence[str]) -> str:
-    """Return cells as a line: the time on the left, numbers on the right of their columns."""
+    """Return cells as a line, with the time left-aligned and numbers right-aligned."""
     numbers = (cell.rjust(width) for cell, width in zip(cells[1:], _WIDTHS[1:], strict=True))
     return "  ".join([cells[0].ljust(_WIDTHS[0]), *numbers]).rstrip()
 
@@ -111,7 +111,7 @@ def contents_of(batches: Sequence[Batch], totals: Counter[str], unused: set[str]
 
 
 def _html(rows: Iterable[Sequence[str]], total: Sequence[str], notes: Iterable[str]) -> str:
-    """Return the table as HTML that takes its colours from the page, light or dark."""
+    """Return the table as HTML that inherits the page's colours, light or dark."""
     body = "".join(_html_row("td", row) for row in rows)
     notes = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
     return (

@@ -1,4 +1,4 @@
-"""What Spark reports of a Structured Streaming query's batches."""
+"""Receive Spark's progress reports for the batches of a Structured Streaming query."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pyspark.sql.streaming.listener import SourceProgress, StreamingQueryProgres
 
 from helpers.monitor.batch import Batch
 
-# How long to wait for Spark's report of a query's end, after the query.
+# How long to wait for the report of a query's termination, after the query ends.
 NEWS_SECONDS = 10
 
 
 class QueryListener(StreamingQueryListener):
-    """Keeps batches until Spark has reported their progress, and completes them with it.
+    """Holds batches until Spark reports their progress, and completes them with it.
 
     Parameters
     ----------
     show : callable
-        Takes a completed batch.
+        Called with each completed batch.
     """
 
     def __init__(self, show: Callable[[Batch], None]) -> None:
@@ -34,20 +34,20 @@ class QueryListener(StreamingQueryListener):
         self._changed = threading.Condition()
 
     def hold(self, batch: Batch) -> None:
-        """Keep a batch until Spark reports its progress."""
+        """Hold a batch until Spark reports its progress."""
         with self._changed:
             self._held[batch.batch_id] = batch
 
     def onQueryStarted(self, event: Any) -> None:  # noqa: N802 (Spark's name)
-        """Note that there is an end to wait for; Spark calls this."""
+        """Record a running query, whose end `wait` waits for; Spark calls this."""
         self._running.add(str(event.runId))
 
     def onQueryProgress(self, event: Any) -> None:  # noqa: N802
-        """Complete the batch that Spark reports, and those before it; Spark calls this."""
+        """Complete the reported batch and earlier ones; Spark calls this."""
         progress: StreamingQueryProgress = event.progress
         planned_at = round(datetime.fromisoformat(progress.timestamp).timestamp() * 1000)
         with self._changed:
-            # Spark goes on to a batch when those before it are done: it has dropped their reports.
+            # Spark starts a batch after the earlier ones are done; it has dropped their reports.
             ids = sorted(batch_id for batch_id in self._held if batch_id <= progress.batchId)
             batches = [replace(self._held.pop(i), planned_at=planned_at) for i in ids]
         for batch in batches:
@@ -57,22 +57,22 @@ class QueryListener(StreamingQueryListener):
             self._show(batch)
 
     def onQueryIdle(self, event: Any) -> None:  # noqa: N802
-        """Do nothing; Spark calls this when there is nothing to read."""
+        """Do nothing; Spark calls this when there is no new data."""
 
     def onQueryTerminated(self, event: Any) -> None:  # noqa: N802
-        """Note the end of a query, after which there is no more news; Spark calls this."""
+        """Record the end of a query, its last report; Spark calls this."""
         with self._changed:
             self._running.discard(str(event.runId))
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait for the reports that are on their way."""
+        """Wait for outstanding reports."""
         with self._changed:
             self._changed.wait_for(lambda: not self._running, NEWS_SECONDS)
 
 
 def _left(source: SourceProgress) -> int | None:
-    """Return how many offsets a query has left in Kafka; None where its source is another one."""
+    """Return how many offsets a query has left in Kafka; None for any other source."""
     if not source.description.startswith("Kafka"):
         return None
     ends, latest = json.loads(source.endOffset), json.loads(source.latestOffset)

@@ -1,4 +1,4 @@
-"""The batches of a stream: kept, summed up, and shown."""
+"""Keep, sum up and display the batches of a stream."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from helpers.monitor.display import (
 from helpers.monitor.listener import QueryListener
 from helpers.monitor.plots import figure_of
 
-# How many batches a monitor keeps for its table and plot: the last ones. The totals are of all.
+# Number of batches, the last ones, kept for the table and plot. The totals include all batches.
 BATCHES_KEPT = 1_000
 
-# How many names of unused fields it reports.
+# Maximum number of names of unused fields to report.
 NAMES_SHOWN = 20
 
 
 class Monitor:
-    """Counts a stream's batches, and shows them while it runs.
+    """Sums up a stream's batches, and displays them while it runs.
 
-    It keeps the last 1,000 batches, and the totals of all.
+    The last 1,000 batches are kept, and the totals of all.
 
-    One thread may add batches (Spark calls a batch's function in a thread of its own) while another
-    asks for the table or the plot.
+    One thread may add batches (Spark calls a batch's function in a separate thread) while another
+    requests the table or the plot.
 
     Examples
     --------
@@ -51,27 +51,27 @@ class Monitor:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # of all below
+        self._lock = threading.RLock()  # guards everything below
         self._batches: dict[int, Batch] = {}  # the last ones
-        self._totals: Counter[str] = Counter()  # of all
+        self._totals: Counter[str] = Counter()  # over all batches
         self._listener: QueryListener | None = None  # within `follow`
         self._display: Table | Lines | None = None
-        self._unused: set[str] = set()  # in the batches that are shown
-        self._told: set[str] = set()  # of these and of earlier ones, what a warning has named
+        self._unused: set[str] = set()  # since `begin`
+        self._told: set[str] = set()  # already named in a warning, also before `begin`
 
     def begin(self) -> None:
-        """Forget earlier batches, and open a new table."""
+        """Discard earlier batches, and open a new table."""
         with self._lock:
             self._batches, self._totals, self._unused = {}, Counter(), set()
             self._display = open_display()
 
     @contextlib.contextmanager
     def follow(self, spark: SparkSession) -> Iterator[None]:
-        """Let Spark tell of the batches of a query that runs within the ``with`` block.
+        """Follow the progress of a query that runs within the ``with`` block.
 
-        A batch that is added is shown when Spark reports its progress: with the time it was
-        planned at, how long it took in all, planning and checkpoint included, and how many records
-        are left. The block must not end before its query.
+        An added batch is displayed once Spark reports its progress, with the time when it was
+        planned, its total duration including planning and checkpointing, and the number of records
+        left. The block must not end before the query does.
 
         Parameters
         ----------
@@ -101,21 +101,21 @@ class Monitor:
             self._listener = None
 
     def add(self, batch: Batch, unused: Iterable[str] = ()) -> None:
-        """Add a batch, in the place of one with the same id that is kept, and show it.
+        """Add a batch, replacing a kept one with the same id, and display it.
 
-        Within `follow`, it is shown when Spark has reported the batch's progress.
+        Within `follow`, it is displayed once Spark has reported the batch's progress.
 
         Parameters
         ----------
         batch : Batch
             Its figures.
         unused : iterable of str
-            Names of fields that its records have and nobody uses.
+            Names of unused fields in its records.
 
         Warns
         -----
         UserWarning
-            Names what is ``unused``, each name once, and no more than 20. A notebook says so below
+            Lists the ``unused`` names, each once and no more than 20. A notebook shows them below
             the table instead.
 
         Examples
@@ -129,7 +129,7 @@ class Monitor:
             self._show(batch)
         else:
             self._listener.hold(batch)
-        # In a kernel, a warning from Spark's thread may end up below another cell, or nowhere.
+        # In a kernel, a warning from Spark's thread may appear below another cell, or not at all.
         if new_names and not in_notebook():
             warnings.warn(about_unused(new_names), UserWarning, stacklevel=2)
 
@@ -148,14 +148,14 @@ class Monitor:
 
     @property
     def batches(self) -> list[Batch]:
-        """The last batches, 1,000 at most, in the order of their times."""
+        """The last batches, at most 1,000, sorted by id."""
         with self._lock:
             return [self._batches[batch_id] for batch_id in sorted(self._batches)]
 
     def table(self) -> pd.DataFrame:
-        """Return a row per batch: time (UTC), the counts, seconds, events_per_second, and lag.
+        """Return one row per batch: time (UTC), the counts, seconds, events_per_second, and lag.
 
-        It has the last 1,000 batches.
+        The table contains the last 1,000 batches.
 
         Examples
         --------
@@ -171,7 +171,7 @@ class Monitor:
             "bad": "int64",
             "seconds": "float64",
             "events_per_second": "float64",
-            "lag": "Int64",  # the one that knows missing numbers
+            "lag": "Int64",  # nullable
         }
         columns = {
             name: pd.array([getattr(batch, name) for batch in batches], dtype=kind)
@@ -180,7 +180,7 @@ class Monitor:
         return pd.DataFrame({"time": times, **columns})
 
     def totals(self) -> dict[str, int]:
-        """Return the sums of events, signal and bad, and the number of batches, of all batches.
+        """Return the sums of events, signal and bad over all batches, and the number of batches.
 
         Examples
         --------
@@ -203,9 +203,9 @@ class Monitor:
             return contents_of(self.batches, self._totals, self._unused)
 
     def plot(self) -> Figure:
-        """Return a figure of the last 1,000 batches: events, seconds, share of signal, and lag.
+        """Return a figure of the last 1,000 batches: events, seconds, signal fraction, and lag.
 
-        As the value of a notebook's cell it is shown; elsewhere, write it to a file with `savefig`.
+        As the value of a notebook cell, it is displayed; elsewhere, save it with `savefig`.
 
         Returns
         -------
@@ -230,9 +230,9 @@ class Monitor:
         return figure_of(table, self.totals())
 
     def _note_unused(self, names: Iterable[str]) -> list[str]:
-        """Keep names of unused fields for the table, and return those that are new.
+        """Keep names of unused fields for the table, and return the new ones.
 
-        They come from outside, so there may be any number of them, of any length.
+        The names come from outside, so there may be any number of them, of any length.
         """
         names = {shortened(name) for name in names}
         with self._lock:
@@ -243,6 +243,6 @@ class Monitor:
 
 
 def _counts(batch: Batch) -> dict[str, float]:
-    """Return what a batch adds to the totals."""
+    """Return a batch's contribution to the totals."""
     names = ("events", "signal", "bad", "seconds")
     return {"batches": 1, **{name: getattr(batch, name) for name in names}}

@@ -1,4 +1,4 @@
-"""The figure of a stream's batches."""
+"""Plot the batches of a stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POINTS = {"marker": "o", "markersize": 4, "clip_on": False}
 
 
 def figure_of(table: pd.DataFrame, totals: Mapping[str, int]) -> Figure:
-    """Return a figure of batches: events, seconds, share of signal, and lag.
+    """Return a figure of batches: events, seconds, signal fraction, and lag.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def figure_of(table: pd.DataFrame, totals: Mapping[str, int]) -> Figure:
     figure, (events, share, lag) = plt.subplots(
         3, 1, figsize=(9, 7), sharex=True, layout="constrained", height_ratios=(3, 2, 2)
     )
-    # Otherwise a notebook shows it twice: as the cell's value, and as a figure that is open.
+    # Otherwise a notebook shows it twice: as the cell's value and as an open figure.
     plt.close(figure)
     _plot_events(events, since_first, table)
     earlier = {name: totals[name] - table[name].sum() for name in ("events", "signal")}
@@ -41,7 +41,7 @@ def figure_of(table: pd.DataFrame, totals: Mapping[str, int]) -> Figure:
 
 
 def _plot_events(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
-    """Draw events as bars, and on an axis of its own how long each batch took."""
+    """Draw events as bars, and the processing time of each batch on a second axis."""
     gap = since_first.diff().min() if len(table) > 1 else 1.0
     axes.bar(since_first, table["events"], width=0.8 * gap, color=_GREEN, alpha=0.6)
     axes.set_xlim(-gap, since_first.iloc[-1] + gap)
@@ -56,19 +56,19 @@ def _plot_events(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> Non
 def _plot_share(
     axes: Axes, since_first: pd.Series, table: pd.DataFrame, earlier: dict[str, int]
 ) -> None:
-    """Draw how many percent of the events are signal, of all up to each batch."""
+    """Draw the cumulative percentage of signal events up to each batch."""
     sums = table[["events", "signal"]].cumsum() + pd.Series(earlier)
     share = 100 * sums["signal"] / sums["events"]
     axes.plot(since_first, share, color=_GREEN, **_POINTS)
     axes.set_ylabel("signal so far, %")
     axes.ticklabel_format(axis="y", useOffset=False)
-    # At least five percent high, so that chance does not look like a trend.
+    # A range of at least five percentage points, so that chance doesn't look like a trend.
     if share.notna().any():
         axes.set_ylim(share.min() - 2.5, share.max() + 2.5)
 
 
 def _plot_lag(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
-    """Draw how many records were left after each batch of which that is known."""
+    """Draw the number of records left after each batch, where it is known."""
     known = table["lag"].notna()
     lag = table.loc[known, "lag"].astype("int64")
     axes.plot(since_first[known], lag, color=_GREEN, **_POINTS)

@@ -1,6 +1,6 @@
-"""What a run needs, and the command that fixes each missing thing.
+"""Check the requirements of a run, and name the command that fixes each missing one.
 
-`preflight` returns a table of all checks for a notebook; ``python -m helpers.preflight`` prints it.
+`preflight` returns the checks as a table for a notebook; ``python -m helpers.preflight`` prints it.
 """
 
 from helpers.preflight.checks import preflight

@@ -1,4 +1,4 @@
-"""Print what a run needs and whether it is available: ``python -m helpers.preflight``."""
+"""Print a run's requirements and whether they are met: ``python -m helpers.preflight``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.preflight import preflight
 
 
 def _as_text(table: pd.DataFrame) -> str:
-    """Return the checks as lines of aligned text, with the remedy under each missing thing."""
+    """Return the checks as lines of aligned text, with the remedy below each missing one."""
     width = table["what"].str.len().max()
     lines = []
     for check in table.itertuples():
@@ -22,7 +22,7 @@ def _as_text(table: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what a run needs and whether it is available; return 1 if something is missing."""
+    """Print a run's requirements and whether they are met; return 1 if one is missing."""
     description = "Check all that a run needs, and name the command that fixes each missing thing."
     parser = argparse.ArgumentParser(prog="python -m helpers.preflight", description=description)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What a run needs, one check for each thing: what was found, and the command that fixes it."""
+"""One check per requirement of a run: what was found, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ _FETCH = "from helpers import broker, spark; broker.fetch(); spark.fetch()"
 _OWN_PYTHON = "{}.{}".format(*sys.version_info)
 
 _GB = 2**30
-# What the broker, the kernel and the workers take beside Spark's own memory. Measured at a run's
-# peak: 4.1 GB with MEMORY=2g on 2 cores, 3.1 GB with MEMORY=1g CORES=1.
+# Memory used by the broker, the kernel and the workers, besides Spark's. Measured at the peak of a
+# run: 4.1 GB with MEMORY=2g on 2 cores, 3.1 GB with MEMORY=1g CORES=1.
 _MEMORY_BESIDE_SPARK = 2 * _GB
-_MEMORY_OF_A_WORKER = 0.6 * _GB  # from the third on; it has TensorFlow and the network in it
-_CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
-_DISK = _GB  # the broker's data and Spark's files of some 100,000 events
+_MEMORY_OF_A_WORKER = 0.6 * _GB  # from the third on; it holds TensorFlow and the network
+_CGROUP = Path("/sys/fs/cgroup")  # in a container, the container's
+_DISK = _GB  # the broker's data and Spark's files for some 100,000 events
 
 
 class Check(NamedTuple):
-    """One thing that a run needs, and whether it is available.
+    """One requirement of a run, and whether it is met.
 
     Attributes
     ----------
     what : str
-        The thing.
+        The requirement.
     ok : bool
-        Whether it is available.
+        Whether it is met.
     found : str
-        What was found, in one line.
+        What was found, on one line.
     remedy : str
         The command that fixes it; '' if there is nothing to fix.
 
@@ -92,24 +92,24 @@ class Check(NamedTuple):
 def preflight(
     bootstrap_servers: str = "", memory: str = "2g", cores: int | None = None
 ) -> pd.DataFrame:
-    """Check all that a run needs, and name the command that fixes each missing thing.
+    """Check all requirements of a run, and name the command that fixes each missing one.
 
     Nothing is changed, except that missing jars of Kafka and of the connector are fetched.
 
     Parameters
     ----------
     bootstrap_servers : str
-        The broker that the run will use, as ``host:port``; empty if it starts a local one.
+        The broker that the run will use, as ``host:port``; empty if the run starts a local one.
     memory : str
-        Java's memory in the run, as in ``"2g"``.
+        Java's memory in the run, such as ``"2g"``.
     cores : int, optional
-        How many tasks the run has at a time on this machine; by default one per core.
+        Number of concurrent tasks of the run on this machine; by default one per core.
 
     Returns
     -------
     pandas.DataFrame
-        A row for each `Check`, with its attributes as columns. In a notebook, ``preflight().style``
-        shows long commands whole.
+        One row per `Check`, with its attributes as columns. In a notebook, ``preflight().style``
+        shows long commands in full.
 
     Examples
     --------
@@ -130,7 +130,7 @@ def preflight(
 
 
 def check_java() -> Check:
-    """Check that the `java` of ``JAVA_HOME``, else of ``PATH``, is 17 or newer.
+    """Check that the `java` in ``JAVA_HOME``, otherwise on ``PATH``, is 17 or newer.
 
     Examples
     --------
@@ -152,7 +152,7 @@ def check_java() -> Check:
 
 
 def check_spark() -> Check:
-    """Check PySpark's version: that of ``requirements.txt``, or that of the site's Spark.
+    """Check that PySpark's version matches ``requirements.txt``, or the site's Spark.
 
     Examples
     --------
@@ -170,7 +170,7 @@ def check_spark() -> Check:
 
 
 def check_connector() -> Check:
-    """Check that Spark's Kafka connector is on disk; if it isn't, fetch it, for up to 5 minutes.
+    """Check that Spark's Kafka connector is on disk; otherwise fetch it, for up to 5 minutes.
 
     Examples
     --------
@@ -187,10 +187,10 @@ def check_connector() -> Check:
 
 
 def check_worker_python() -> Check:
-    """Check that the Python of Spark's workers is of the driver's version and has their modules.
+    """Check that the workers' Python has the driver's version and the required modules.
 
-    If a session is active, its workers are asked, for up to 60 s. Otherwise it is this Python,
-    which `helpers.spark.get_spark` gives to the workers of this machine.
+    If a session is active, its workers are queried, for up to 60 s. Otherwise this Python is
+    checked, which `helpers.spark.get_spark` uses for workers on this machine.
 
     Examples
     --------
@@ -213,8 +213,8 @@ def check_broker(bootstrap_servers: str = "") -> Check:
     Parameters
     ----------
     bootstrap_servers : str
-        Addresses of brokers, ``host:port`` separated by commas. Empty: a run starts a local broker,
-        whose missing jars are fetched, for up to 5 minutes.
+        Addresses of brokers, ``host:port`` separated by commas. If empty, the run starts a local
+        broker, whose missing jars are fetched, for up to 5 minutes.
 
     Examples
     --------
@@ -243,10 +243,10 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
     Parameters
     ----------
     memory : str
-        Java's memory, as in ``"2g"``. A run takes about 2 GB beside it, and 0.6 GB for each core
+        Java's memory, such as ``"2g"``. A run takes about 2 GB besides, and 0.6 GB for each core
         from the third on.
     cores : int, optional
-        How many tasks run at a time, each in its own worker; by default one per core.
+        Number of concurrent tasks, each in its own worker; by default one per core.
 
     Examples
     --------
@@ -266,13 +266,13 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
 
 
 def _available_memory() -> int:
-    """Return how many bytes are free: in a container, as in JupyterHub, within its limit."""
+    """Return the number of free bytes; in a container, as on JupyterHub, within its limit."""
     available = psutil.virtual_memory().available
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
         cache = re.search(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.M)
-    except OSError:  # not a container, or not of today's kind
+    except OSError:  # not a container, or one without cgroup v2
         return available
     if limit == "max":
         return available
@@ -280,14 +280,14 @@ def _available_memory() -> int:
 
 
 def check_disk() -> Check:
-    """Check that the temporary folder can be written to and has 1 GB of space.
+    """Check that the temporary folder is writable and has 1 GB of free space.
 
     Examples
     --------
     >>> check_disk().ok
     True
     """
-    # Python itself passes over a TMPDIR that it can't use, without a word.
+    # Python silently ignores a TMPDIR that it can't use.
     folder = os.environ.get("TMPDIR") or "/tmp"
     found, has_space = _look_at_folder(folder)
     if has_space:
@@ -298,12 +298,12 @@ def check_disk() -> Check:
 
 
 def check_ports(port: int = BROKER_PORT) -> Check:
-    """Check that a port is free, or a broker's.
+    """Check that a port is free, or that a broker listens on it.
 
     Parameters
     ----------
     port : int
-        By default that of ``python -m helpers.broker``.
+        The port; by default that of ``python -m helpers.broker``.
 
     Examples
     --------
@@ -327,7 +327,7 @@ def _missing(what: str, found: str, remedy: str) -> Check:
 
 
 def _python(*arguments: str) -> str:
-    """Return a command for this Python, as a shell takes it."""
+    """Return a shell command that runs this Python."""
     return shlex.join([sys.executable, *arguments])
 
 
@@ -347,12 +347,12 @@ def _install_java() -> str:
     """Return the command that installs Java on this system."""
     commands = (command for manager, command in INSTALL_JAVA.items() if shutil.which(manager))
     command = next(commands, f"install Java {OLDEST_JAVA} or 21, and put it on PATH")
-    # Containers, where one is root, mostly have no sudo.
+    # Containers, in which the user is root, often have no sudo.
     return command.replace("sudo ", "") if os.geteuid() == 0 else command
 
 
 def _check_sites_spark(home: str) -> Check:
-    """Check that the Spark of SPARK_HOME is new enough, and the one of the imported PySpark."""
+    """Check that the Spark in SPARK_HOME is new enough and matches the imported PySpark."""
     try:
         version, _ = spark_and_scala()
     except JarsError as error:
@@ -370,7 +370,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _check_jars(what: str, found: str, *coordinates: str) -> Check:
-    """Check that jars are on disk, or fetch them."""
+    """Check that jars are on disk; otherwise fetch them."""
     try:
         fetch_jars(*coordinates)
     except (JarsError, OSError) as error:
@@ -382,15 +382,15 @@ def _check_jars(what: str, found: str, *coordinates: str) -> Check:
 
 
 def _check_workers(what: str, context: SparkContext) -> Check:
-    """Ask the workers of a session, in a job that is cancelled at its deadline."""
+    """Query a session's workers, with a job that is cancelled at the deadline."""
     modules, tag = WORKERS_IMPORT, "preflight"
     remedy = (
         f"set PYSPARK_PYTHON to a Python {_OWN_PYTHON} with the packages of requirements.txt, on "
         "each machine, and restart Spark"
     )
 
-    # Made here because Spark ships such a function whole. For one of the module, the executors
-    # would have to import `helpers`, which they may not have yet.
+    # Nested because Spark serializes such a function by value. For a module-level function, the
+    # executors would have to import `helpers`, which they may not have yet.
     def ask(_: object) -> Iterator[tuple[str, list[str]]]:
         yield sys.executable, [name for name in modules if find_spec(name) is None]
 
@@ -413,7 +413,7 @@ def _check_workers(what: str, context: SparkContext) -> Check:
 
 
 def _answers(bootstrap_servers: str) -> bool:
-    """Tell whether a Kafka broker answers, without naming a topic, which it could forbid."""
+    """Return whether a Kafka broker answers, without naming a topic, which ACLs could forbid."""
     milliseconds = ANSWER_SECONDS * 1000
     try:
         with KafkaAdminClient(
@@ -431,7 +431,7 @@ def _start_broker(port: int) -> str:
 
 
 def _look_at_folder(folder: str) -> tuple[str, bool]:
-    """Return how much space a folder has, and whether that is enough for temporary files."""
+    """Return a folder's free space as text, and whether it suffices for temporary files."""
     try:
         free = shutil.disk_usage(folder).free
         found = f"{free / _GB:,.1f} GB free in {folder}"

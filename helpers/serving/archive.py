@@ -1,4 +1,4 @@
-"""The file of a trained network and its contract."""
+"""Save a trained network and its contract to one file, and load them."""
 
 from __future__ import annotations
 
@@ -19,39 +19,38 @@ import numpy as np
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.serving.contract import Contract, ServingModel, ServingModelError
 
-CONTRACT = "contract.json"  # its name in the .keras file, which is a ZIP archive
+CONTRACT = "contract.json"  # the contract's name in the .keras file, which is a ZIP archive
 
-_KERAS_FILES = ("metadata.json", "config.json", "model.weights.h5")  # what Keras' own files have
+_KERAS_FILES = ("metadata.json", "config.json", "model.weights.h5")  # contents of any .keras file
 
 _DIGEST_LENGTH = 12  # hexadecimal digits of a version
 
-# How much larger than in its archive a part may be. Keras doesn't compress; what somebody else has
-# compressed a thousandfold is there to fill the memory.
+# Maximum expansion of a part of the archive. Keras doesn't compress; a part that somebody has
+# compressed a thousandfold is meant to exhaust the memory.
 _MOST_EXPANSION = 100
 
 
 def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> ServingModel:
-    """Write a network and its contract to one file, which Keras alone can open, too.
+    """Write a network and its contract to one file, which Keras alone can also open.
 
-    A file that is there is replaced in one step: whoever serves from it has the old or the new one.
+    An existing file is replaced atomically: a job that serves from it loads the old or the new one.
 
     Parameters
     ----------
     model : ServingModel
         The network, with two outputs, and its contract.
     path : str or path-like
-        Where to; the name ends in ``.keras``. Its folder is made if it isn't there.
+        The file to write; its name must end in ``.keras``. Its folder is created if missing.
 
     Returns
     -------
     ServingModel
-        What `load_serving_model` makes of the file, its version among it.
+        The model as `load_serving_model` returns it, including its version.
 
     Raises
     ------
     ServingModelError
-        If network and contract disagree, or the path is none of this machine, or of a file that
-        isn't called ``.keras``.
+        If network and contract disagree, or the path is not local or doesn't end in ``.keras``.
     """
     path = _local(path)
     if path.suffix != ".keras":
@@ -70,7 +69,7 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
 
 
 def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
-    """Return the network and its contract from a file; no code in the file runs.
+    """Load a network and its contract from a file, without running any code in it.
 
     Parameters
     ----------
@@ -82,7 +81,7 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
     FileNotFoundError
         If there is no such file.
     ServingModelError
-        If it is no serving model, its parts disagree, or the path is none of this machine.
+        If the file is not a serving model, its parts disagree, or the path is not local.
 
     Examples
     --------
@@ -100,19 +99,19 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
     path = _local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    # Read once: the file may be replaced at any moment.
+    # Read the file once, because it may be replaced at any moment.
     return _serving_model_in(path.read_bytes(), path)
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
-    """Return a path of this machine; raise `ServingModelError` for another file system's."""
+    """Return a local path; raise `ServingModelError` for a URI of another file system."""
     if re.match(r"[a-z][a-z0-9]+:/", str(path)):
         raise ServingModelError(f"{path} is no path of this machine: copy the file to one.")
     return Path(path)
 
 
 def _serving_model_in(content: bytes, path: Path) -> ServingModel:
-    """Return the serving model that a file with this content holds."""
+    """Return the serving model in a file's content."""
     files = _files_in(content, path)
     contract, written, noted = _contract_in(files, path)
     faults = contract.faults()
@@ -123,7 +122,7 @@ def _serving_model_in(content: bytes, path: Path) -> ServingModel:
     if digest != noted:
         faults.append("network or contract were changed after they were saved together")
     if not faults:
-        # Without the contract: Keras takes a part that it doesn't know for a folder of assets.
+        # Without the contract, because Keras treats an unknown part as a folder of assets.
         network = _network_in(_archive({name: files[name] for name in _KERAS_FILES}), path)
         faults = _disagreements(network, contract)
     if faults:
@@ -132,7 +131,7 @@ def _serving_model_in(content: bytes, path: Path) -> ServingModel:
 
 
 def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
-    """Return the files that a ``.keras`` file consists of, each checked against its checksum."""
+    """Return the files in a ``.keras`` archive, each verified against its checksum."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             known = [name for name in archive.namelist() if name in (*_KERAS_FILES, CONTRACT)]
@@ -140,7 +139,7 @@ def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
                 if part.file_size > _MOST_EXPANSION * part.compress_size:
                     raise ValueError(f"{part.filename} would be {part.file_size} bytes")
             files = {name: archive.read(name) for name in known}
-    except Exception as error:  # a damaged archive has many errors
+    except Exception as error:  # a damaged archive may raise many kinds of errors
         raise ServingModelError(f"{path} is no .keras file, or is damaged: {error}.") from error
     missing = [name for name in _KERAS_FILES if name not in files]
     if missing:
@@ -149,7 +148,7 @@ def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
 
 
 def _archive(files: Mapping[str, bytes]) -> bytes:
-    """Return the content of an archive of these files."""
+    """Return the content of an archive with these files."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name, part in files.items():
@@ -160,7 +159,7 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
 def _contract_in(
     files: Mapping[str, bytes], path: Path
 ) -> tuple[Contract, dict[str, object], str]:
-    """Return the contract in a ``.keras`` file, as it is written there, and the digest there."""
+    """Return the contract in a ``.keras`` file, its JSON content, and the digest stored there."""
     if CONTRACT not in files:
         raise ServingModelError(
             f"{path} has no contract: write it with helpers.serving.save_serving_model."
@@ -173,33 +172,33 @@ def _contract_in(
             if known[name].startswith("tuple"):
                 parts[name] = tuple(_checked_list(name, value))
         contract = Contract(**parts)
-        contract.faults()  # which can't compare what has another type
+        contract.faults()  # fails on values of the wrong type
         return contract, whole["contract"], whole["digest"]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ServingModelError(f"{path} has a contract that isn't whole: {error}.") from None
 
 
 def _checked_list(name: str, value: object) -> list:
-    """Return a list as it is; raise `TypeError` for a text, whose letters would pass for one."""
+    """Return a list unchanged; raise `TypeError` for a string, which is also a sequence."""
     if not isinstance(value, list):
         raise TypeError(f"{name} is no list")
     return value
 
 
 def _network_in(content: bytes, path: Path) -> keras.Model:
-    """Return the network in the content of Keras' own file."""
+    """Return the network in the content of a plain ``.keras`` file."""
     try:
         network = model_from_bytes(content)
         if not (network.input_shape and network.output_shape):
             raise ValueError("it has no inputs or no outputs")
-    except Exception as error:  # whatever Keras meets in a file that somebody has made
+    except Exception as error:  # Keras may raise anything for a file made by somebody else
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
     return network
 
 
 def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
-    """Return where a network isn't what its contract says."""
+    """Return the disagreements between a network and its contract."""
     inputs, outputs = network.input_shape[1:], network.output_shape[1:]
     names, classes = contract.feature_names, contract.class_names
     rules = {
@@ -214,19 +213,19 @@ def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
 
 
 def _scales_with(network: keras.Model, contract: Contract) -> bool:
-    """Tell whether a network's first layer has a contract's means and scales."""
+    """Return whether a network's first layer has the contract's means and scales."""
     layer = network.layers[0]
     if not isinstance(layer, keras.layers.Normalization) or layer.invert:
         return False
     mean, variance = (np.ravel(numbers) for numbers in (layer.mean, layer.variance))
     pairs = ((mean, contract.means), (np.sqrt(variance), contract.scales))
-    # The layer keeps 32-bit floats.
+    # The layer stores 32-bit floats.
     return all(len(one) == len(other) and np.allclose(one, other, rtol=1e-5, atol=1e-30)
                for one, other in pairs)  # fmt: skip
 
 
 def _digest(files: Mapping[str, bytes], contract: Mapping[str, object]) -> str:
-    """Return the digest of the network in the files of a ``.keras`` file, and of its contract."""
+    """Return a digest of the network in the files of a ``.keras`` archive and its contract."""
     layers = json.loads(files["config.json"], object_hook=_without_address)
     digest = hashlib.sha256(_json([contract, layers]))
     digest.update(files["model.weights.h5"])
@@ -234,10 +233,10 @@ def _digest(files: Mapping[str, bytes], contract: Mapping[str, object]) -> str:
 
 
 def _without_address(part: dict[str, object]) -> dict[str, object]:
-    """Return a part of a network's description without where Keras had it in its memory."""
+    """Return a part of a network's config without Keras' memory address for it."""
     return {name: value for name, value in part.items() if name != "shared_object_id"}
 
 
 def _json(content: object) -> bytes:
-    """Return what a contract has as JSON; NumPy's numbers and arrays become Python's."""
+    """Serialize content to JSON, converting NumPy's numbers and arrays to Python's."""
     return json.dumps(content, indent=1, sort_keys=True, default=lambda n: n.tolist()).encode()

@@ -1,4 +1,4 @@
-"""What has to hold where a trained network serves: its contract."""
+"""The contract of a trained network: what must be true wherever it serves."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _LIBRARIES = ("keras", "tensorflow-cpu", "tensorflow", "numpy", "pyspark")
 
 
 def fingerprint(df: DataFrame) -> str:
-    """Return what identifies a set of rows, whatever their order.
+    """Return a fingerprint of a set of rows, independent of their order.
 
     Parameters
     ----------
     df : pyspark.sql.DataFrame
-        Rows of numbers, texts or other values that Spark can hash.
+        Rows of numbers, strings or other values that Spark can hash.
 
     Returns
     -------
     str
-        The number of rows, and a digest of their values and of the columns' names.
+        The number of rows, and a digest of their values and the column names.
 
     Examples
     --------
@@ -44,7 +44,7 @@ def fingerprint(df: DataFrame) -> str:
     """
     names = sorted(df.columns)
     columns = [F.col(f"`{name}`") for name in names]
-    # The hash passes over nulls, wherever they are.
+    # The hash ignores nulls, whatever their column.
     hashes = F.xxhash64(*columns, *[column.isNull() for column in columns]).cast("decimal(20, 0)")
     rows, total = df.select(F.count(F.lit(1)), F.sum(hashes)).first()
     digest = hashlib.sha256(f"{names} {rows} {total}".encode()).hexdigest()
@@ -52,36 +52,36 @@ def fingerprint(df: DataFrame) -> str:
 
 
 class ServingModelError(ValueError):
-    """The file is no serving model, or its parts disagree; the message says which."""
+    """The file is not a serving model, or its parts disagree; the message says which."""
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What has to hold where a network serves.
+    """The contract of a network.
 
     Attributes
     ----------
     feature_names : tuple of str
-        The network's inputs, in their order.
+        The names of the network's inputs, in order.
     means, scales : tuple of float
-        What each feature is scaled with, ``(value - mean) / scale``, by the network's own first
-        layer.
+        The mean and scale of each feature: the network's first layer computes
+        ``(value - mean) / scale``.
     class_names : tuple of str
-        The network's two outputs, in their order.
+        The names of the network's two outputs, in order.
     signal_index : int
-        Which of them is signal.
+        The index of the signal output.
     threshold : float
-        The probability of signal from which an event is called signal.
+        The signal probability at which an event is classified as signal.
     training_data : str
         The `fingerprint` of the rows that the network was trained on.
     metrics : dict of str to float
-        How good the network was on events that training did not see.
+        The network's metrics on events not used in training.
     event_id : str
-        The field that identifies an event.
+        The name of the field that identifies an event.
     missing : float, optional
-        The value that stands for one that is missing, and is scaled like any other.
+        The value that represents a missing one; it is scaled like any other.
     libraries : dict of str to str
-        The versions that the network was trained with.
+        The library versions that the network was trained with.
     """
 
     feature_names: tuple[str, ...]
@@ -97,7 +97,7 @@ class Contract:
     libraries: dict[str, str] = field(default_factory=lambda: _library_versions())
 
     def faults(self) -> list[str]:
-        """Return what is wrong in itself, in clauses; none if nothing is."""
+        """Return the contract's internal faults, as clauses; none if it is valid."""
         names, classes, count = self.feature_names, self.class_names, len(self.feature_names)
         numbers = {"means": self.means, "scales": self.scales}
         texts = (*names, *classes, self.event_id, *self.metrics)
@@ -124,12 +124,12 @@ class ServingModel:
     Attributes
     ----------
     network : keras.Model
-        Takes features as they are, of shape (events, features), and scales them itself.
+        Takes unscaled features of shape (events, features), and scales them itself.
     contract : Contract
-        What its inputs and outputs are.
+        Describes the network's inputs and outputs.
     version : str
-        The beginning of a digest of network and contract: the same ones have the same version,
-        whenever they are saved. Empty if they never were.
+        The beginning of a digest of network and contract, so the same content always has the same
+        version. Empty if the model was never saved.
     """
 
     network: keras.Model
@@ -138,7 +138,7 @@ class ServingModel:
 
     @property
     def schema(self) -> StructType:
-        """The fields of an event, for `helpers.records.parse_events`."""
+        """The schema of an event, for `helpers.records.parse_events`."""
         schema = StructType().add(self.contract.event_id, LongType())
         for name in self.contract.feature_names:
             schema = schema.add(name, DoubleType())
@@ -148,14 +148,14 @@ class ServingModel:
 def scaled_network(
     network: keras.Model, means: Sequence[float], scales: Sequence[float]
 ) -> keras.Model:
-    """Return a network that scales its inputs itself, before a copy of one trained on scaled ones.
+    """Return a network that scales its inputs, then applies a copy of one trained on scaled ones.
 
     Parameters
     ----------
     network : keras.Model
-        Was trained on ``(value - mean) / scale``.
+        A network that was trained on ``(value - mean) / scale``.
     means, scales : sequence of float
-        One of each a feature, such as ``mean`` and ``std`` of Spark's `StandardScalerModel`.
+        One of each per feature, such as ``mean`` and ``std`` of Spark's `StandardScalerModel`.
 
     Examples
     --------
@@ -171,12 +171,12 @@ def scaled_network(
 
 
 def _library_versions() -> dict[str, str]:
-    """Return the versions of what a network's numbers depend on."""
+    """Return the versions of the libraries that a network's numbers depend on."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # tensorflow comes under one of two names
+        except metadata.PackageNotFoundError:  # TensorFlow is installed under one of two names
             continue
     return versions
 

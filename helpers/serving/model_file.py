@@ -1,4 +1,4 @@
-"""The serving model in a file, which may be replaced while a stream runs."""
+"""A serving model in a file that may be replaced while a stream runs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class ModelFile:
-    """The serving model in a file, which may be replaced while a stream runs.
+    """A serving model in a file that may be replaced while a stream runs.
 
-    Asked before each batch, so a batch is scored by one version. A file that is refused, that takes
-    another field for the event's id than the one before, or has other classes, changes nothing: the
-    version before goes on serving, and the log says why. One that can't be read is tried again.
+    Call `current` before each batch, so that a batch is scored by one version. If a new file is
+    rejected, or has another field for the event's id, other classes or another signal index, the
+    previous version keeps serving, and the reason is logged. A file that can't be read is retried.
 
     Parameters
     ----------
     path : str or path-like
-        What `helpers.serving.save_serving_model` writes.
+        A file written by `helpers.serving.save_serving_model`.
 
     Raises
     ------
     FileNotFoundError
-        If there is no file to begin with.
+        If there is no file at the start.
     ServingModelError
-        If it can't serve.
+        If the first file is rejected.
 
     Examples
     --------
@@ -46,7 +46,7 @@ class ModelFile:
         self._transformer = ServingTransformer(self.model)
 
     def current(self) -> ServingTransformer:
-        """Return the stage that scores with the version in the file now; its `model` is that."""
+        """Return the stage for the version that is in the file now; `model` is that version."""
         state = self._state()
         if state != self._seen:
             try:
@@ -60,14 +60,14 @@ class ModelFile:
         return self._transformer
 
     def _warn(self, error: Exception) -> None:
-        """Say once why the version before goes on serving."""
+        """Log once why the previous version keeps serving."""
         warning = f"{self.model.version} goes on serving: {error}"
         if warning != self._warning:
             _LOGGER.warning("%s", warning)
         self._warning = warning
 
     def _replace(self, model: ServingModel) -> None:
-        """Serve with another model; raise `ServingModelError` if its results mean other things."""
+        """Serve another model; raise `ServingModelError` if its results have another meaning."""
         ours, theirs = self.model.contract, model.contract
         for name in ("event_id", "class_names", "signal_index"):
             if getattr(theirs, name) != getattr(ours, name):
@@ -78,7 +78,7 @@ class ModelFile:
         self.model, self._transformer = model, ServingTransformer(model)
 
     def _state(self) -> tuple[int, int, int] | None:
-        """Return what changes when the file is replaced."""
+        """Return the file attributes that change when it is replaced."""
         try:
             found = self._path.stat()
         except OSError:

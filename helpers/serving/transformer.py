@@ -12,16 +12,16 @@ from helpers.transformers import ModelPredictor
 
 
 class ServingTransformer(Transformer):
-    """Score events as a serving model's contract says.
+    """Score events according to a serving model's contract.
 
     Parameters
     ----------
     model : ServingModel
         The network and its contract.
     features_col : str
-        Events that `helpers.records.parse_events` made with the model's `schema`. Where there is no
-        such column, the features are taken from the columns that have their names. An event of
-        which one is null or NaN has no prediction: it is null.
+        A column of events that `helpers.records.parse_events` returned for the model's `schema`.
+        Without such a column, each feature is read from the column of the same name; if one is null
+        or NaN, the prediction is null.
 
     Attributes
     ----------
@@ -52,10 +52,10 @@ class ServingTransformer(Transformer):
         )
 
     def _index(self, probabilities: Column) -> Column:
-        """Return the class: signal from the threshold on, otherwise the other one."""
+        """Return the class: signal if its probability reaches the threshold, else the other one."""
         signal = self.model.contract.signal_index
         probability = probabilities[signal]
         is_signal = probability >= self.model.contract.threshold
         index = F.when(is_signal, float(signal)).otherwise(float(1 - signal))
-        # No number is no answer; Spark would hold it for the largest of all.
+        # NaN gives no index; Spark treats NaN as larger than any number.
         return F.when(probability.isNotNull() & ~F.isnan(probability), index)

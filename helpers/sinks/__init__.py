@@ -1,7 +1,7 @@
-"""Where scored events go: Parquet files, each event once whatever dies.
+"""Sinks for scored events: Parquet files, exactly once despite failures.
 
-`ParquetSink` stores the batches of a stream, and `read_scored` reads them. Bad records can go to
-Kafka, as dead letters.
+`ParquetSink` stores the batches of a stream, and `read_scored` reads them. Bad records can be sent
+to Kafka, as dead letters.
 """
 
 from helpers.sinks.bad_records import ON_BAD_RECORD

@@ -1,7 +1,7 @@
-"""What a sink does with records that are not events: one function for each way.
+"""Policies for records that are not events, one function each.
 
-Each takes the bad records of a batch's files and the batch's ranges, and returns how many of the
-records could not be sent.
+A policy takes the bad records in a batch's files and the batch's offset ranges, and returns how
+many of the records could not be sent.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ ON_BAD_RECORD = ("dead-letter", "skip", "stop")
 
 
 def policy_for(on_bad_record: str, settings: Mapping[str, str] | None) -> Policy:
-    """Return what treats bad records.
+    """Return the function that handles bad records.
 
     Parameters
     ----------
     on_bad_record : str
         One of `ON_BAD_RECORD`.
     settings : mapping, optional
-        Settings of a Kafka client, for dead letters.
+        Kafka client settings, required for dead letters.
 
     Raises
     ------
     ValueError
-        If there is no such way, or dead letters have no settings.
+        If there is no such policy, or there are no settings for dead letters.
 
     Examples
     --------
@@ -54,7 +54,7 @@ def policy_for(on_bad_record: str, settings: Mapping[str, str] | None) -> Policy
 
 
 def _stop(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
-    """Fail the batch with the place of its first bad record."""
+    """Fail the batch, naming the offset of its first bad record."""
     first = bad.orderBy("topic", "partition", "offset").first()
     raise BadRecordError(
         f"{first.topic}, partition {first.partition}, offset {first.offset} is not an event: "
@@ -71,5 +71,5 @@ def _skip(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
 def _send(
     settings: Mapping[str, str], bad: DataFrame, ranges: Iterable[OffsetRange]
 ) -> int:
-    """Send the records to the dead-letter topics of their topics."""
+    """Send the records to their dead-letter topics."""
     return send_dead_letters(bad, settings, {part.topic: part.topic_id for part in ranges})

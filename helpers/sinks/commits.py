@@ -1,8 +1,8 @@
-"""The manifests of a sink: numbered files, of which the last one says what is stored.
+"""The manifests of a sink: numbered files, the last of which defines what is stored.
 
-A manifest gets its name in one step that fails where the name is taken. It names all files that
-count, so nobody needs the manifests before it, and the sink removes all but the last ones. A late
-sink could then write one of a removed number: it looks whether its number is the last.
+A manifest is published atomically, which fails if its name is taken. It lists all committed files,
+so earlier manifests are not needed, and the sink removes all but the most recent ones. Because a
+late sink could then reuse a removed number, it checks that its manifest is the last.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from helpers.sinks.progress import Progress
 from helpers.spark import JsonFolder
 from helpers.streaming import TopicAndPartition
 
-# So many batches' files are merged into one, and so many merged ones again, or as many of them as
-# are no larger than this together: a rewritten gigabyte takes minutes, and brings nothing.
+# The files of this many batches are merged into one, and this many merged files are merged again,
+# or as many of them as stay below the size limit together: rewriting a gigabyte takes minutes and
+# gains nothing.
 FAN_IN = 100
 LARGEST_MERGE = 256 * 1024**2
 
-# How long merged files stay where they were, for readers that began before.
+# How long the original files are kept after a merge, for readers that started before it.
 KEPT_SECONDS = 3600
 
-# How many manifests are kept, for readers that have listed them and not read the last one yet.
+# How many manifests are kept, for readers that have listed them but not yet read the last one.
 MANIFESTS_KEPT = 20
 
 _MEANING = ("event_id", "signal_index")
@@ -40,20 +41,20 @@ _OLD_MANIFEST = (
 
 @dataclass(frozen=True)
 class Part:
-    """Files with the events of a batch, or of several batches whose files were merged.
+    """The files of a batch, or of several batches whose files were merged.
 
     Attributes
     ----------
     first : int
-        The number of its first batch.
+        The number of the first batch.
     level : int
-        How often its rows were merged.
+        How many times the rows were merged.
     folder : str
         The folder in the sink's ``data``.
     files : list of str
-        The files' names.
+        The file names.
     rows, size : int
-        How many rows they have, and how many bytes.
+        The total number of rows and bytes.
     """
 
     first: int
@@ -64,26 +65,26 @@ class Part:
     size: int
 
     def outermost(self) -> str:
-        """Return the folder directly in ``data``."""
+        """Return the top-level folder in ``data``."""
         return self.folder.partition("/")[0]
 
 
 @dataclass(frozen=True)
 class State:
-    """What is stored after a manifest.
+    """The state of a sink after a manifest.
 
     Attributes
     ----------
     number : int
         The manifest's number; -1 if there is none yet.
     meaning : dict
-        What must not change from batch to batch: ``event_id`` and ``signal_index``.
+        Settings that must not change from batch to batch: ``event_id`` and ``signal_index``.
     progress : Progress
-        How far the sink has come.
+        The offsets stored so far.
     parts : list of Part
-        The files that count, in the order of their batches.
+        The committed files, in the order of their batches.
     replaced : list of (str, float)
-        Folders in ``data``, or in those there, whose files were merged, and when that was.
+        Folders below ``data`` whose files were merged, and when.
     """
 
     number: int = -1
@@ -93,12 +94,12 @@ class State:
     replaced: list[tuple[str, float]] = field(default_factory=list)
 
     def mergeable(self, failed: Collection[str] = ()) -> list[Part]:
-        """Return the files to merge next: as many of a level's full group as may become one.
+        """Return the parts to merge next: as many from a full group of one level as fit.
 
         Parameters
         ----------
         failed : collection of str
-            The folders of parts with which a merge fails, and need not be tried again.
+            The folders of parts whose merge failed and need not be retried.
 
         Returns
         -------
@@ -117,7 +118,7 @@ class State:
         for part in self.parts:
             span = FAN_IN ** (part.level + 1)
             is_full = part.first // span < (self.number + 1) // span
-            # Two of any others fit together.
+            # Two parts of up to half the limit always fit together.
             if is_full and part.size <= LARGEST_MERGE // 2:
                 groups[part.level, part.first // span].append(part)
         for group in groups.values():
@@ -127,7 +128,7 @@ class State:
         return []
 
     def new_folder(self) -> str:
-        """Return a name for the folder of the next batch: those that are merged stand together."""
+        """Return the next batch's folder; batches that will be merged share a parent folder."""
         number = self.number + 1
         return f"{number // FAN_IN:020d}/{number:020d}-{uuid.uuid4()}"
 
@@ -136,17 +137,17 @@ class State:
         return replace(self, number=self.number + 1, progress=progress, parts=[*self.parts, part])
 
     def merged(self, group: list[Part], part: Part, now: float) -> State:
-        """Return the next state, with a part in the place of those that were merged into it."""
+        """Return the next state, in which a part replaces those that were merged into it."""
         parts = sorted([*(p for p in self.parts if p not in group), part], key=_first)
         kept = [(folder, since) for folder, since in self.replaced if now - since < KEPT_SECONDS]
         used = {part.outermost() for part in parts}
-        # A folder of many batches goes as a whole, unless it has some that weren't merged.
+        # A folder of many batches is replaced as a whole, unless some of them weren't merged.
         folders = (p.folder if p.outermost() in used else p.outermost() for p in group)
         kept += [(folder, now) for folder in dict.fromkeys(folders)]
         return replace(self, number=self.number + 1, parts=parts, replaced=kept)
 
     def outdated(self, now: float) -> list[str]:
-        """Return folders in ``data`` that no reader needs any more."""
+        """Return folders in ``data`` that no reader needs any longer."""
         used = {part.outermost() for part in self.parts}
         return [
             folder
@@ -183,7 +184,7 @@ class CommitLog:
         self._files = JsonFolder(spark, f"{path}/commits")
 
     def last(self) -> State:
-        """Return what the last manifest says."""
+        """Return the state in the last manifest."""
         names = self._files.names()
         if not names:
             return State()
@@ -193,26 +194,26 @@ class CommitLog:
             TopicAndPartition(topic, partition): offset
             for topic, partition, offset in content["positions"]
         }
-        # An older kit wrote no ids: the next batch of each topic brings its id.
+        # Older versions wrote no topic ids: each topic's next batch adds its id.
         progress = Progress(positions, content.get("topic_ids", {}))
         parts = [Part(*part) for part in content["parts"]] if "parts" in content else self._old()
         replaced = [tuple(entry) for entry in content.get("replaced", [])]
         return State(content["batch"], meaning, progress, parts, replaced)
 
     def write(self, state: State, batch: Mapping[str, Any] | None = None) -> None:
-        """Write a manifest, from which on its files count.
+        """Write a manifest, which commits its files.
 
         Parameters
         ----------
         state : State
-            What is stored with it.
+            The state to write.
         batch : mapping, optional
-            What is new in it, for people who look.
+            Information about the new batch, for people who look.
 
         Raises
         ------
         SinkError
-            If another sink has written one of this number.
+            If another sink has written a manifest with this number.
         """
         positions = state.progress.positions.items()
         content = {
@@ -230,22 +231,22 @@ class CommitLog:
         except FileExistsError:
             raise taken_over(self._path) from None
         names = self._files.names()
-        if names[-1] != name:  # it was free because another sink has removed it
+        if names[-1] != name:  # the name was free only because another sink removed it
             self._files.delete(name)
             raise taken_over(self._path)
-        with contextlib.suppress(Exception):  # the next batch tries it again
+        with contextlib.suppress(Exception):  # the next batch retries
             for old in names[:-MANIFESTS_KEPT]:
                 self._files.delete(old)
 
     def is_last(self, state: State) -> bool:
-        """Tell whether the last manifest is that of a state, whose files nobody else has."""
+        """Return whether the last manifest is that of a state; no other has the same files."""
         name = _name(state)
         if self._files.names()[-1:] != [name]:
             return False
         return [Part(*part) for part in self._files.read(name)["parts"]] == state.parts
 
     def _old(self) -> list[Part]:
-        """Return the files of an older kit's manifests, each of which named its own only."""
+        """Return the files in manifests of older versions, each of which lists only its batch's."""
         manifests = self._spark.read.schema(_OLD_MANIFEST).json(self._files.uri).collect()
         parts = [
             Part(found.batch, 0, found.folder, found.files, found.events + found.bad, size=0)
@@ -255,7 +256,7 @@ class CommitLog:
 
 
 def _longest_run(group: list[Part]) -> list[Part]:
-    """Return the most parts of a group, one after another, that are small enough together."""
+    """Return the longest run of consecutive parts that together stay below the size limit."""
     longest: list[Part] = []
     run: deque[Part] = deque()
     size = 0

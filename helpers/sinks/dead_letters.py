@@ -1,8 +1,8 @@
-"""Bad records sent to Kafka, to their topics' dead letters.
+"""Send bad records to the dead-letter topics of their topics.
 
-A dead letter has its record's key and bytes, and headers with its place and the reason. Before
-letters are sent, their topic is looked at, or created, so that a letter that it can't take is found
-out here: Kafka's client would fail the whole batch, again and again, because of one.
+A dead letter has its record's key and value, and headers with the record's topic, partition and
+offset and the reason. The dead-letter topic is checked, or created, before letters are sent, to
+detect letters that it can't take: Kafka's client would fail the whole batch on each retry.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from helpers.streaming import (
 
 _LOGGER = logging.getLogger(__name__)
 
-DEAD_LETTERS = ".dead-letter"  # what the name of a topic's dead letters ends in
+DEAD_LETTERS = ".dead-letter"  # suffix of the name of a dead-letter topic
 
-_DEFAULT_LIMIT = 1_048_588  # Kafka's max.message.bytes, where it doesn't tell
-_HEADERS_ROOM = 16 * 1024  # more than a letter's headers need
-_OVERHEAD = 200  # what Kafka adds to a letter of six headers, at most
-_UNPACKED_LIMIT = 64 * 1024**2  # how large a letter may be before it is compressed
-_CODEC = "zstd"  # makes whatever a producer has compressed at least as small again
+_DEFAULT_LIMIT = 1_048_588  # Kafka's default max.message.bytes, if the topic's is unknown
+_HEADERS_ROOM = 16 * 1024  # bytes; more than a letter's headers need
+_OVERHEAD = 200  # the most that Kafka adds to a letter with six headers
+_UNPACKED_LIMIT = 64 * 1024**2  # maximum size of a letter before compression
+_CODEC = "zstd"  # compresses at least as well as whatever codec the producer used
 _PLACES_TOLD = 20
 _FEW_RECORDS = {
     "spark.sql.parquet.enableVectorizedReader": "false",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "16",
 }
 
-# A broker that is away is noticed within seconds: the batch is tried again then.
+# An unavailable broker is noticed within seconds, and the batch is retried.
 _TIMEOUTS = {
     "max.block.ms": "20000", "request.timeout.ms": "10000", "delivery.timeout.ms": "20000",
     "linger.ms": "5",
 }  # fmt: skip
-_LONGEST = 2**31 - 1  # milliseconds that Kafka's settings can hold
+_LONGEST = 2**31 - 1  # maximum number of milliseconds in a Kafka setting
 
-# What Kafka says of letters that it won't take a minute later either.
+# Kafka's errors for which retrying later doesn't help.
 _FOR_GOOD = (
     "RecordTooLargeException", "InvalidRecordException", "AuthorizationException",
     "UnknownTopicOrPartitionException", "InvalidTopicException", "PolicyViolationException",
     "ConfigException",
 )  # fmt: skip
-_NO_ADDRESS = "No resolvable bootstrap urls"  # a ConfigException too, but DNS may know it later
+_NO_ADDRESS = "No resolvable bootstrap urls"  # a ConfigException, but DNS may resolve it later
 
 
 class _LetterError(StreamError):
@@ -68,14 +68,14 @@ class _LetterError(StreamError):
 
 @dataclass(frozen=True)
 class LetterTopic:
-    """What a topic for dead letters takes.
+    """The limits of a dead-letter topic.
 
     Attributes
     ----------
     limit : int
-        The bytes of a message, compressed.
+        The maximum size of a compressed message, in bytes.
     codec : str
-        How to compress: as the topic stores it, or as is best.
+        The compression codec: the topic's, else that in the settings, else zstd.
     """
 
     limit: int
@@ -85,32 +85,32 @@ class LetterTopic:
 def prepare_dead_letters(
     spark: SparkSession, topics: Iterable[str], settings: Mapping[str, str]
 ) -> dict[str, LetterTopic]:
-    """Make sure that the dead letters of some topics can be sent.
+    """Make sure that the dead letters of topics can be sent.
 
-    A topic for them that is missing is created with as many partitions and replicas as the topic
-    that they come from, for messages as large as its own.
+    A missing dead-letter topic is created with as many partitions and replicas as the source topic,
+    for messages of the same size.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session whose JVM has the Kafka client.
     topics : iterable of str
-        The topics that are read.
+        The source topics.
     settings : mapping
         Settings of a Kafka client by Kafka's names.
 
     Returns
     -------
     dict of str to LetterTopic
-        By the topics that are read.
+        The dead-letter topics, by source topic.
 
     Raises
     ------
     StreamError
         If a topic is missing and can't be created, or can't be written to, or if Kafka's producer
-        refuses the settings.
+        rejects the settings.
     BrokerAwayError
-        If Kafka gives no answer within 15 s.
+        If Kafka doesn't answer within 15 s.
 
     Examples
     --------
@@ -129,30 +129,30 @@ def prepare_dead_letters(
 def send_dead_letters(
     bad: DataFrame, settings: Mapping[str, str], topic_ids: Mapping[str, str | None]
 ) -> int:
-    """Send bad records to their topics' dead letters, with their keys and bytes.
+    """Send bad records to their dead-letter topics, with their keys and values.
 
-    A batch that is done again sends its dead letters again; the headers tell which are the same.
-    A letter that can't be sent stops nothing: it stays in the sink's files, and the log names it.
+    A retried batch sends its dead letters again; the headers identify duplicates. A letter that
+    can't be sent stays in the sink's files and is logged, and doesn't stop the stream.
 
     Parameters
     ----------
     bad : pyspark.sql.DataFrame
-        With ``topic``, ``partition``, ``offset``, ``event_time`` and ``bad``, a struct of ``key``,
-        ``value`` and ``reason``.
+        Records with ``topic``, ``partition``, ``offset``, ``event_time`` and ``bad``, a struct of
+        ``key``, ``value`` and ``reason``.
     settings : mapping
         Settings of a Kafka client by Kafka's names.
     topic_ids : mapping
-        The batch's topics, with Kafka's ids of them; None where an id is unknown.
+        The Kafka ids of the batch's topics, by topic name; None for an unknown id.
 
     Returns
     -------
     int
-        How many letters weren't sent.
+        The number of letters that were not sent.
 
     Raises
     ------
     BrokerAwayError
-        If Kafka gives no answer: the letters can be sent later.
+        If Kafka doesn't answer: the letters can be sent later.
     """
     settings = modern_settings(settings)
     unsent = 0
@@ -175,7 +175,7 @@ def send_dead_letters(
 
 
 class _Admin:
-    """Questions and orders to Kafka about topics, each with a deadline."""
+    """An admin client for topics whose calls all have a deadline."""
 
     def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
         self._spark = spark
@@ -191,11 +191,11 @@ class _Admin:
         self._client = self._clients.Admin.create(java_map(spark, {**known, **deadlines}))
 
     def close(self) -> None:
-        """Let go of the connections to Kafka."""
+        """Close the connections to Kafka."""
         self._client.close(self._jvm.java.time.Duration.ofSeconds(1))
 
     def letter_topic(self, topic: str) -> LetterTopic:
-        """Return what the topic for another's dead letters takes, and create it if need be."""
+        """Return the limits of a topic's dead-letter topic, creating it if necessary."""
         letters = topic + DEAD_LETTERS
         try:
             found = self._describe(letters) or self._create(letters, topic)
@@ -225,7 +225,7 @@ class _Admin:
         return LetterTopic(limit, "none" if codec == "uncompressed" else codec)
 
     def check_producer(self, topic: str, settings: Mapping[str, str]) -> None:
-        """Raise `StreamError` if Kafka's producer refuses the settings for a topic's letters."""
+        """Raise `StreamError` if Kafka's producer rejects the settings for a topic's letters."""
         settings = _options(self._spark, settings)
         bytes_as_they_are = "org.apache.kafka.common.serialization.ByteArraySerializer"
         for part in ("key", "value"):
@@ -258,7 +258,7 @@ class _Admin:
             return None
 
     def _create(self, letters: str, topic: str) -> JavaObject:
-        """Create a topic like another, for messages with a letter's headers; return what it is."""
+        """Create a topic like `topic`, with room for a letter's headers; return its description."""
         source = self._describe(topic)
         if source is None:
             raise _LetterError(
@@ -277,13 +277,13 @@ class _Admin:
         except Py4JJavaError as error:
             if _is_refusal(error) or _name(error) == "TimeoutException":
                 raise
-            if _name(error) != "TopicExistsException":  # somebody else was faster
+            if _name(error) != "TopicExistsException":  # raised if another process was faster
                 reason = f"{root_cause(error).getMessage()} ({_name(error)})"
                 raise StreamError(f"the topic {letters} can't be created: {reason}") from None
         return self._describe_new(letters)
 
     def _describe_new(self, topic: str) -> JavaObject:
-        """Return the description of a topic that was created just now: brokers hear of it later."""
+        """Return the description of a new topic, once the brokers' metadata includes it."""
         ticks = self._jvm.java.lang.Thread
         for _ in range(ANSWER_SECONDS * 10):
             found = self._describe(topic)
@@ -293,7 +293,7 @@ class _Admin:
         raise StreamError(f"the topic {topic} was created, but Kafka doesn't show it: try again.")
 
     def _topic_config(self, topic: str) -> dict[str, str]:
-        """Return a topic's settings; none where they are not for this user."""
+        """Return a topic's settings; none if this user is not authorized to read them."""
         resource = self._config(self._config.Type.TOPIC, topic)
         found = self._client.describeConfigs(self._jvm.java.util.List.of(resource)).values()
         try:
@@ -311,7 +311,7 @@ class _Admin:
 
 @contextmanager
 def _asking(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[_Admin]:
-    """Ask Kafka, with its exceptions as sentences."""
+    """Provide an admin client, with Kafka's exceptions translated into readable errors."""
     use_added_jars(spark)
     try:
         admin = _Admin(spark, settings)
@@ -324,7 +324,7 @@ def _asking(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[_Admin
 
 
 def _letters(bad: DataFrame, topic_id: str | None) -> DataFrame:
-    """Return bad records of a topic as messages, with the place that they had."""
+    """Return a topic's bad records as messages, with headers that locate the records."""
     headers = {
         "topic": F.col("topic"),
         "topic-id": F.lit(topic_id),
@@ -345,7 +345,7 @@ def _letters(bad: DataFrame, topic_id: str | None) -> DataFrame:
 
 
 def _headers(values: Mapping[str, Column]) -> Column:
-    """Return a message's headers, as Spark's sink takes them."""
+    """Return a message's headers in the form that Spark's Kafka sink expects."""
     fields = [
         F.struct(F.lit(name).alias("key"), value.cast("string").cast("binary").alias("value"))
         for name, value in values.items()
@@ -354,7 +354,7 @@ def _headers(values: Mapping[str, Column]) -> Column:
 
 
 def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[str, str]) -> int:
-    """Send the letters that their topic can take, and return how many it can't."""
+    """Send the letters that their topic accepts, and return how many are too large."""
     room = _room(place)
     sized = letters.withColumn("size", _size())
     large = sized.where(F.col("size") > place.limit)
@@ -379,7 +379,7 @@ def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[st
 
 @contextmanager
 def _row_by_row(spark: SparkSession) -> Iterator[None]:
-    """Let Spark hold few records at a time: thousands of large ones don't fit into its memory."""
+    """Make Spark buffer few records, because thousands of large ones don't fit in memory."""
     before = {name: spark.conf.get(name) for name in _FEW_RECORDS}
     try:
         for name, value in _FEW_RECORDS.items():
@@ -391,9 +391,9 @@ def _row_by_row(spark: SparkSession) -> Iterator[None]:
 
 
 def _size() -> Column:
-    """Return how many bytes a letter has before it is compressed, at most."""
+    """Return an upper bound of a letter's size in bytes, before compression."""
     parts = [F.octet_length("key"), F.octet_length("value")]
-    parts.append(F.octet_length(F.to_json("headers")))  # Base64, so it is more than enough
+    parts.append(F.octet_length(F.to_json("headers")))  # Base64, so an overestimate
     total = F.lit(_OVERHEAD).cast("bigint")
     for part in parts:
         total += F.coalesce(part, F.lit(0))
@@ -401,19 +401,19 @@ def _size() -> Column:
 
 
 def _fits(place: LetterTopic, room: int) -> Column:
-    """Tell of a letter that is too large whether it fits when it is compressed."""
+    """Return whether a letter that is too large fits once it is compressed."""
     if place.codec == "none":
         return F.lit(False)
     codec = place.codec
     packed = F.arrow_udf(lambda contents: _packed_sizes(contents, codec), "bigint")
     content = F.concat(*(F.coalesce(F.col(name), F.lit(b"")) for name in ("key", "value")))
     unpacked = F.when(F.col("size") <= room, content)
-    # What Kafka's own compression makes of it differs by less than that.
+    # The margin exceeds the difference from Kafka's own compression.
     return F.coalesce(packed(unpacked) * 1.02 + _HEADERS_ROOM <= place.limit, F.lit(False))
 
 
 def _packed_sizes(contents: pyarrow.Array, codec: str) -> pyarrow.Array:
-    """Return how many bytes each content has when it is compressed."""
+    """Return the compressed size of each content in bytes."""
     sizes = (
         len(pyarrow.compress(each.as_buffer(), codec=codec)) if each.is_valid else None
         for each in contents
@@ -422,23 +422,23 @@ def _packed_sizes(contents: pyarrow.Array, codec: str) -> pyarrow.Array:
 
 
 def _room(place: LetterTopic) -> int:
-    """Return how many bytes a letter may have before it is compressed."""
+    """Return the maximum size of a letter in bytes, before compression."""
     return max(place.limit, _UNPACKED_LIMIT)
 
 
 def _producer_settings(settings: Mapping[str, str], place: LetterTopic) -> dict[str, str]:
-    """Return a producer's settings for the letters that a topic takes."""
+    """Return a producer's settings for a dead-letter topic."""
     given = {**_TIMEOUTS, **settings, "compression.type": place.codec}
     for name in ("max.request.size", "buffer.memory"):
         given[name] = str(max(_room(place) + _HEADERS_ROOM, _number(given, name)))
-    # Kafka refuses a shorter time than a single request may take.
+    # Kafka rejects a delivery time-out shorter than a single request may take.
     least = min(_number(given, "request.timeout.ms") + _number(given, "linger.ms"), _LONGEST)
     given["delivery.timeout.ms"] = str(max(least, _number(given, "delivery.timeout.ms")))
     return given
 
 
 def _number(settings: Mapping[str, str], name: str) -> int:
-    """Return a setting that is a number; 0 if it isn't given."""
+    """Return a numeric setting; 0 if it isn't given."""
     try:
         return int(settings.get(name, 0))
     except ValueError:
@@ -448,7 +448,7 @@ def _number(settings: Mapping[str, str], name: str) -> int:
 
 
 def _reason_for_good(error: Exception) -> str | None:
-    """Return why letters can't be sent, now or later; None if it is worth another try."""
+    """Return why letters can never be sent; None if a retry may help."""
     text = str(error)
     if isinstance(error, _LetterError):
         return text
@@ -466,7 +466,7 @@ def _name(error: Py4JJavaError) -> str:
 
 
 def _send(messages: DataFrame, settings: Mapping[str, str]) -> None:
-    """Write records to Kafka with Spark's own sink."""
+    """Write records to Kafka with Spark's Kafka sink."""
     spark = messages.sparkSession
     use_added_jars(spark)
     options = {f"kafka.{name}": value for name, value in _options(spark, settings).items()}
@@ -474,7 +474,7 @@ def _send(messages: DataFrame, settings: Mapping[str, str]) -> None:
 
 
 def _options(spark: SparkSession, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return those of some settings that the producer of Spark's sink takes."""
+    """Return the settings that the producer in Spark's Kafka sink accepts."""
     return {
         name: value
         for name, value in settings_of(spark, settings, "producer").items()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 
 class SinkError(RuntimeError):
-    """Nothing is written, or can be read; the message says why and what helps."""
+    """Nothing is written or can be read; the message says why and what to do."""
 
 
 class BadRecordError(SinkError):
-    """A batch has a record that is not an event, and the sink was told to stop then."""
+    """A batch has a record that is not an event, and the sink is set to stop in that case."""
 
 
 def taken_over(path: str) -> SinkError:
-    """Return the error of a sink whose path belongs to another one.
+    """Return the error for a sink whose path is owned by another sink.
 
     Examples
     --------

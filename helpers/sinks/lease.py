@@ -1,9 +1,9 @@
-"""The claim of one sink on its path.
+"""A sink's exclusive claim on its path.
 
-Claims are numbered files, and the highest number owns the path. A claim is only made, never taken
-from somebody: 1. wait until the last claim is closed, or hasn't changed for a while; 2. write the
-next one, which fails if another sink did so first; 3. remove those below. So two sinks that find
-the same one dead can't both own the path, and one that wakes up late finds a higher number.
+Claims are numbered files, and the highest number owns the path. A claim is only created, never
+taken over: 1. wait until the last claim is closed, or hasn't changed for a while; 2. write the next
+one, which fails if another sink did so first; 3. remove the lower ones. So two sinks that find the
+same claim dead can't both own the path, and a sink that wakes up late finds a higher number.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from helpers.spark import JsonFolder
 
 _LOGGER = logging.getLogger(__name__)
 
-# How often a sink renews its claim, and how long the next one watches for that. A sink that is only
-# slow, and held for dead, does no harm: it finds the higher claim, or its manifest's name taken.
+# How often a sink renews its claim, and how long the next sink watches for a renewal. A sink that
+# is merely slow but considered dead does no harm: it finds the higher claim, or its manifest's name
+# taken.
 HEARTBEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
 
 
 class Lease:
-    """The claim of a sink on a path, renewed as long as the sink is open.
+    """A sink's claim on a path, renewed while the sink is open.
 
     Parameters
     ----------
@@ -56,7 +57,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `SinkError` if another sink has claimed the path since."""
+        """Raise `SinkError` if another sink has since claimed the path."""
         if self._numbers()[-1:] != [self._number]:
             raise taken_over(self._path)
 
@@ -68,21 +69,21 @@ class Lease:
             if self._numbers()[-1:] == [self._number]:
                 self._claims.write(_name(self._number + 1), {"open": False})
                 self._claims.delete(_name(self._number))
-        except Exception as error:  # whatever ends the sink is more important
+        except Exception as error:  # must not hide the error that ends the sink
             _LOGGER.warning(
                 "the claim on %s can't be released, so the next job there waits %.0f s: %s",
                 self._path, PATIENCE_SECONDS, error,
             )  # fmt: skip
 
     def _claim(self) -> int:
-        """Write a claim above the last one, once that is free, and return its number."""
+        """Write a claim above the last one, once that one is free, and return its number."""
         number = self._last_free() + 1
         try:
             self._claims.write(_name(number), {"open": True})
         except FileExistsError:
             raise taken_over(self._path) from None
         *lower, highest = self._numbers()
-        if highest != number:  # while this one waited, others came and went
+        if highest != number:  # others came and went while this sink waited
             self._claims.delete(_name(number))
             raise taken_over(self._path)
         for old in lower:
@@ -90,13 +91,13 @@ class Lease:
         return number
 
     def _last_free(self) -> int:
-        """Return the number of the last claim when it is closed or dead; raise if it is alive."""
+        """Return the last claim's number once it is closed or dead; raise if it is alive."""
         seen, deadline = None, time.monotonic() + PATIENCE_SECONDS
         while True:
             number = max(self._numbers(), default=-1)
             if number < 0 or not self._is_open(number):
                 return number
-            # The time of change is compared with itself only: clocks may differ.
+            # The modification time is compared only with itself, because clocks may differ.
             now = number, self._claims.changed_at(_name(number))
             if seen not in (None, now):
                 raise taken_over(self._path)
@@ -108,14 +109,14 @@ class Lease:
     def _is_open(self, number: int) -> bool:
         try:
             return self._claims.read(_name(number))["open"]
-        except FileNotFoundError:  # there is a higher one by now
+        except FileNotFoundError:  # removed in favour of a higher claim
             return True
 
     def _numbers(self) -> list[int]:
         return [int(name) for name in self._claims.names() if name.isdigit()]
 
     def _renew(self) -> None:
-        """Show that the sink is alive, until it is closed, whatever fails meanwhile."""
+        """Renew the claim until the sink is closed, despite any errors."""
         failing = False
         while not self._closed.wait(HEARTBEAT_SECONDS):
             try:

@@ -1,17 +1,17 @@
-"""Scored events as Parquet files, each event once whatever dies.
+"""Store scored events as Parquet files, exactly once despite failures.
 
-`ParquetSink.write` stores a batch in five numbered steps, the last of which commits it: a manifest
-that names all committed files and the next offsets. `read_scored` reads the files of the last
-manifest and no others. So a driver that dies before the last step has stored nothing, and one that
-dies after it finds the batch stored: the sink itself says where to resume.
+`ParquetSink.write` stores a batch in five numbered steps. The last one commits the batch by writing
+a manifest that lists all committed files and the next offsets. `read_scored` reads only the files
+in the last manifest. So if the driver dies before the last step, nothing is stored; if it dies
+later, the batch is stored. The sink itself knows the offsets from which to resume.
 
-When the files of a hundred batches have come together they are merged into one, and a hundred of
-those again, by a manifest of its own. The files that were merged stay for an hour.
+The files of a hundred batches are merged into one, and so are a hundred merged files, with a
+separate manifest. The original files are kept for an hour.
 
-    <path>/data/00000000000000000000/00000000000000000007-<id>/   files of the batch with number 7
-    <path>/data/merged-00000000000000000000-<id>/   files of a hundred batches from number 0 on
-    <path>/commits/00000000000000000107.json   the manifest with this number
-    <path>/writer/00000000000000000003.json    the third sink here; renewed while it is open
+    <path>/data/00000000000000000000/00000000000000000007-<id>/   files of batch number 7
+    <path>/data/merged-00000000000000000000-<id>/   files of a hundred batches, from number 0 on
+    <path>/commits/00000000000000000107.json   manifest number 107
+    <path>/writer/00000000000000000003.json    claim number 3 on the path; renewed while open
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from helpers.streaming import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
 
-# A batch's ranges by "topic/partition": where they begin, from where on they are left to be stored,
-# where they end; and the batch's number.
+# A batch's offset ranges by "topic/partition": the first offset, the first one not yet stored, and
+# the end; and the batch's number.
 _BOUNDS = "map<string, struct<first: bigint, left: bigint, end: bigint, batch: bigint>>"
 
 
 class Counts(NamedTuple):
-    """What a batch has added to a sink.
+    """The counts of a batch that was written to a sink.
 
     Attributes
     ----------
     events, signal, bad : int
-        How many events were stored, how many of these are signal, and how many records were bad.
+        How many events were stored, how many of them are signal, and how many records were bad.
     unused : list of str
-        Names of fields that the records have and nobody uses; as `helpers.records.parse_events`
-        finds them, each Arrow batch reports a few.
+        Names of unused fields in the records. As `helpers.records.parse_events` finds them, each
+        Arrow batch reports only a few.
     """
 
     events: int = 0
@@ -66,39 +66,39 @@ class Counts(NamedTuple):
 
 
 class ParquetSink:
-    """Writes the scored batches of a stream as Parquet, each event once.
+    """Writes the scored batches of a stream as Parquet, each event exactly once.
 
-    It is open within a ``with`` block, and only one sink at a time is open on a path.
+    A sink is open within a ``with`` block, and only one sink at a time can be open on a path.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session that the stream runs in.
     path : str
-        The folder's path or URI, on any file system that Spark's Hadoop client knows; what an
-        earlier sink has written there is continued.
+        The folder's path or URI, on any file system that Spark's Hadoop client supports. The output
+        of an earlier sink there is continued.
     signal_index : int
-        Which class is signal.
+        The index of the signal class.
     on_bad_record : str
-        ``"stop"``: a record that is not an event fails its batch, and nothing of it is stored.
-        ``"skip"``: such records are stored apart, with their bytes and the reason.
-        ``"dead-letter"``: they are also sent to ``<topic>.dead-letter``, before the commit.
+        What to do with records that are not events. ``"stop"``: fail the batch and store nothing of
+        it. ``"skip"``: store them separately, with their bytes and the reason. ``"dead-letter"``:
+        also send them to ``<topic>.dead-letter``, before the commit.
     settings : mapping, optional
-        For dead letters: settings of a Kafka client by Kafka's names.
+        Kafka client settings by Kafka's names, for dead letters.
     event_id : str
-        The column that identifies an event, an integer.
+        The integer column that identifies an event.
     from_beginning : bool
-        What to do with a topic that was deleted and created again since the path's last batch.
-        False: refuse it, because its offsets name other records now. True: forget the offsets of
-        the old topic, and store the new one from its beginning, beside the old one's events.
+        What to do with a topic that was deleted and recreated since the path's last batch. False:
+        refuse it, because its offsets now refer to other records. True: forget the old topic's
+        offsets, and store the new topic from its beginning in addition to the old one's events.
 
     Raises
     ------
     SinkError
-        If another sink is open on the path, or the results there have another `event_id` or
-        `signal_index`, or are of a topic that was created again.
+        If another sink is open on the path, the results there have another `event_id` or
+        `signal_index`, or a topic was recreated.
     ValueError
-        If `on_bad_record` is none of these, or dead letters have no settings.
+        If `on_bad_record` is invalid, or there are no settings for dead letters.
 
     Examples
     --------
@@ -133,10 +133,10 @@ class ParquetSink:
         self._commits: CommitLog | None = None
         self._starts: StartLog | None = None
         self._state = State()
-        self._unsure: State | None = None  # whose manifest may count
-        self._unmerged: dict[str, int] = {}  # folders that a merge failed with, and at which number
+        self._unsure: State | None = None  # a state whose manifest may or may not be committed
+        self._unmerged: dict[str, int] = {}  # folders whose merge failed, and at which number
         self._leftovers: set[str] = set()
-        self._topic_ids: dict[str, str] | None = None  # of the stream's topics, once it has begun
+        self._topic_ids: dict[str, str] | None = None  # of the stream's topics, once it has started
         self._writing = threading.Lock()
 
     def __repr__(self) -> str:
@@ -159,20 +159,20 @@ class ParquetSink:
     def begin(
         self, positions: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]
     ) -> None:
-        """Take the batches of a stream from now on; a sink serves one stream.
+        """Start taking the batches of a stream; a sink serves only one.
 
         Parameters
         ----------
         positions : mapping of TopicAndPartition to int
-            Where the stream begins, as `KafkaDirectStream.positions` and `KafkaQuery.positions`
-            return it.
+            Where the stream begins, as returned by `KafkaDirectStream.positions` or
+            `KafkaQuery.positions`.
         topic_ids : mapping of str to str
-            Kafka's ids of the stream's topics now, by topic name.
+            The current Kafka ids of the stream's topics, by topic name.
 
         Raises
         ------
         SinkError
-            If the sink has a stream already, or a topic was deleted and created again.
+            If the sink already has a stream, or a topic was deleted and recreated.
         """
         self._check_open()
         if self._topic_ids is not None:
@@ -185,18 +185,18 @@ class ParquetSink:
         self._topic_ids = dict(topic_ids)
 
     def positions(self, topic_ids: Mapping[str, str] | None = None) -> dict[TopicAndPartition, int]:
-        """Return where a stream resumes: after the last batch, or where it began first.
+        """Return the offsets from which to resume: after the last batch, or at the first start.
 
         Parameters
         ----------
         topic_ids : mapping of str to str, optional
-            Kafka's ids of the stream's topics now, by topic name. With `from_beginning` they are
-            needed, since a topic that was created again begins at offset 0.
+            The current Kafka ids of the stream's topics, by topic name. Required with
+            `from_beginning`, because a recreated topic begins at offset 0.
 
         Raises
         ------
         SinkError
-            If a topic was deleted and created again, or `from_beginning` is set without the ids.
+            If a topic was deleted and recreated, or `from_beginning` is set without the ids.
         """
         self._check_open()
         if topic_ids is None and self._from_beginning:
@@ -209,17 +209,17 @@ class ParquetSink:
         return {**starts, **progress.positions}
 
     def topic_ids(self) -> dict[str, str]:
-        """Return Kafka's ids of the topics whose events are stored, by topic name."""
+        """Return the Kafka ids of the topics whose events are stored, by topic name."""
         self._check_open()
         return dict(self._state.progress.topic_ids)
 
     def left(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
-        """Return what isn't stored yet of a batch's offset ranges.
+        """Return the parts of a batch's offset ranges that are not stored yet.
 
         Raises
         ------
         SinkError
-            If a stream can't have such ranges, or a topic was deleted and created again.
+            If the ranges are invalid, or a topic was deleted and recreated.
         """
         return self._state.progress.left(self._checked(ranges))
 
@@ -229,31 +229,31 @@ class ParquetSink:
         ranges: Iterable[OffsetRange],
         before_commit: Callable[[], None] = lambda: None,
     ) -> Counts:
-        """Store what the sink doesn't have yet of a batch, in one Spark action.
+        """Store the records of a batch that are not stored yet, in one Spark action.
 
-        1. Spark writes the batch's files and counts the records. Nobody reads the files yet.
-        2. The driver finds the files, with as many rows, and flushes them to the disk.
-        3. Bad records are treated as the sink was told.
-        4. The stream's last check passes, and the path still belongs to this sink.
-        5. A manifest, which names all committed files and the next offsets, gets its name in one
-           step of the file system that fails where the name is taken.
+        1. Spark writes the batch's files and counts the records. Readers don't see the files yet.
+        2. The driver verifies the number of rows in the files, and flushes them to disk.
+        3. Bad records are handled according to `on_bad_record`.
+        4. The stream's final check passes, and this sink still owns the path.
+        5. A manifest, which lists all committed files and the next offsets, is published
+           atomically; this fails if its name is taken.
 
         Parameters
         ----------
         scored : pyspark.sql.DataFrame
-            With the columns of `helpers.records.keep_bad_records`, ``prediction`` (a vector of
-            two), ``predicted_index``, and ``model_version`` if a serving model scored.
+            Records with the columns of `helpers.records.keep_bad_records`, ``prediction`` (a vector
+            of two), ``predicted_index``, and ``model_version`` if a serving model scored them.
         ranges : iterable of OffsetRange
-            The batch's offsets.
+            The batch's offset ranges.
         before_commit : callable
-            Raises an exception if the batch must not be committed after all.
+            Raises an exception if the batch must not be committed.
 
         Raises
         ------
         BadRecordError
-            If a record is bad and the sink is to stop then.
+            If a record is bad and `on_bad_record` is ``"stop"``.
         SinkError
-            If another sink has taken the path over.
+            If another sink has taken over the path.
         """
         with self._writing:
             ranges = self._checked(ranges)
@@ -269,7 +269,7 @@ class ParquetSink:
                 before_commit()  # 4
                 self._lease.check()
             except BaseException:
-                with contextlib.suppress(Exception):  # which must not hide the first one
+                with contextlib.suppress(Exception):  # must not hide the original error
                     self._remove(folder)
                 raise
             known = {"events": counts.events, "bad": counts.bad, "unsent": unsent, "rows": rows}
@@ -280,12 +280,12 @@ class ParquetSink:
             return counts
 
     def _open(self) -> None:
-        """Find out how far an earlier sink has come."""
+        """Load the state of an earlier sink."""
         self._commits = CommitLog(self._spark, self.path)
         self._starts = StartLog(self._spark, self.path)
         last = self._commits.last()
         for name, value in self._meaning.items():
-            if last.meaning.get(name, value) != value:  # an older kit wrote no signal_index
+            if last.meaning.get(name, value) != value:  # older versions wrote no signal_index
                 raise SinkError(
                     f"{self.path} has results with {name} {last.meaning[name]!r}, not {value!r}: "
                     "choose another path for these, or the model that they are from."
@@ -293,7 +293,7 @@ class ParquetSink:
         parts = [with_size(self._spark, self.path, part) for part in last.parts]
         self._state = replace(last, meaning=self._meaning, parts=parts)
         self._topic_ids, self._unsure, self._unmerged = None, None, {}
-        # Listed now, since what appears later may be of a sink that takes over.
+        # Listed now, because later folders may belong to a sink that takes over.
         self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
 
     def _check_open(self) -> None:
@@ -301,14 +301,14 @@ class ParquetSink:
             raise SinkError(f"the sink {self.path} is not open: use it in a `with` block.")
 
     def _progress_in(self, topic_ids: Mapping[str, str]) -> Progress:
-        """Return the progress in topics with these ids; raise if it is of other topics."""
+        """Return the progress in topics with these ids; raise if it belongs to other topics."""
         if self._from_beginning:
             return self._state.progress.restarted(topic_ids)
         self._refuse(self._state.progress.changed(topic_ids))
         return self._state.progress
 
     def _refuse(self, changed: list[str]) -> None:
-        """Raise `SinkError` if there are topics whose offsets have another meaning now."""
+        """Raise `SinkError` if there are topics whose offsets now refer to other records."""
         if changed:
             raise SinkError(
                 f"topic {changed[0]} was deleted and created again since the last batch in "
@@ -318,7 +318,7 @@ class ParquetSink:
             )
 
     def _checked(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
-        """Return a batch's ranges with their topics' ids; raise if it can't have them."""
+        """Return a batch's ranges with their topics' ids; raise if they are invalid."""
         self._check_open()
         if self._topic_ids is None:
             raise SinkError("the sink has no stream: call `begin` first.")
@@ -332,7 +332,7 @@ class ParquetSink:
         return ranges
 
     def _report_gaps(self, ranges: Iterable[OffsetRange]) -> None:
-        """Warn of offsets that no batch has, and none will have."""
+        """Warn about offsets that are not in any batch and never will be."""
         for part in ranges:
             expected = self._state.progress.positions.get(part.topicAndPartition(), part.fromOffset)
             if part.fromOffset > expected:
@@ -345,7 +345,7 @@ class ParquetSink:
     def _bounded(
         self, scored: DataFrame, ranges: list[OffsetRange], left: list[OffsetRange]
     ) -> DataFrame:
-        """Return the records that are left of a batch, each with its partition's bounds."""
+        """Return the records of a batch that are not stored yet, with their partition's bounds."""
         starts = {part.topicAndPartition(): part.fromOffset for part in left}
         bounds = {
             f"{part.topic}/{part.partition}": {
@@ -356,8 +356,8 @@ class ParquetSink:
             }
             for part in ranges
         }
-        # As a map, since numbers would be a part of the code that Spark generates, and Java would
-        # have to compile that for each batch.
+        # As a map, because numbers would become part of the code that Spark generates, which Java
+        # would have to compile again for each batch.
         known = F.from_json(F.lit(json.dumps(bounds)), _BOUNDS)
         key = F.concat_ws("/", "topic", "partition")
         scored = scored.withColumn("bounds", F.try_element_at(known, key))
@@ -366,7 +366,7 @@ class ParquetSink:
         return scored.where("bounds IS NULL OR offset >= bounds.left")
 
     def _write_files(self, scored: DataFrame, folder: str) -> tuple[int, Counts]:
-        """Write a batch's files; return how many rows they have, and what is in them."""
+        """Write a batch's files; return the number of rows, and the counts."""
         counts = Observation()
         prediction = vector_entries(F.col("prediction"))
         place = F.concat_ws(
@@ -412,21 +412,21 @@ class ParquetSink:
         return found["rows"], Counts(found["events"], found["signal"], found["bad"], unused)
 
     def _finished(self, folder: str, rows: int) -> Part:
-        """Return a batch's files, flushed; raise if they don't have as many rows as written."""
+        """Return a batch's files, flushed; raise if their number of rows differs."""
         return finished_part(self._spark, self.path, folder, rows, self._state.number + 1)
 
     def _bad(self, part: Part) -> DataFrame:
-        """Return the bad records of a batch's files."""
+        """Return the bad records in a batch's files."""
         files = read_parts(self._spark, self.path, [part], self._meaning["event_id"])
         return files.where("bad IS NOT NULL")
 
     def _commit(self, part: Part, ranges: list[OffsetRange], counts: Mapping[str, Any]) -> None:
-        """Write the manifest of a batch, in one step."""
+        """Commit a batch by writing its manifest."""
         state = self._state.with_batch(part, self._state.progress.after(ranges))
         self._publish(state, {"ranges": [astuple(part) for part in ranges], **counts})
 
     def _publish(self, state: State, batch: Mapping[str, Any] | None = None) -> None:
-        """Write a manifest, and go on from it."""
+        """Write a manifest, and adopt its state."""
         self._unsure = state
         try:
             self._commits.write(state, batch)
@@ -437,13 +437,13 @@ class ParquetSink:
         self._state, self._unsure = state, None
 
     def _settle(self) -> None:
-        """Go on from a manifest that counts although writing it failed, as it may at the end."""
+        """Adopt the state of a manifest that was committed although writing it raised an error."""
         if self._unsure and self._commits.is_last(self._unsure):
             self._state = self._unsure
         self._unsure = None
 
     def _tidy(self) -> None:
-        """Merge the files of many batches into one if there are enough, and remove old ones."""
+        """Merge the files of many batches if there are enough, and remove outdated ones."""
         state = self._state
         failed = {f for f, number in self._unmerged.items() if state.number < number + FAN_IN}
         group, now = state.mergeable(failed), time.time()
@@ -456,17 +456,17 @@ class ParquetSink:
             self._lease.check()
             state = state.merged(group, part, now)
             self._publish(state)
-        except Exception:  # nothing is lost: the small files still count
+        except Exception:  # nothing is lost: the small files are still committed
             self._unmerged |= {part.folder: state.number for part in group}
             _LOGGER.warning("the small files in %s can't be merged now", self.path, exc_info=True)
 
     def _remove_leftovers(self) -> None:
-        """Remove what earlier sinks left half done.
+        """Remove uncommitted files of earlier sinks.
 
-        Not before a batch is stored: until then, an earlier one that is only late could still
-        store the files.
+        Only after a batch is stored: until then, an earlier sink that is merely slow could still
+        commit its files.
         """
-        with contextlib.suppress(Exception):  # the next sink tries it again
+        with contextlib.suppress(Exception):  # the next sink retries
             self._lease.check()
             for folder in self._leftovers - self._state.folders():
                 self._remove(folder)
@@ -477,22 +477,22 @@ class ParquetSink:
 
 
 def read_scored(spark: SparkSession, path: str) -> DataFrame:
-    """Return the scored events of a `ParquetSink`, and nothing that doesn't count.
+    """Return the committed scored events of a `ParquetSink`.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session to read with.
     path : str
-        The sink's path; a sink may be writing to it.
+        The sink's path; a sink may be writing to it at the same time.
 
     Returns
     -------
     pyspark.sql.DataFrame
         ``EventId``, ``probability_0`` and ``probability_1``, ``predicted_index``,
-        ``model_version`` (null where no serving model scored), ``topic``, ``partition``,
-        ``offset``, ``event_time`` (the record's time in Kafka), and ``batch``, the number of the
-        batch in this sink.
+        ``model_version`` (null unless a serving model scored the event), ``topic``, ``partition``,
+        ``offset``, ``event_time`` (the record's timestamp in Kafka), and ``batch``, the number of
+        the batch in this sink.
 
     Raises
     ------
@@ -503,7 +503,7 @@ def read_scored(spark: SparkSession, path: str) -> DataFrame:
 
 
 def read_bad_records(spark: SparkSession, path: str) -> DataFrame:
-    """Return the records of a `ParquetSink` that are no events.
+    """Return the records of a `ParquetSink` that are not events.
 
     Parameters
     ----------
@@ -528,7 +528,7 @@ def read_bad_records(spark: SparkSession, path: str) -> DataFrame:
 
 
 def _read_committed(spark: SparkSession, path: str) -> DataFrame:
-    """Return the records in the files that the last manifest names."""
+    """Return the records in the files that the last manifest lists."""
     path = path.rstrip("/")
     if "commits" not in folder_names(spark, path):
         raise SinkError(f"{path} is not the folder of a ParquetSink: check the path.")

@@ -1,4 +1,4 @@
-"""The Parquet files of a sink: read, checked, merged."""
+"""Read, check and merge the Parquet files of a sink."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from helpers.spark import (
     root_cause,
 )
 
-# What the files have. `bad` is what a bad record was, and why it is bad.
+# The schema of the files. `bad` holds a bad record and the reason.
 _STORED = (
     "{event_id} bigint, probability_0 double, probability_1 double, predicted_index int, "
     "model_version string, "
@@ -29,7 +29,7 @@ _STORED = (
     "bad struct<key: binary, value: binary, reason: string>"
 )
 
-# How large a merged file becomes.
+# Target size of a merged file.
 _FILE_SIZE = 64 * 1024**2
 
 
@@ -56,25 +56,25 @@ def read_parts(spark: SparkSession, path: str, parts: Iterable[Part], event_id: 
 
 
 def finished_part(spark: SparkSession, path: str, folder: str, rows: int, first: int) -> Part:
-    """Return the files that Spark has written, once they are complete and on the disk.
+    """Return the files that Spark has written, once they are complete and on disk.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
-        The session that has written them.
+        The session that wrote them.
     path : str
         The sink's path.
     folder : str
         The files' folder in ``data``.
     rows : int
-        How many rows Spark counted when it wrote them.
+        The number of rows that Spark counted while writing.
     first : int
-        The number of their first batch.
+        The number of the first batch.
 
     Raises
     ------
     SinkError
-        If the files don't hold these rows.
+        If the files have another number of rows, or can't be read.
     """
     uri = f"{path}/data/{folder}"
     files = [name for name in folder_names(spark, uri) if name.endswith(".parquet")]
@@ -85,12 +85,12 @@ def finished_part(spark: SparkSession, path: str, folder: str, rows: int, first:
             "driver and all executors must reach the same files: give a path on a file system "
             "that they share, such as hdfs:."
         )
-    flush_folder(spark, uri, inside=path)  # the name of `data` too
+    flush_folder(spark, uri, inside=path)  # including the entry of `data`
     return Part(first, 0, folder, files, rows, folder_size(spark, uri))
 
 
 def with_size(spark: SparkSession, path: str, part: Part) -> Part:
-    """Return a part with its size, which an older kit didn't write down.
+    """Return a part with its size, which older versions didn't record.
 
     Parameters
     ----------
@@ -107,16 +107,16 @@ def with_size(spark: SparkSession, path: str, part: Part) -> Part:
 
 
 def merge(spark: SparkSession, path: str, group: list[Part], event_id: str) -> Part:
-    """Write the rows of several parts into one, and return it.
+    """Merge several parts into one, and return it.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
-        The session to do it with.
+        The session to use.
     path : str
         The sink's path.
     group : list of Part
-        Parts of one level.
+        Parts of the same level.
     event_id : str
         The column that identifies an event.
     """
@@ -128,14 +128,14 @@ def merge(spark: SparkSession, path: str, group: list[Part], event_id: str) -> P
         rows.coalesce(files).write.parquet(f"{path}/data/{folder}")
         part = finished_part(spark, path, folder, sum(part.rows for part in group), first)
     except BaseException:
-        with contextlib.suppress(Exception):  # which must not hide the first one
+        with contextlib.suppress(Exception):  # must not hide the original error
             remove_folder(spark, f"{path}/data/{folder}")
         raise
     return replace(part, level=level)
 
 
 def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
-    """Return how many rows Parquet files have, as they say themselves."""
+    """Return the total number of rows recorded in the footers of Parquet files."""
     configuration = spark._jsc.hadoopConfiguration()
     hadoop_path = java_class(spark, "org.apache.hadoop.fs.Path")
     of_path = java_class(spark, "org.apache.parquet.hadoop.util.HadoopInputFile").fromPath
@@ -154,7 +154,7 @@ def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
 
 @contextlib.contextmanager
 def _listed_by_the_driver(spark: SparkSession) -> Iterator[None]:
-    """Let Spark look for files by itself instead of with a job that has a task for each file."""
+    """Make Spark list files on the driver instead of in a job with a task per file."""
     name = "spark.sql.sources.parallelPartitionDiscovery.threshold"
     before = spark.conf.get(name)
     spark.conf.set(name, "1000000")

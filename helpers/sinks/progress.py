@@ -1,4 +1,4 @@
-"""How far a sink has come: which offsets it has, and of which topics."""
+"""A sink's progress: the stored offsets, and the topics that they belong to."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from helpers.streaming import OffsetRange, TopicAndPartition
 
 @dataclass(frozen=True)
 class Progress:
-    """The next offset of each partition that a sink has records of, and the ids of their topics.
+    """The next offset of each partition with stored records, and the ids of the topics.
 
-    A topic that is deleted and created again keeps its name and gets another id. An offset of the
-    old topic says nothing about the new one.
+    A topic that is deleted and recreated keeps its name but gets a new id. The old topic's offsets
+    are meaningless in the new one.
 
     Attributes
     ----------
     positions : dict of TopicAndPartition to int
         The next offset of each partition.
     topic_ids : dict of str to str
-        Kafka's ids of the topics by their names. It lacks topics whose batches were written by an
-        older kit, until their next batch.
+        Kafka's topic ids by topic name. Topics whose batches were written by an older version are
+        missing until their next batch.
 
     Examples
     --------
@@ -37,7 +37,7 @@ class Progress:
     topic_ids: dict[str, str] = field(default_factory=dict)
 
     def changed(self, topic_ids: Mapping[str, str | None]) -> list[str]:
-        """Return the topics that have another id than when their last batch was stored."""
+        """Return the topics whose id has changed since their last batch was stored."""
         return [
             topic
             for topic, topic_id in topic_ids.items()
@@ -45,7 +45,7 @@ class Progress:
         ]
 
     def restarted(self, topic_ids: Mapping[str, str]) -> Progress:
-        """Return the progress with changed topics at their beginnings, under their new ids."""
+        """Return the progress with changed topics reset to offset 0, under their new ids."""
         changed = self.changed(topic_ids)
         positions = {
             part: 0 if part.topic in changed else offset for part, offset in self.positions.items()
@@ -54,7 +54,7 @@ class Progress:
         return Progress(positions, self.topic_ids | new_ids)
 
     def left(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
-        """Return ranges without the offsets that are stored already."""
+        """Return ranges without the offsets that are already stored."""
         left = []
         for part in ranges:
             start = max(part.fromOffset, self.positions.get(part.topicAndPartition(), 0))
@@ -63,7 +63,7 @@ class Progress:
         return left
 
     def after(self, ranges: Iterable[OffsetRange]) -> Progress:
-        """Return the progress when ranges are stored as well."""
+        """Return the progress after ranges are stored as well."""
         ranges = list(ranges)
         topic_ids = {part.topic: part.topic_id for part in ranges if part.topic_id}
         changed, positions = self.changed(topic_ids), dict(self.positions)
@@ -75,7 +75,7 @@ class Progress:
 
 
 def check_ranges(ranges: list[OffsetRange]) -> None:
-    """Raise `SinkError` if a batch can't have these ranges.
+    """Raise `SinkError` if a batch's ranges are invalid.
 
     Examples
     --------
@@ -111,9 +111,9 @@ def check_topics(ranges: Iterable[OffsetRange], topic_ids: Mapping[str, str]) ->
     Parameters
     ----------
     ranges : iterable of OffsetRange
-        A batch's offsets.
+        A batch's offset ranges.
     topic_ids : mapping of str to str
-        Kafka's ids of the topics now, by topic name.
+        The current Kafka ids of the topics, by topic name.
 
     Examples
     --------

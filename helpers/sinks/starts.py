@@ -1,4 +1,4 @@
-"""Where the streams of a sink began: known before the first batch is stored."""
+"""The offsets at which a sink's streams began, recorded before the first batch is stored."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pyspark.sql import SparkSession
 from helpers.spark import JsonFolder
 from helpers.streaming import TopicAndPartition
 
-# Kafka allows names that begin with "_" or ".", which files that don't count have.
+# Kafka allows topic names that begin with "_" or ".", which mark files to ignore.
 _PREFIX = "topic-"
 
 
 class StartLog:
-    """A file for each topic with the offsets at which its first stream began.
+    """A file per topic with the offsets at which its first stream began.
 
-    A stream that begins at a topic's end and dies before its first batch would otherwise begin at
-    the new end, past what came in between.
+    Otherwise a stream that begins at a topic's end and dies before its first batch would restart at
+    the new end, and skip the records in between.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class StartLog:
         }
 
     def starts(self, topic_ids: Mapping[str, str]) -> dict[TopicAndPartition, int]:
-        """Return where streams began, but not in topics that have other ids now."""
+        """Return where streams began, except in topics whose ids have changed."""
         return {
             TopicAndPartition(topic, int(partition)): offset
             for topic, content in self._kept.items()
@@ -52,7 +52,7 @@ class StartLog:
         }
 
     def keep(self, starts: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]) -> None:
-        """Write down where a stream begins, unless an earlier one began in the same topic."""
+        """Record where a stream begins, unless an earlier one began in the same topic."""
         for topic, topic_id in topic_ids.items():
             kept = self._kept.get(topic)
             if kept and kept["topic_id"] == topic_id:

@@ -1,8 +1,8 @@
-"""Spark on a laptop and on a cluster: the session, its jars, and files where Spark can reach them.
+"""Spark on a laptop and on a cluster: the session, its jars, and files that Spark can reach.
 
-`get_spark` returns the existing session or starts one with the Kafka connector. `jars` fetches what
-Java needs, `files` reads and writes small files on any of Spark's file systems, and `scratch` has
-the folder for temporary files and the log.
+`get_spark` returns the existing session or starts one with the Kafka connector. `jars` fetches jars
+from Maven Central, `files` reads and writes small files on any of Spark's file systems, and
+`scratch` provides the folder for temporary files and the log.
 """
 
 from helpers.spark.files import (

@@ -1,6 +1,6 @@
-"""Small files on any file system that Spark's Hadoop client knows: there whole, or not at all.
+"""Small files, written atomically on any file system that Spark's Hadoop client supports.
 
-On this machine's file system they are flushed to the disk, so that they outlast a power cut.
+On the local file system they are also flushed to disk, so that they survive a power cut.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pyspark.sql import SparkSession
 
 
 class _CannotLinkError(Exception):
-    """The file system has no second names for files, as many network file systems haven't."""
+    """The file system doesn't support hard links; many network file systems don't."""
 
 
 def _is_taken(error: Py4JJavaError) -> bool:
-    """Tell whether Java found a file where there was to be none; HDFS's answer is its cause."""
+    """Return whether Java's error, or one of its causes (as with HDFS), is that a file exists."""
     exception = error.java_exception
     while exception is not None:
         if exception.getClass().getSimpleName() == "FileAlreadyExistsException":
@@ -35,20 +35,20 @@ def _is_taken(error: Py4JJavaError) -> bool:
 class JsonFolder:
     """A folder of JSON files, each written once.
 
-    A file is written under another name and then renamed, which is one step of the file system: a
-    reader sees all of it or nothing, and an existing file is never replaced.
+    A file is written under a temporary name and then renamed atomically: a reader sees the complete
+    file or none, and an existing file is never replaced.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session whose Hadoop client is used.
     folder : str
-        The folder's path or URI (``file:``, ``hdfs:``); it is made if it isn't there.
+        The folder's path or URI (``file:``, ``hdfs:``); it is created if it is missing.
 
     Attributes
     ----------
     uri : str
-        The folder with its scheme.
+        The folder's path with its scheme.
 
     Examples
     --------
@@ -65,14 +65,14 @@ class JsonFolder:
         self._folder = self._files.makeQualified(path)
         self._local = _local_path(self._folder)
         self._make()
-        # Its rename refuses where a file is; that of FileSystem may replace it.
+        # FileContext.rename fails if the target exists; FileSystem.rename may replace it.
         self._context = self._jvm.org.apache.hadoop.fs.FileContext.getFileContext(
             self._folder.toUri(), spark._jsc.hadoopConfiguration()
         )
         self.uri = self._folder.toString()
 
     def names(self) -> list[str]:
-        """Return the names of the files, sorted, without ``.json`` at their ends."""
+        """Return the names of the files, sorted, without the ``.json`` suffix."""
         names = folder_names(self._spark, self.uri)
         complete = (name for name in names if name.endswith(".json") and name[0] not in "._")
         return [name.removesuffix(".json") for name in complete]
@@ -83,16 +83,16 @@ class JsonFolder:
         Parameters
         ----------
         name : str
-            Its name, without ``.json``.
+            The file's name, without ``.json``.
         content : object
-            What `json` can write.
+            A value that `json` can serialize.
 
         Raises
         ------
         FileExistsError
-            If there is one of that name, which stays as it is.
+            If a file of that name exists; it stays unchanged.
         """
-        # Without the name, which may be as long as a file's name can be.
+        # The draft's name doesn't contain `name`, which may already have the maximum length.
         draft = self._path(f".{uuid.uuid4()}.draft")
         file = self._files.create(draft, False)
         try:
@@ -109,11 +109,11 @@ class JsonFolder:
                 raise
             raise FileExistsError(f"{self.uri}/{name}.json exists already") from None
         finally:
-            # A draft that stays harms nobody, and its loss must not hide what went wrong before.
+            # A leftover draft is harmless, and failing to delete it must not hide an earlier error.
             with contextlib.suppress(Py4JJavaError):
                 self._files.delete(draft, False)
         if self._local:
-            _flush(self._local)  # the name
+            _flush(self._local)  # the directory entry
 
     def read(self, name: str) -> Any:
         """Return the content of a file.
@@ -121,30 +121,30 @@ class JsonFolder:
         Raises
         ------
         FileNotFoundError
-            If there is none of that name.
+            If there is no file of that name.
         """
         if not self._files.exists(self._path(f"{name}.json")):
             raise FileNotFoundError(f"{self.uri}/{name}.json doesn't exist")
         return json.loads(read_file(self._spark, f"{self.uri}/{name}.json"))
 
     def delete(self, name: str) -> None:
-        """Remove a file; without effect if it doesn't exist."""
+        """Remove a file, if it exists."""
         self._files.delete(self._path(f"{name}.json"), False)
 
     def changed_at(self, name: str) -> int | None:
-        """Return when a file was last changed, in milliseconds since 1970; None if it is gone."""
+        """Return a file's modification time in milliseconds since 1970; None if it is missing."""
         path = self._path(f"{name}.json")
         if not self._files.exists(path):
             return None
         return self._files.getFileStatus(path).getModificationTime()
 
     def touch(self, name: str) -> None:
-        """Set a file's time of change to now."""
+        """Set a file's modification time to now."""
         now = round(time.time() * 1000)
         self._files.setTimes(self._path(f"{name}.json"), now, -1)
 
     def _make(self) -> None:
-        """Make the folder, and those that it is in."""
+        """Create the folder and its parents."""
         missing = []
         if self._local:
             above = Path(self._local)
@@ -156,9 +156,9 @@ class JsonFolder:
             _flush(folder.parent)
 
     def _publish(self, draft: JavaObject, path: JavaObject) -> None:
-        """Give a file its name in one step that fails where the name is taken."""
+        """Give a file its name atomically; fail if the name is taken."""
         if self._local:
-            # Hadoop's rename looks first and then renames, between which others may do the same.
+            # Hadoop's rename checks first and then renames; another process may do so in between.
             with contextlib.suppress(_CannotLinkError):
                 return self._link(draft, path)
         no_options = self._gateway.new_array(
@@ -167,7 +167,7 @@ class JsonFolder:
         self._context.rename(draft, path, no_options)
 
     def _link(self, draft: JavaObject, path: JavaObject) -> None:
-        """Give a local file a second name; raises `_CannotLinkError` where that can't be done."""
+        """Create a hard link to a local file; raise `_CannotLinkError` if that isn't possible."""
         files, paths = (
             java_class(self._spark, f"java.nio.file.{name}") for name in ("Files", "Path")
         )
@@ -183,9 +183,9 @@ class JsonFolder:
 
 
 def java_class(spark: SparkSession, name: str) -> JavaClass:
-    """Return a class of Java's by its full name.
+    """Return a Java class by its full name.
 
-    Through ``spark._jvm`` it takes a question to Java for each part of the name, each time.
+    ``spark._jvm`` makes a call to Java for each part of the name, each time.
 
     Examples
     --------
@@ -196,12 +196,12 @@ def java_class(spark: SparkSession, name: str) -> JavaClass:
 
 
 def full_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
-    """Return a path with its file system, as Structured Streaming needs it of a checkpoint.
+    """Return a path with its file system, as Structured Streaming needs it for a checkpoint.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
-        The session whose Hadoop client knows which file system is meant where none is named.
+        The session whose Hadoop client knows the default file system.
     path : str or path-like
         Such as ``/tmp/scored`` or ``hdfs:///tmp/scored``.
 
@@ -224,7 +224,7 @@ def folder_names(spark: SparkSession, folder: str) -> list[str]:
     path, files = _file_system(spark, folder)
     if not files.exists(path):
         return []
-    # As one text, because a question to Java for each name would take a second per thousand names.
+    # As one string, because a call to Java per name would take a second per thousand names.
     file_util = java_class(spark, "org.apache.hadoop.fs.FileUtil")
     found = file_util.stat2Paths(files.listStatus(path))
     wrapped = java_class(spark, "scala.Predef").genericWrapArray(found)
@@ -233,16 +233,16 @@ def folder_names(spark: SparkSession, folder: str) -> list[str]:
 
 
 def flush_folder(spark: SparkSession, folder: str, inside: str) -> None:
-    """Flush a folder's files and names to the disk, if they are on this machine's file system.
+    """Flush a folder's files and directory entries to disk, if they are on the local file system.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session whose Hadoop client is used.
     folder : str
-        The folder; it has files only.
+        The folder; it contains only files.
     inside : str
-        A folder above it: the names in it, and in those between, are flushed too.
+        A parent folder: its entries, and those of the folders in between, are also flushed.
 
     Examples
     --------
@@ -259,7 +259,7 @@ def flush_folder(spark: SparkSession, folder: str, inside: str) -> None:
 
 
 def folder_size(spark: SparkSession, folder: str) -> int:
-    """Return how many bytes the files in a folder have.
+    """Return the total size of the files in a folder, in bytes.
 
     Examples
     --------
@@ -289,31 +289,31 @@ def read_file(spark: SparkSession, name: str) -> str:
 
 
 def remove_folder(spark: SparkSession, folder: str) -> None:
-    """Remove a folder with its content; without effect if it doesn't exist."""
+    """Remove a folder and its contents, if it exists."""
     path, files = _file_system(spark, folder)
     files.delete(path, True)
 
 
 def _file_system(spark: SparkSession, name: str) -> tuple[JavaObject, JavaObject]:
-    """Return Hadoop's path and file system for a name."""
+    """Return the Hadoop path and file system for a name."""
     path = java_class(spark, "org.apache.hadoop.fs.Path")(name)
     return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
 
 
 def _qualified(spark: SparkSession, name: str) -> JavaObject:
-    """Return Hadoop's path for a name, with its file system."""
+    """Return the fully qualified Hadoop path for a name."""
     path, files = _file_system(spark, name)
     return files.makeQualified(path)
 
 
 def _local_path(path: JavaObject) -> Path | None:
-    """Return the path on this machine's file system; None if it is on another one."""
+    """Return the path on the local file system; None if it is on another one."""
     uri = path.toUri()
     return Path(uri.getPath()) if uri.getScheme() == "file" else None
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

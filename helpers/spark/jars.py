@@ -1,7 +1,7 @@
-"""Java's side of the kit: the `java` command, and jars from Maven Central.
+"""The `java` command, and jars from Maven Central.
 
-PySpark ships a Maven resolver (Apache Ivy, behind ``spark-submit --packages``), so nothing but
-PySpark and Java is needed to run a Kafka broker or to add Spark's Kafka connector.
+PySpark ships a Maven resolver (Apache Ivy, used by ``spark-submit --packages``), so running a Kafka
+broker or adding Spark's Kafka connector needs only PySpark and Java.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_{scala}:{spark}"
 RESOLVE_SECONDS = 300
 
-# A class of every Spark's Hadoop client that prints its version and ends: `spark-submit` resolves
-# the packages before it runs the class, and the resolving is all that is wanted here.
+# A class in the Hadoop client of every Spark that prints its version and exits: `spark-submit`
+# resolves the packages before it runs the class, and only that is needed here.
 _HARMLESS_MAIN_CLASS = "org.apache.hadoop.util.VersionInfo"
 
-# The command of each system's package manager. Homebrew keeps its Java away from PATH.
+# The command for each system's package manager. Homebrew doesn't put its Java on PATH.
 INSTALL_JAVA = {
-    # Debian 13 has 21 but not 17, Debian 12 the reverse; "default-jre" is 11 on older ones.
+    # Debian 13 has 21 but not 17, Debian 12 the reverse; "default-jre" is 11 on older releases.
     "apt-get": "sudo apt-get update && (sudo apt-get install -y openjdk-21-jre-headless || "
     "sudo apt-get install -y openjdk-17-jre-headless)",
     "dnf": "sudo dnf install java-21-openjdk-headless",
@@ -33,15 +33,15 @@ _SYSTEMS = {"apt-get": "Debian and Ubuntu", "dnf": "Fedora", "brew": "macOS"}
 
 
 class JarsError(RuntimeError):
-    """Java or a jar that is needed isn't there, with what to do about it."""
+    """Java or a required jar is missing; the message says what to do."""
 
 
 class NoSuchJarError(JarsError):
-    """Maven Central doesn't have this version of a jar, so trying again is of no use."""
+    """Maven Central doesn't have this version of a jar, so retrying doesn't help."""
 
 
 def java_command() -> str:
-    """Return the path of the `java` that Spark uses too: that of ``JAVA_HOME``, else of ``PATH``.
+    """Return the path of the `java` that Spark uses: from ``JAVA_HOME``, otherwise ``PATH``.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def java_command() -> str:
 
 
 def spark_home() -> Path:
-    """Return the folder of the Spark that `import pyspark` gives: a site's, or PySpark's own.
+    """Return the folder of the Spark that `import pyspark` uses: the site's, or PySpark's own.
 
     Returns
     -------
@@ -87,12 +87,12 @@ def spark_home() -> Path:
 
 
 def spark_and_scala() -> tuple[str, str]:
-    """Return the version of the Spark that will be started, and of its Scala, such as '2.13'.
+    """Return the versions of the Spark that will be started and of its Scala, such as '2.13'.
 
     Raises
     ------
     JarsError
-        If the folder of `spark_home` has no Spark.
+        If `spark_home` has no Spark.
 
     Examples
     --------
@@ -107,10 +107,10 @@ def spark_and_scala() -> tuple[str, str]:
 
 
 def fetch_jars(*coordinates: str) -> list[Path]:
-    """Return the jars of Maven coordinates and of everything they need, fetched on the first call.
+    """Return the jars for Maven coordinates and their dependencies, fetched on the first call.
 
-    The jars live with the environment that needs them, in ``share/jars`` of the virtual environment
-    (outside of one in the user's cache folder); later calls need no network.
+    The jars are kept in ``share/jars`` of the virtual environment, or in the user's cache folder
+    outside of one; later calls need no network.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def fetch_jars(*coordinates: str) -> list[Path]:
     Returns
     -------
     list of pathlib.Path
-        The jar files, sorted by name. What Spark itself ships (scala-library) isn't among them.
+        The jar files, sorted by name. Jars that Spark ships (scala-library) are not included.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def fetch_jars(*coordinates: str) -> list[Path]:
 
 
 def jars_folder() -> Path:
-    """Return the folder that `fetch_jars` keeps jars in.
+    """Return the folder in which `fetch_jars` keeps jars.
 
     Examples
     --------
@@ -157,7 +157,7 @@ def jars_folder() -> Path:
 
 
 def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
-    """Have Ivy fetch the jars, and move them to `folder` in one step when all are there."""
+    """Fetch the jars with Ivy, and move them to `folder` atomically once all are complete."""
     java_command()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".resolving-") as ivy:
@@ -183,7 +183,7 @@ def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
 
 
 def _explain(coordinates: tuple[str, ...], log: str) -> JarsError:
-    """Return an error with one sentence for a failed resolution, from Ivy's pages of output."""
+    """Return an error that sums up Ivy's long output in one sentence."""
     if re.search(r"Host \S*maven\S* not found|UnknownHost|Connection (refused|timed out)", log):
         return JarsError(
             f"Maven Central can't be reached, and {', '.join(coordinates)} must be fetched from it "

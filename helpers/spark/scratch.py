@@ -1,4 +1,4 @@
-"""Folders of a running Spark: its temporary files, its log, and settings that others can't read."""
+"""Folders of a running Spark: temporary files, the log, and settings that others can't read."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pyspark.sql import SparkSession
 
 _LOGGER = logging.getLogger(__name__)
 
-# What Spark and the kit write into the checkpoint of a streaming context.
+# Names that Spark and the kit write into the checkpoint of a streaming context.
 _CHECKPOINT_FILES = (
     r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
 )
 
-# Java is still on its way out when this begins, and may write once more.
+# Java may still be shutting down when this starts, and write once more.
 _REMOVE_AT_THE_END = """
 cat
 for attempt in 1 2 3 4 5; do rm -rf "$1" && sleep 1 && test ! -e "$1" && exit; done
 """
 
-# A watcher that is forgotten would find its pipe closed, and remove the folder too early.
+# Keeps the watchers' pipes open: a garbage-collected watcher would remove its folder too early.
 _WATCHERS: list[subprocess.Popen] = []
 
 
 def log_file() -> Path:
-    """Return the file that Spark logs to when `get_spark` started it: the place to look first.
+    """Return the log file of a Spark started by `get_spark`: the first place to look.
 
     Examples
     --------
@@ -43,7 +43,7 @@ def log_file() -> Path:
 
 @functools.cache
 def scratch_folder() -> Path:
-    """Return the folder for what Spark needs while this process runs; it goes with the process.
+    """Return the folder for Spark's temporary files; it is removed when this process ends.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def scratch_folder() -> Path:
     True
     """
     folder = tempfile.mkdtemp(prefix="spark-")
-    # The watcher reads from a pipe that only this process holds; the pipe's end is this process'.
+    # The watcher reads from a pipe that only this process holds: end of file means it has ended.
     watcher = subprocess.Popen(
         ["/bin/sh", "-c", _REMOVE_AT_THE_END, "watcher", folder],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -62,17 +62,17 @@ def scratch_folder() -> Path:
 
 
 def protect_folder(spark: SparkSession, path: str) -> None:
-    """Keep a folder that holds settings, passwords among them, from other users.
+    """Make a folder that holds settings, including passwords, private to this user.
 
-    A folder that is missing is created; one with other things than Spark's in it stays as it is,
-    and a warning in the log says so.
+    A missing folder is created. A folder that contains anything other than Spark's files stays
+    unchanged, and a warning is logged.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session whose Hadoop client is used.
     path : str
-        The folder's path or URI, such as that of a streaming context's checkpoint.
+        The folder's path or URI, such as a streaming context's checkpoint.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def protect_folder(spark: SparkSession, path: str) -> None:
         return
     names = [found.getPath().getName() for found in files.listStatus(folder)]
     if all(re.fullmatch(_CHECKPOINT_FILES, name) for name in names):
-        with contextlib.suppress(Py4JJavaError):  # it is somebody else's
+        with contextlib.suppress(Py4JJavaError):  # the folder belongs to another user
             files.setPermission(folder, only_mine)
             return
     _LOGGER.warning(

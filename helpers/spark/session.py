@@ -1,4 +1,4 @@
-"""The Spark session: the existing one, or a new one with all that the kit needs."""
+"""The Spark session: the existing one, or a new one with everything that the kit needs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class SessionError(RuntimeError):
-    """Spark can't be started or used as it is, with what to do about it."""
+    """Spark can't be started or used; the message says what to do."""
 
 
 def get_spark(
@@ -48,27 +48,28 @@ def get_spark(
     memory: str = "2g",
     config: Mapping[str, object] | None = None,
 ) -> SparkSession:
-    """Return the Spark session that exists, otherwise a new one; either can read Kafka.
+    """Return the existing Spark session, or else a new one; either can read Kafka.
 
-    A session that exists (on SWAN the connector of the notebook made it, elsewhere an earlier cell)
+    An existing session (made by the notebook's connector on SWAN, by an earlier cell elsewhere)
     keeps its settings, whatever the parameters say.
 
     Parameters
     ----------
     app_name : str
-        The name in Spark's web page and in YARN's list.
+        The name in the Spark UI and in YARN's list of applications.
     master : str, optional
-        Where Spark runs: by default on this machine, ``local[cores,4]``, where a task that fails
-        gets four tries as on a cluster. ``yarn`` for a YARN cluster.
+        Where Spark runs. The default is this machine, ``local[cores,4]``, where a task may be tried
+        four times as on a cluster. ``yarn`` for a YARN cluster.
     executors : int
-        How many executors a cluster is asked for; of no effect on this machine.
+        Number of executors to request from a cluster; no effect on this machine.
     cores : int, optional
-        How many tasks run at a time, on this machine (default: all its cores) or in each executor
+        Number of concurrent tasks, on this machine (default: all its cores) or in each executor
         (default: 1).
     memory : str
-        Java's memory, as in ``"2g"``: of the one process on this machine, of each executor else.
+        Java's memory, such as ``"2g"``: for the single process on this machine, or for each
+        executor on a cluster.
     config : mapping, optional
-        More of Spark's settings, by Spark's names; they win over those made here.
+        Further Spark settings, by Spark's names; they override those set here.
 
     Returns
     -------
@@ -78,9 +79,10 @@ def get_spark(
     Raises
     ------
     SessionError
-        If Spark doesn't start, or there is no Kafka connector for its version.
+        If Spark doesn't start, or there is no Kafka connector for its version or it can't be
+        fetched.
     helpers.spark.JarsError
-        If Java or Spark's own jars are missing, or the connector can't be fetched.
+        If Java or Spark's jars are missing.
 
     Examples
     --------
@@ -103,7 +105,7 @@ def get_spark(
 
 
 def root_cause(error: Py4JJavaError) -> JavaObject:
-    """Return the Java exception that was first, which the others were wrapped around."""
+    """Return the innermost Java exception, which the others wrap."""
     cause = error.java_exception
     while cause.getCause() is not None:
         cause = cause.getCause()
@@ -131,18 +133,18 @@ def _settings(
         "spark.serializer": "org.apache.spark.serializer.KryoSerializer",
         "spark.jars": ",".join(map(str, _connector_jars(*spark_and_scala()))),
         "spark.ui.showConsoleProgress": "false",
-        # Columns go to pandas as Arrow batches, not row by row.
+        # Transfer columns to pandas as Arrow batches, not row by row.
         "spark.sql.execution.arrow.pyspark.enabled": "true",
-        # Batches of 4,096 events stay in the processor's caches: 5 to 10 % faster than 10,000.
+        # Batches of 4,096 events fit in the processor's caches: 5 to 10 % faster than 10,000.
         "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
         "spark.sql.session.timeZone": "UTC",
-        # What Spark's web page shows of the past: of a stream, minutes are enough. Up to the
-        # default, a thousand of each, Java's memory grows by 5 MB a minute at a batch a second.
+        # History in the Spark UI; a few minutes are enough for a stream. Up to the default of a
+        # thousand each, Java's memory grows by 5 MB per minute at one batch per second.
         "spark.ui.retainedJobs": "200",
         "spark.ui.retainedStages": "200",
         "spark.sql.ui.retainedExecutions": "200",
-        # Records fetched beyond a batch's end are of use to the next batch only, and would fill
-        # Java's memory if they were kept for five minutes: those of retried batches, for instance.
+        # Records fetched beyond a batch's end are useful only to the next batch. Kept for five
+        # minutes (those of retried batches, for instance), they would fill Java's memory.
         "spark.kafka.consumer.fetchedData.cache.timeout": "2s",
         "spark.kafka.consumer.fetchedData.cache.evictorThreadRunInterval": "1s",
     }
@@ -159,7 +161,7 @@ def _settings(
 
 
 def _submitted_settings() -> dict[str, str]:
-    """Return the settings that spark-submit was given; none if it didn't start this program."""
+    """Return the settings given to spark-submit; none if it didn't start this program."""
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         return {}
     SparkContext._ensure_initialized()  # connects to spark-submit's Java
@@ -167,36 +169,36 @@ def _submitted_settings() -> dict[str, str]:
 
 
 def _hide_secrets(spark: SparkSession) -> None:
-    """Keep secrets in options of Kafka's clients out of plans and of Spark's web page."""
+    """Redact secrets in Kafka client options in query plans and the Spark UI."""
     shown = spark.conf.get(_REDACTED_OPTIONS)
     if SECRET_SETTINGS not in shown:
         spark.conf.set(_REDACTED_OPTIONS, f"{shown}|{SECRET_SETTINGS}")
 
 
 def _start(settings: Mapping[str, str]) -> SparkSession:
-    """Start Spark with its output going to a file, not to the cells of a notebook."""
+    """Start Spark with its output redirected to a file instead of notebook cells."""
     java_command()
     conf = SparkConf().setAll(list(settings.items()))
     is_local = settings["spark.master"].startswith("local")
     if is_local:
-        # Otherwise the workers run whatever `python3` is first on PATH.
+        # Otherwise the workers run the first `python3` on PATH.
         os.environ["PYSPARK_PYTHON"] = sys.executable
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # Spark's web page, too, is for here
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # binds the Spark UI as well
     else:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # a cluster may have its own
-    gateway = SparkContext._gateway  # there is one where an earlier session was stopped
+    gateway = SparkContext._gateway  # exists if an earlier session was stopped
     if gateway is None:
         with log_file().open("ab") as log:
             try:
-                # In a session of its own: a kernel that shuts down waits in vain for children of
-                # its own session, until it is killed. Java ends when this process does.
+                # In a new process session: at shutdown, a kernel waits for children in its own
+                # session until it is killed. Java ends when this process does.
                 how = {"stdout": log, "stderr": log, "start_new_session": True}
                 gateway = launch_gateway(conf, how)
             except PySparkRuntimeError:
                 tail = "\n".join(log_file().read_text(errors="replace").splitlines()[-10:])
                 raise SessionError(f"Java did not start for Spark; it said:\n{tail}") from None
-    # Spark's web page is open to the network unless its Java was started with this variable, as
-    # spark-submit's wasn't; no setting does the same.
+    # The Spark UI listens on the network unless Java was started with this variable, which
+    # spark-submit doesn't set; no Spark setting has the same effect.
     if is_local and gateway.jvm.java.lang.System.getenv("SPARK_LOCAL_IP") is None:
         conf.setIfMissing("spark.ui.enabled", "false")
     try:
@@ -212,25 +214,25 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
 
 
 def _connector_jars(spark: str, scala: str) -> list[Path]:
-    """Return the connector's jars for a Spark, without those that Spark has anyway."""
+    """Return the connector's jars for a Spark version, without those that Spark already has."""
     coordinate = CONNECTOR.format(scala=scala, spark=spark)
     try:
         jars = fetch_jars(coordinate)
     except JarsError as error:
         raise SessionError(f"Spark {spark} needs a connector to read Kafka. {error}") from None
-    # Ivy names a file group_artifact-version.jar; Spark's own folder has artifact-version.jar, and
-    # a site's Spark may have another version, which must not come twice.
+    # Ivy names a file group_artifact-version.jar; Spark's own folder has artifact-version.jar. A
+    # site's Spark may have another version, and an artifact must not be loaded twice.
     spark_has = {_artifact(jar.name) for jar in (spark_home() / "jars").glob("*.jar")}
     return [jar for jar in jars if _artifact(jar.name.split("_", 1)[1]) not in spark_has]
 
 
 def _artifact(file_name: str) -> str:
-    """Return a jar's name without its version: 'slf4j-api' of 'slf4j-api-2.0.17.jar'."""
+    """Return a jar's name without its version: 'slf4j-api' for 'slf4j-api-2.0.17.jar'."""
     return re.sub(r"-\d+\.[^-]*(-[A-Za-z0-9.]+)*\.jar$", "", file_name)
 
 
 def _has_connector(spark: SparkSession) -> bool:
-    """Tell whether a running session can load Spark's Kafka connector."""
+    """Return whether a running session can load Spark's Kafka connector."""
     jvm = spark._jvm
     loader = spark._jsparkSession.sharedState().jarClassLoader()
     try:
@@ -241,7 +243,7 @@ def _has_connector(spark: SparkSession) -> bool:
 
 
 def _add_connector(spark: SparkSession) -> None:
-    """Add the connector to a session that runs already, where `spark.jars` comes too late."""
+    """Add the connector to a running session, for which it is too late to set `spark.jars`."""
     scala = ".".join(spark._jvm.scala.util.Properties.versionNumberString().split(".")[:2])
     for jar in _connector_jars(spark.version, scala):
         spark.sql(f"ADD JAR '{jar.as_uri()}'")
@@ -258,7 +260,7 @@ def _ship_helpers(spark: SparkSession) -> None:
     if any(file.endswith("/helpers.zip") for file in context.listFiles):
         return
     package = Path(helpers.__file__).parent
-    file = scratch_folder() / "helpers.zip"  # executors fetch it for as long as Spark runs
+    file = scratch_folder() / "helpers.zip"  # executors may fetch it as long as Spark runs
     with zipfile.ZipFile(file, "w") as archive:
         for source in package.rglob("*.py"):
             archive.write(source, source.relative_to(package.parent))

@@ -1,8 +1,8 @@
-"""What a Spark task does for `helpers.training.AveragingTrainer`: it trains or measures a network.
+"""The Spark task of `helpers.training.AveragingTrainer`, which trains or evaluates a network.
 
-A task depends on nothing but its worker's rows and what the driver sent, so Spark may repeat it,
-anywhere. Only the compiled network stays in the Python process for the next round, as one of the
-few that `helpers.transformers.kept_network` keeps.
+A task depends only on its rows and the driver's broadcast, so Spark may retry it anywhere. Only the
+compiled network stays in the Python process for the next round, cached by
+`helpers.transformers.kept_network`.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from helpers.model import model_from_bytes
 from helpers.transformers import kept_network
 
 Batches = Iterator[pyarrow.RecordBatch]
-# A task's only row. The state is empty after measuring; `refused` says what is wrong with the rows.
+# The single row that a task returns. The state is empty after evaluation; `refused` says what is
+# wrong with the rows.
 RESULT = "worker long, totals array<double>, state binary, refused string"
 
 
 class InvalidRowsError(ValueError):
-    """The rows don't fit the network, or hold values that are not finite numbers."""
+    """The rows don't fit the network, or contain values that are not finite numbers."""
 
 
 class Rows(NamedTuple):
-    """Rows in float32: features (rows, inputs); labels (rows, outputs), or (rows,) if classes."""
+    """Rows in float32: features (rows, inputs); labels (rows, outputs), or (rows,) for classes."""
 
     features: np.ndarray
     labels: np.ndarray
 
 
 def read_rows(batches: Iterable[pyarrow.RecordBatch], inputs: int, outputs: int) -> Rows:
-    """Return the rows of Arrow batches; memory holds them once, and one batch besides.
+    """Return the rows in Arrow batches, holding them in memory only once, plus one batch.
 
-    A batch has ``features``, lists of as many numbers as the network has inputs, and ``label``:
-    lists of as many numbers as it has outputs, or numbers, which are classes if it has several
-    outputs. `InvalidRowsError` is raised where a row has something else.
+    A batch has ``features``, lists with one number per input of the network, and ``label``: lists
+    with one number per output, or numbers, which are classes if there are several outputs. Other
+    rows raise `InvalidRowsError`.
 
     Examples
     --------
@@ -63,12 +64,12 @@ def read_rows(batches: Iterable[pyarrow.RecordBatch], inputs: int, outputs: int)
 
 
 def _labels(column: pyarrow.Array, outputs: int) -> np.ndarray:
-    """Return labels in the shape that Keras' losses take with a network of so many outputs."""
+    """Return labels in the shape that Keras' losses expect for this number of outputs."""
     if pyarrow.types.is_list(column.type):
         return _matrix(column, "label", outputs, "outputs")
     labels = _numbers(column, "label")
     if outputs == 1:
-        return labels.reshape(-1, 1)  # a loss would take (rows,) and (rows, 1) for a table
+        return labels.reshape(-1, 1)  # a loss would broadcast (rows,) with (rows, 1) to a matrix
     for wrong in labels[(labels != labels.round()) | (labels < 0) | (labels >= outputs)]:
         raise InvalidRowsError(
             f"label {wrong:g} is not one of the classes 0 to {outputs - 1}, for which the network "
@@ -78,7 +79,7 @@ def _labels(column: pyarrow.Array, outputs: int) -> np.ndarray:
 
 
 def _matrix(column: pyarrow.Array, name: str, width: int, what: str) -> np.ndarray:
-    """Return a column of lists; raise if one doesn't have this length."""
+    """Return a column of lists as a matrix; raise if a list doesn't have this length."""
     lengths = pyarrow.compute.list_value_length(column).unique().drop_null().to_pylist()
     if set(lengths) - {width}:
         found = " or ".join(map(str, sorted(lengths)))
@@ -89,7 +90,7 @@ def _matrix(column: pyarrow.Array, name: str, width: int, what: str) -> np.ndarr
 
 
 def _numbers(column: pyarrow.Array, name: str) -> np.ndarray:
-    """Return the numbers of a column, or of its lists; raise if one is null or not finite."""
+    """Return the numbers in a column, or in its lists; raise if one is null or not finite."""
     nulls = column.null_count
     if pyarrow.types.is_list(column.type):
         column = column.flatten()
@@ -103,7 +104,7 @@ def _numbers(column: pyarrow.Array, name: str) -> np.ndarray:
 
 
 class Replica:
-    """A network that learns, from its bytes, and optimizer and loss as Keras serializes them."""
+    """A network in training, made from its bytes and Keras' serialized optimizer and loss."""
 
     def __init__(self, model: bytes, optimizer: Any, loss: Any) -> None:
         self.model = model_from_bytes(model)
@@ -113,24 +114,24 @@ class Replica:
         self._variables = [*self.model.weights, *self.model.optimizer.variables]
 
     def train(self, rows: Rows, batch_size: int, key: Sequence[int]) -> np.ndarray:
-        """Go through the rows once; return `totals` while the weights changed.
+        """Train on the rows once; return the totals, measured while the weights change.
 
-        Everything random follows from `key`: the order of the rows, and what layers draw.
+        All randomness is derived from `key`: the order of the rows, and random layers.
         """
         random = np.random.default_rng(key)
         for variable in self.model.non_trainable_variables:
-            if variable.name == "seed_generator_state":  # by default each process has another one
+            if variable.name == "seed_generator_state":  # by default different in each process
                 variable.assign(random.integers(0, 2**31, variable.shape))
         order = random.permutation(len(rows.labels))
         return self._totals(self.model.train_on_batch, rows, order, batch_size)
 
     def measure(self, rows: Rows) -> np.ndarray:
-        """Return `totals` with the weights as they are."""
+        """Return the totals with the current weights."""
         return self._totals(self.model.test_on_batch, rows, np.arange(len(rows.labels)), 4_096)
 
     @property
     def state(self) -> list[np.ndarray]:
-        """The weights, then what the optimizer remembers."""
+        """The weights, then the optimizer's state."""
         return [variable.numpy() for variable in self._variables]
 
     @state.setter
@@ -139,7 +140,7 @@ class Replica:
             variable.assign(value)
 
     def _totals(self, step: Callable, rows: Rows, order: np.ndarray, size: int) -> np.ndarray:
-        """Return the number of rows, and the totals of loss and accuracy over them."""
+        """Return the number of rows, and the sums of loss and accuracy over them."""
         totals = np.zeros(3)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
@@ -149,20 +150,20 @@ class Replica:
 
 
 class Round(NamedTuple):
-    """What the driver sends to all workers for a round."""
+    """The driver's broadcast to all workers for a round."""
 
-    training: str  # a name that no other training has
-    recipe: tuple[bytes, Any, Any]  # what a replica is made of
-    widths: tuple[int, int]  # the numbers of the network's inputs and outputs
+    training: str  # a unique name of the training
+    recipe: tuple[bytes, Any, Any]  # the arguments of `Replica`
+    widths: tuple[int, int]  # the number of the network's inputs and of its outputs
     batch_size: int
-    state: Sequence[np.ndarray] = ()  # what the workers start from
-    key: tuple[int, ...] | None = None  # what everything random follows from; None: measure only
+    state: Sequence[np.ndarray] = ()  # the state from which the workers start
+    key: tuple[int, ...] | None = None  # the source of all randomness; None: evaluate only
 
 
 def round_task(sent: Broadcast[Round]) -> Callable[[Batches], Batches]:
-    """Return what Spark runs on each worker's rows: it returns one row, or none if it has none.
+    """Return the function that Spark runs on each worker's rows; it yields at most one row.
 
-    Rows that are refused are returned as such: if the task failed, Spark would repeat it.
+    Invalid rows are reported in the result, because Spark would retry a failed task.
     """
 
     def run(batches: Batches) -> Batches:
@@ -182,7 +183,7 @@ def round_task(sent: Broadcast[Round]) -> Callable[[Batches], Batches]:
 
 
 def _take_part(round_: Round, worker: int, rows: Rows) -> dict[str, Any]:
-    """Return what a worker makes of its rows."""
+    """Train or evaluate on a worker's rows, and return the result."""
     replica = kept_network(round_.training, lambda: Replica(*round_.recipe))
     replica.state = round_.state
     if round_.key is None:

@@ -1,7 +1,7 @@
-"""Training of a Keras network on a Spark DataFrame, by one process or by several workers.
+"""Train a Keras network on a Spark DataFrame, in one process or on several workers.
 
-Both trainers have the call forms of Distributed Keras: made with a network and what training needs,
-and `train(df)` returns a trained copy of the network. `SingleTrainer` trains on the driver.
+Both trainers have the API of Distributed Keras: construct one with a network and the training
+options; `train(df)` returns a trained copy of the network. `SingleTrainer` trains on the driver.
 `AveragingTrainer` trains in rounds of ordinary Spark jobs: each task trains the network on its part
 of the rows, and the driver averages the weights, from which the next round starts.
 """
@@ -36,42 +36,44 @@ from helpers.spark import root_cause
 from helpers.streaming import summary
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
-# The reductions of a Keras loss that are a mean over the rows of an update.
+# The reductions of a Keras loss that take the mean over the rows of an update.
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
-_Pass = Callable[..., np.ndarray]  # through rows; returns a replica's totals
+_Pass = Callable[..., np.ndarray]  # a pass over the rows; returns a replica's totals
 
 _NO_ROWS = "there are no rows to train on."
 _REMEDY = "scale the features, or lower the optimizer's learning rate."
 
 
 class TrainingError(RuntimeError):
-    """Training has failed; the message says why and what helps."""
+    """Training failed; the message says why and what to do."""
 
 
 class Trainer(ABC):
-    """What trainers have in common.
+    """The base class of trainers.
 
     Parameters
     ----------
     keras_model : keras.Model
         The network, with inputs of shape (rows, features) and outputs of shape (rows, classes); it
-        stays as it is.
+        is not changed.
     worker_optimizer : str or keras.optimizers.Optimizer
-        Makes updates of gradients, as Keras names it.
+        The optimizer, by Keras' name or as an object.
     loss : str or keras.losses.Loss
-        What is minimised, as Keras names it: its mean over the rows of an update.
+        The loss, by Keras' name or as a function or object; its mean over the rows of an update is
+        minimised.
     features_col : str
-        A column of vectors or of arrays of numbers, as many as the network has inputs.
+        A column of vectors or of arrays of numbers, with one entry per input of the network.
     label_col : str
-        The right answers: vectors with one entry per class (for ``categorical_crossentropy``), or
-        the number of the class (for ``sparse_categorical_crossentropy``). With one output: numbers.
+        The labels: vectors or arrays with one entry per class (for ``categorical_crossentropy``),
+        or the index of the class (for ``sparse_categorical_crossentropy``). With one output:
+        numbers.
     batch_size : int
-        Rows of an update.
+        Number of rows per update.
     num_epoch : int
-        How often training goes through all rows.
+        Number of passes over all rows.
     seed : int
-        Seed of everything random: the order of the rows in each epoch, and what layers draw.
+        Random seed for the order of the rows in each epoch, and for random layers.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Trainer(ABC):
         loss = keras.losses.get(loss)
         _check_loss(loss)
         self._model, self._widths = keras_model, _widths(keras_model)
-        # Copies: what an optimizer and a loss have learnt or counted stays with this training.
+        # Copies, so that the state of an optimizer or a loss stays within this training.
         self._optimizer = keras.optimizers.serialize(keras.optimizers.get(worker_optimizer))
         self._loss = keras.losses.serialize(loss)
         self._features_col, self._label_col = features_col, label_col
@@ -106,9 +108,9 @@ class Trainer(ABC):
         Parameters
         ----------
         df : pyspark.sql.DataFrame
-            The rows to train on; all are used, in each epoch.
+            The rows to train on; each epoch uses all of them.
         validation : pyspark.sql.DataFrame, optional
-            Rows to measure loss and accuracy on after each epoch.
+            Rows on which to evaluate loss and accuracy after each epoch.
 
         Raises
         ------
@@ -128,15 +130,15 @@ class Trainer(ABC):
         return model
 
     def get_training_time(self) -> float:
-        """Return how long the last training took, in seconds, all of Spark's work included."""
+        """Return the duration of the last training in seconds, including all of Spark's work."""
         return self._seconds
 
     def get_history(self) -> list[dict[str, float]]:
-        """Return a dictionary for each epoch of the last training.
+        """Return a dictionary per epoch of the last training.
 
-        ``epoch`` (from 1), ``loss`` and ``accuracy``, both means over the rows while the epoch
-        trained on them, ``validation_loss`` and ``validation_accuracy`` if there were rows for it,
-        and ``seconds``.
+        Its keys are ``epoch`` (from 1), ``loss`` and ``accuracy`` (means over the rows, measured
+        during training), ``validation_loss`` and ``validation_accuracy`` if there were validation
+        rows, and ``seconds``.
         """
         return list(self._history)
 
@@ -157,10 +159,10 @@ class Trainer(ABC):
         return model_to_bytes(self._model), self._optimizer, self._loss
 
     def _epochs(self, replica: Replica, train: _Pass, measure: _Pass) -> keras.Model:
-        """Train a replica, and return the network that it becomes.
+        """Train a replica, and return the trained network.
 
-        `train` goes through all rows once, in a given epoch, and `measure` through those to
-        validate with; both return a replica's totals.
+        `train` makes a pass over all training rows for a given epoch, and `measure` over the
+        validation rows; both return a replica's totals.
         """
         for epoch in range(1, self._num_epoch + 1):
             began, found = time.monotonic(), {"epoch": epoch}
@@ -174,7 +176,7 @@ class Trainer(ABC):
             if not math.isfinite(found["loss"]):
                 raise TrainingError(f"the loss is {found['loss']} in epoch {epoch}: {_REMEDY}")
             print(f"epoch {epoch}/{self._num_epoch}  {means}  {found['seconds']:.1f} s", flush=True)
-        # An optimizer may have averaged the weights over its updates; the average replaces them.
+        # Some optimizers keep a moving average of the weights, which replaces them here.
         replica.model.optimizer.finalize_variable_values(replica.model.trainable_variables)
         weights = replica.model.get_weights()
         if not all(np.isfinite(weight).all() for weight in weights):
@@ -185,7 +187,7 @@ class Trainer(ABC):
 
 
 class SingleTrainer(Trainer):
-    """Trains on the driver, on all its cores; the rows must fit in its memory.
+    """Trains on the driver, on all its cores; the rows must fit in the driver's memory.
 
     Examples
     --------
@@ -215,29 +217,30 @@ class SingleTrainer(Trainer):
 
 
 class AveragingTrainer(Trainer):
-    """Trains in rounds: each worker on its part of the rows; then their weights are averaged.
+    """Trains in rounds: each worker trains on its part of the rows; the weights are averaged.
 
     Parameters
     ----------
     keras_model, worker_optimizer, loss
         As in `Trainer`.
     num_workers : int
-        The number of parts that the rows are cut into, and of the tasks of a round. Where Spark
-        has fewer slots, tasks wait for each other.
+        The number of partitions of the rows, and of tasks in a round. If Spark has fewer slots,
+        tasks wait for each other.
     communication_window : int, optional
-        The length of a round: how many updates a worker makes from one average to the next, at
-        most. An epoch is cut into rounds of equal length. By default a round is an epoch.
+        The maximum length of a round: the number of updates that a worker makes between averages.
+        An epoch is split into rounds of equal length. By default, a round is an epoch.
     **options
-        As in `Trainer`. Of the `batch_size` rows of an update each worker takes its share, so an
-        epoch has as many updates as with one worker. (In Distributed Keras each takes as many.)
+        As in `Trainer`. The `batch_size` rows of an update are divided among the workers, so an
+        epoch has as many updates as with one worker. (In Distributed Keras each worker takes
+        `batch_size` rows.)
 
     Notes
     -----
-    The optimizer's state is averaged with the weights. Started again in each round it is as good in
-    rounds of an epoch and worse in shorter ones: on 6,000 events of ATLAS, five splits, mean AUC of
-    2 workers 0.866 (again: 0.867), in three rounds per epoch 0.867 (0.863), of 8 workers 0.861
-    (0.859). The same seed and rows give the same weights, to the last bit, however Spark has cut
-    the rows or repeats tasks, as long as the processors are of one kind.
+    The optimizer's state is averaged like the weights. Resetting it in each round is as good if a
+    round is an epoch, and worse for shorter rounds. Mean AUC on 6,000 ATLAS events over five
+    splits, with averaged (reset) state: 2 workers 0.866 (0.867), in three rounds per epoch 0.867
+    (0.863); 8 workers 0.861 (0.859). The same seed and rows give the same weights, to the last bit,
+    however Spark partitions the rows or retries tasks, as long as the processors are of one kind.
 
     References
     ----------
@@ -269,7 +272,7 @@ class AveragingTrainer(Trainer):
         self._num_workers, self._window = num_workers, communication_window
 
     def _train(self, rows: DataFrame) -> keras.Model:
-        # On disk, so that no round computes the rows again or takes memory from other jobs.
+        # On disk, so that rounds neither recompute the rows nor take memory from other jobs.
         parts = _in_order(rows, self._num_workers).persist(StorageLevel.DISK_ONLY)
         try:
             return _interruptible(rows.sparkSession, lambda: self._train_on(parts))
@@ -293,7 +296,7 @@ class AveragingTrainer(Trainer):
                 rows = parts.where("NOT validates").where(_is_in_round(number, rounds))
                 key = (self._seed, epoch, number)
                 passed, results = _run(common._replace(state=replica.state, key=key), rows)
-                if results:  # a short round of few rows may have none
+                if results:  # a short round may have no rows
                     replica.state = _average(results)
                 totals += passed
             return totals
@@ -305,7 +308,7 @@ class AveragingTrainer(Trainer):
 
 
 def _run(round_: Round, rows: DataFrame) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Return the totals, and the results of the workers that have rows, in the workers' order."""
+    """Return the totals, and the results of workers that have rows, in the order of workers."""
     sent = rows.sparkSession.sparkContext.broadcast(round_)
     try:
         results = _collect(rows.mapInArrow(round_task(sent), RESULT)).to_pylist()
@@ -320,8 +323,9 @@ def _run(round_: Round, rows: DataFrame) -> tuple[np.ndarray, list[dict[str, Any
 def _average(results: list[dict[str, Any]]) -> list[np.ndarray]:
     """Return the average of the workers' states, weighted by their rows.
 
-    The sums are in the workers' order and in double precision: the same states have the same
-    average, to the last bit. Of what is counted, such as updates, the largest is taken.
+    The sums are computed in the order of workers and in double precision, so that the same states
+    have the same average, to the last bit. For counters, such as the number of updates, the maximum
+    is taken.
     """
     rows = [result["totals"][0] for result in results]
     return [
@@ -333,18 +337,18 @@ def _average(results: list[dict[str, Any]]) -> list[np.ndarray]:
 
 
 def _in_order(rows: DataFrame, parts: int) -> DataFrame:
-    """Return rows in so many partitions, cut and sorted by a hash of what is in them.
+    """Return rows in `parts` partitions, partitioned and sorted by a hash of their content.
 
-    So it doesn't matter how Spark had them, and a partition that is computed again is the same.
+    The result doesn't depend on how Spark partitioned them, and a recomputed partition is the same.
     """
     keyed = rows.withColumn("key", F.xxhash64("label", "features"))
     return keyed.repartition(parts, "key").sortWithinPartitions("key", "label", "features")
 
 
 def _is_in_round(number: int, rounds: int) -> Column:
-    """Return whether a row's hash is in the range of one of an epoch's rounds.
+    """Return whether a row's hash is in the range of a round.
 
-    Spark reads only blocks with rows in the range, because the rows are sorted by their hash.
+    Because the rows are sorted by hash, Spark reads only blocks with rows in the range.
     """
     first, end = (2**64 * n // rounds - 2**63 for n in (number, number + 1))
     return F.col("key").between(first, end - 1)
@@ -361,10 +365,10 @@ def _collect(df: DataFrame) -> pyarrow.Table:
 
 
 def _interruptible(spark: SparkSession, work: Callable[[], Any]) -> Any:
-    """Return what `work` returns; if it is interrupted, its Spark jobs end.
+    """Return the result of `work`; if interrupted, cancel its Spark jobs.
 
-    It runs in another thread, because an interrupt would break into an exchange with Java and
-    leave the connection unusable.
+    It runs in another thread, because an interrupt in the middle of a call to Java would make the
+    connection unusable.
     """
     group = f"training-{secrets.token_hex(8)}"
 
@@ -382,7 +386,7 @@ def _interruptible(spark: SparkSession, work: Callable[[], Any]) -> Any:
 
 
 def _entries(df: DataFrame, name: str) -> Column:
-    """Return a column of vectors, of arrays or of numbers as one of arrays or numbers."""
+    """Return a column with vectors converted to arrays; arrays and numbers stay such."""
     if not isinstance(name, str):
         raise ValueError(
             f"{name!r} is not the name of a column: put several into one with "
@@ -401,7 +405,7 @@ def _entries(df: DataFrame, name: str) -> Column:
 
 
 def _widths(model: keras.Model) -> tuple[int, int]:
-    """Return the numbers of a network's inputs and outputs; refuse what doesn't take a table."""
+    """Return the numbers of inputs and outputs; reject a network that doesn't take a table."""
     try:
         shapes = {"inputs": model.input_shape, "outputs": model.output_shape}
     except AttributeError:
@@ -425,7 +429,7 @@ def _check_loss(loss: Any) -> None:
 
 
 def _check_labels(name: str, found: DataType, loss: Any) -> None:
-    """Refuse labels of the other kind than a loss of classes takes."""
+    """Reject labels of a kind that the loss doesn't take."""
     kinds = {
         "categorical_crossentropy": (ArrayType, "an entry per class"),
         "sparse_categorical_crossentropy": (NumericType, "the number of the class"),
