@@ -52,19 +52,19 @@ LABEL = "Label"
 """Name of the column that holds the class of an event, ``"s"`` or ``"b"``."""
 
 LABELS = ("b", "s")
-"""The classes, background and signal; the position is the number a network learns."""
+"""The classes, background and signal; a class's index is the number that a network learns."""
 
 BOOKKEEPING = ("Weight", LABEL, "KaggleSet", "KaggleWeight")
-"""Names of the columns after the features in CERN's file; the other files have fewer."""
+"""Names of the columns that follow the features in CERN's file; other files have fewer."""
 
 MISSING = -999.0
-"""Value of a feature that an event does not have."""
+"""Value of a feature that is not defined for an event."""
 
 INTEGERS = (EVENT_ID, "PRI_jet_num")
 """Names of the columns that hold whole numbers."""
 
 SOURCE = "CERN Open Data record 328 (https://opendata.cern.ch/record/328)"
-"""Where the published files are."""
+"""Source of the published files."""
 
 
 def spark_type(column: str) -> DataType:
@@ -75,4 +75,4 @@ def spark_type(column: str) -> DataType:
 
 
 SCHEMA = StructType([StructField(name, spark_type(name)) for name in (EVENT_ID, *FEATURES)])
-"""Spark's description of an event as the stream carries it: its identifier and its features."""
+"""Spark schema of an event in the stream: its identifier and its features."""

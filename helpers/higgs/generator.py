@@ -25,13 +25,13 @@ class Process(NamedTuple):
     label: str
     """Class of the events, ``"s"`` or ``"b"``."""
     share: float
-    """Part of the class's events."""
+    """Fraction of the class's events."""
     mass: float
     """Mass of the boson that decays."""
     rapidity: float
     """Spread of the boson's rapidity, its motion along the beams."""
     jet_shares: tuple[float, float, float, float]
-    """Part of the events with 0, 1, 2 and 3 jets."""
+    """Fractions of the events with 0, 1, 2 and 3 jets."""
     jet_pt: float
     """Mean pt of a lone jet above the threshold `JET_PT`."""
     jet_gap: tuple[float, float]
@@ -39,14 +39,14 @@ class Process(NamedTuple):
     soft_pt: float
     """Mean pt of everything that is too soft to be a jet."""
     jet_growth: float = 0.0
-    """Part by which each further jet raises the jets' mean pt."""
+    """Fraction by which each additional jet raises the jets' mean pt."""
     unseen_pt: float = 0.0
     """Mean pt of neutrinos that do not come from the boson."""
     other_tau_pt: float = 0.0
     """Mean pt above the threshold `TAU_PT` of a tau that does not come from the boson.
 
-    If it is 0, the boson decays to two taus, one of which decays to the lepton; otherwise the
-    boson is a W that decays to the lepton and a neutrino.
+    If 0, the boson decays to two taus, one of which decays to the lepton; otherwise the boson is a
+    W that decays to the lepton and a neutrino.
     """
 
 
@@ -91,10 +91,10 @@ PROCESSES = (
 """The kinds of collision in the challenge: four signals and three backgrounds."""
 
 SIGNAL_SHARE = 0.34
-"""Part of the events that are signal."""
+"""Fraction of the events that are signal."""
 
 TAU_PT, LEP_PT, JET_PT = 20.0, 26.0, 30.0
-"""Thresholds in GeV from which the detector's data holds a tau, a lepton and a jet."""
+"""Minimum pt in GeV at which the data contain a tau, a lepton and a jet."""
 
 TAU_LEP_ETA, JET_ETA = 2.5, 4.5
 """Largest pseudorapidities of taus and leptons, and of jets."""
@@ -109,7 +109,7 @@ JET_GAP_LIMIT = 7.0
 """Largest difference of the jets' pseudorapidities."""
 
 RAPIDITY_PULL = 0.4
-"""Part of the jets' pseudorapidity that the boson shares."""
+"""Fraction of the jets' pseudorapidity that the boson shares."""
 
 OTHER_TAU_SPREAD = 1.3
 """Spread between the rapidities of the boson and of a tau that does not come from it."""
@@ -118,11 +118,11 @@ FURTHER_JETS = 0.4
 """Mean number of jets beyond the third."""
 
 HADRONIC_PART, LEPTONIC_PART = (2.5, 1.6), (1.1, 2.0)
-"""Beta distributions of the part of a tau's momentum that its neutrinos leave, in the decays that
-are seen as a tau and as a lepton."""
+"""Beta distributions of the fraction of a tau's momentum that its neutrinos do not carry away, for
+decays seen as a tau and as a lepton."""
 
 SOFT_RESPONSE, TAU_LEP_RESPONSE = 0.4, 0.84
-"""Parts of the soft momentum, and of the energy of tau and lepton, that the detector measures."""
+"""Fractions of the soft momentum, and of the tau's and lepton's energy, that are measured."""
 
 SOFT_ENERGY = (1.5, 41.0)
 """Gamma distribution (shape, scale in GeV) of the energy that belongs to no jet, tau or lepton."""
@@ -134,7 +134,8 @@ MMC_SCALE, MMC_SLOPE, MMC_ERROR = 1.28, 0.35, 0.11
 """Scale, dependence on missing momentum, and relative error of the modelled MMC mass."""
 
 MMC_LIMIT, MMC_STEEPNESS = 88.0, 5.3
-"""Misdirected missing momentum in GeV from which half the events lack a mass, and how sharply."""
+"""Misdirected missing momentum in GeV at which half the events have no mass, and how steeply that
+fraction changes."""
 
 
 def generate_events(n: int, seed: int = 0, first_event_id: int = 100_000) -> pd.DataFrame:

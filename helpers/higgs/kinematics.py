@@ -180,11 +180,11 @@ class Particle(NamedTuple):
     """Momenta of one kind of particle, one entry per event."""
 
     pt: NDArray[np.float64]
-    """Transverse momentum in GeV: the part across the beams."""
+    """Transverse momentum in GeV: the component perpendicular to the beams."""
     eta: NDArray[np.float64]
-    """Pseudorapidity: 0 across the beams, large along them."""
+    """Pseudorapidity: 0 perpendicular to the beams, large along them."""
     phi: NDArray[np.float64]
-    """Azimuth angle around the beams in radians."""
+    """Azimuth angle around the beams, in radians."""
 
 
 def derive_columns(events: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 EXPECTED_SIGNAL, EXPECTED_BACKGROUND = 692.0, 411_000.0
-"""How many events of each class the challenge expects in its data: the sums of the weights in
+"""Number of events of each class that the challenge expects in its data: the sums of the weights in
 Kaggle's training file."""
 
 
