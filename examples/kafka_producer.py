@@ -208,7 +208,7 @@ def connect(options: argparse.Namespace) -> KafkaProducer:
     Raises
     ------
     ProducerError
-        If no broker answers within 10 s, Kafka refuses the client, or the codec isn't installed.
+        If no broker answers within 15 s, Kafka refuses the client, or the codec isn't installed.
     ValueError
         If the address has no port, or kafka-python doesn't know a setting.
     """

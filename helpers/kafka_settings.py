@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+# How long Kafka may take to answer a question.
+ANSWER_SECONDS = 15
+
 _LOGGER = logging.getLogger(__name__)
 
 # Settings whose values must stay secret: everything that Kafka calls a password, and more.

@@ -11,8 +11,8 @@ from processes import wait_until
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
+from helpers.records import BadRecordError
 from helpers.sinks import (
-    BadRecordError,
     Counts,
     ParquetSink,
     SinkError,

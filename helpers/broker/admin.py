@@ -21,9 +21,7 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from helpers.broker.security import jaas, new_password, python_settings
 from helpers.broker.server import START_SECONDS, BrokerError
-from helpers.kafka_settings import check_address
-
-ANSWER_SECONDS = 10
+from helpers.kafka_settings import ANSWER_SECONDS, check_address
 
 
 class BrokerAdmin(abc.ABC):
@@ -165,7 +163,7 @@ def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
     Raises
     ------
     BrokerError
-        If no broker answers within 10 s.
+        If no broker answers within 15 s.
     ValueError
         If the address has no port.
 

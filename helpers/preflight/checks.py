@@ -25,14 +25,13 @@ from pyspark import SparkContext
 
 import helpers
 from helpers.broker import (
-    ANSWER_SECONDS,
     KAFKA_JARS,
     KAFKA_VERSION,
     LOOPBACK,
     free_port,
     port_is_free,
 )
-from helpers.kafka_settings import check_address
+from helpers.kafka_settings import ANSWER_SECONDS, check_address
 from helpers.spark import (
     CONNECTOR,
     INSTALL_JAVA,
@@ -208,7 +207,7 @@ def check_worker_python() -> Check:
 
 
 def check_broker(bootstrap_servers: str = "") -> Check:
-    """Check that a broker answers within 10 s, or that one can be started here.
+    """Check that a broker answers within 15 s, or that one can be started here.
 
     Parameters
     ----------

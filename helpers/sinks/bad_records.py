@@ -11,8 +11,8 @@ from functools import partial
 
 from pyspark.sql import DataFrame
 
+from helpers.records import BadRecordError
 from helpers.sinks.dead_letters import send_dead_letters
-from helpers.sinks.errors import BadRecordError
 from helpers.streaming import OffsetRange
 
 Policy = Callable[[DataFrame, Iterable[OffsetRange]], int]

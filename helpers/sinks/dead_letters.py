@@ -18,9 +18,9 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from helpers.kafka_settings import ANSWER_SECONDS
 from helpers.spark import root_cause
 from helpers.streaming import (
-    ANSWER_SECONDS,
     StreamError,
     explained,
     java_map,

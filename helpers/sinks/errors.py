@@ -7,10 +7,6 @@ class SinkError(RuntimeError):
     """Nothing is written or can be read; the message says why and what to do."""
 
 
-class BadRecordError(SinkError):
-    """A batch has a record that is not an event, and the sink is set to stop in that case."""
-
-
 def taken_over(path: str) -> SinkError:
     """Return the error for a sink whose path is owned by another sink.
 

@@ -250,7 +250,7 @@ class ParquetSink:
 
         Raises
         ------
-        BadRecordError
+        helpers.records.BadRecordError
             If a record is bad and `on_bad_record` is ``"stop"``.
         SinkError
             If another sink has taken over the path.

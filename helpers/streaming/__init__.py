@@ -32,7 +32,6 @@ from helpers.streaming.context import (
 )
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import (
-    ANSWER_SECONDS,
     StreamError,
     explained,
     summary,

@@ -16,8 +16,9 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
+from helpers.kafka_settings import ANSWER_SECONDS
 from helpers.spark import root_cause
-from helpers.streaming.errors import ANSWER_SECONDS, StreamError, TopicRecreatedError, explained
+from helpers.streaming.errors import StreamError, TopicRecreatedError, explained
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import (
     check_names,

@@ -12,13 +12,10 @@ from typing import Any
 from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.errors import PySparkException
 
-from helpers.kafka_settings import is_secret
+from helpers.kafka_settings import ANSWER_SECONDS, is_secret
 from helpers.spark import root_cause
 
 _LOGGER = logging.getLogger(__name__)
-
-# How long Kafka may take to answer a question of the planner.
-ANSWER_SECONDS = 15
 
 # How long the broker, or the checkpoint's file system, may be away while a stream runs.
 AWAY_SECONDS = 60

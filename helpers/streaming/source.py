@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from pyspark.sql import DataFrame
 
+from helpers.kafka_settings import ANSWER_SECONDS
 from helpers.spark import get_spark
 from helpers.streaming.errors import (
-    ANSWER_SECONDS,
     AWAY_SECONDS,
     BrokerAwayError,
     StreamError,

@@ -6,4 +6,4 @@ options; `train(df)` returns a trained copy of the network. `SingleTrainer` trai
 of the rows, and the driver averages the weights, from which the next round starts.
 """
 
-from helpers.training.trainers import AveragingTrainer, SingleTrainer, TrainingError
+from helpers.training.trainers import AveragingTrainer, SingleTrainer, Trainer, TrainingError
