@@ -12,14 +12,13 @@ import pytest
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import build_model, compiled_predict, model_from_bytes, model_to_bytes
 from helpers.serving import (
-    CONTRACT,
     ServingModel,
     ServingModelError,
     fingerprint,
     load_serving_model,
     save_serving_model,
 )
-from helpers.serving.archive import _digest
+from helpers.serving.archive import CONTRACT, _digest
 
 
 @pytest.fixture(scope="module")
