@@ -120,8 +120,7 @@ def definitions(name: str, tag: str) -> dict[str, Any]:
     Returns
     -------
     dict of str to object
-        The names that they define. It is the namespace of the functions, too: what a function looks
-        up, such as a folder to write to, can be put in it.
+        The names that they define.
 
     Examples
     --------
