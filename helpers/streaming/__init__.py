@@ -1,4 +1,6 @@
-"""Kafka as a DStream from Python, with the names of `pyspark.streaming.kafka` (Spark 1.3 to 2.4).
+"""Kafka topics in Spark, batch by batch: as a DStream, and as a Structured Streaming query.
+
+The DStream has the names of `pyspark.streaming.kafka` (Spark 1.3 to 2.4).
 
 One class asks: `KafkaClient` talks to Kafka through the JVM's own consumer and administrator. One
 plans: `OffsetPlanner` decides which offsets belong to a batch, and knows nothing of Spark's
@@ -13,7 +15,7 @@ hands the batch on, and commits the batch's offsets when the whole batch has suc
         "group.id": "walkthrough",
         "auto.offset.reset": "earliest",
     })
-    stream.foreachBatch(process_instances)
+    stream.foreachBatch(lambda df, batch_id: df.write.mode("append").parquet("events"))
     run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
 
 From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `client`, `planner`,
