@@ -7,5 +7,5 @@ In a notebook, the table is displayed below the cell that called `begin` and upd
 batch; elsewhere, a line is printed per batch.
 """
 
-from helpers.monitor.batch import Batch
+from helpers.monitor.figures import Batch
 from helpers.monitor.log import Monitor

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from IPython import get_ipython
 from IPython.display import display
 
-from helpers.monitor.batch import Batch
+from helpers.monitor.figures import Batch
 
 # Number of batches, the last ones, that the table in a notebook shows.
 ROWS_SHOWN = 20

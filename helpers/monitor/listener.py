@@ -12,7 +12,7 @@ from typing import Any
 from pyspark.sql.streaming import StreamingQueryListener
 from pyspark.sql.streaming.listener import SourceProgress, StreamingQueryProgress
 
-from helpers.monitor.batch import Batch
+from helpers.monitor.figures import Batch
 
 # How long to wait for the report of a query's termination, after the query ends.
 NEWS_SECONDS = 10

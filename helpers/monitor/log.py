@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pyspark.sql import SparkSession
 
-from helpers.monitor.batch import Batch
 from helpers.monitor.display import (
     Lines,
     Table,
@@ -22,6 +21,7 @@ from helpers.monitor.display import (
     open_display,
     shortened,
 )
+from helpers.monitor.figures import Batch
 from helpers.monitor.listener import QueryListener
 from helpers.monitor.plots import figure_of
 

@@ -1,4 +1,4 @@
-"""Kafka topics in Spark, batch by batch: as a DStream, and as a Structured Streaming query.
+"""Kafka topics in Spark, batch by batch: plans, lag and commits, as a DStream and as a query.
 
 The DStream has the names of `pyspark.streaming.kafka` (Spark 1.3 to 2.4).
 
