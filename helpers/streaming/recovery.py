@@ -138,7 +138,7 @@ class Recovery:
             return
         now, old = time.monotonic(), None
         self._committed.extend((now, interval) for interval in committed)
-        while self._committed and self._committed[0][0] < now - KEPT_SECONDS:
+        while self._committed and self._committed[0][0] <= now - KEPT_SECONDS:
             _, old = self._committed.popleft()
         if old is not None:
             try:
