@@ -32,12 +32,12 @@ def main(engine: str, servers: str, topic: str, folder: str, point: str) -> None
                 ssc, [topic], settings, positions=sink.positions()
             )
             score_stream(stream, score, sink)
-            run_stream(ssc, until=lambda: stream.lag() == 0, timeout=120)
+            run_stream(ssc, until=lambda: stream.lag() == 0, timeout=600)
         else:
             checkpoint, positions = f"{folder}/checkpoint", sink.positions()
             with KafkaQuery(spark, [topic], settings, checkpoint, positions, 100) as query:
                 score_stream(query, score, sink)
-                query.run(timeout=120)
+                query.run(timeout=600)
     print("done", flush=True)
 
 

@@ -201,7 +201,7 @@ def looping(kafka, topic, errors, *more):
 
 def counted(process, errors):
     """Return the numbers of acknowledged and failed events that the program reports."""
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=600)
     said = errors.read_text()
     missing = re.findall(r"^(\d+) events failed: ", said, re.MULTILINE)
     return int(printed.split()[0]), sum(map(int, missing))

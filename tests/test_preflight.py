@@ -36,7 +36,7 @@ def apply(monkeypatch):
         tell = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
         shell = subprocess.run(
             [SH, "-c", f"{remedy} && exec {shlex.join(tell)}"],
-            cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+            cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
         )
         assert shell.returncode == 0, shell.stdout + shell.stderr
         environment = json.loads(shell.stdout.splitlines()[-1])
@@ -116,7 +116,7 @@ def ask(python, call):
     """Run a check in another process."""
     run = subprocess.run(
         [python, "-c", f"import json; from {checks.__name__} import *; print(json.dumps({call}))"],
-        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return checks.Check(*json.loads(run.stdout))
