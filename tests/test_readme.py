@@ -168,14 +168,14 @@ def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
 
     run = run_python(str(path), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
-    scored = pd.read_parquet(tmp_path / "pumps-scored").sort_values("reading")
+    scored = pd.read_parquet(tmp_path / "pumps-scored" / "data").sort_values("reading")
     bad = scored[scored["bad"].notna()]["bad"]
     assert [record["reason"] for record in bad] == ["temperature is missing"]
     scored = scored[scored["bad"].isna()]
     assert scored["reading"].tolist() == readings["reading"].tolist()
-    streamed = np.stack([vector["values"] for vector in scored["prediction"]])
+    streamed = scored[["probability_0", "probability_1"]].to_numpy()
     np.testing.assert_allclose(streamed, model.predict(features, verbose=0), atol=1e-5)
-    signal = int((streamed[:, 0] >= 0.5).sum())
+    signal = int((streamed[:, 1] > 0.5).sum())
     assert f"'events': 500, 'signal': {signal}, 'bad': 1" in run.stdout
 
 

@@ -131,7 +131,7 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
     run = run_python(str(JOB), *strict, seconds=SECONDS)
     assert run.returncode == 1
     last = run.stderr.splitlines()[-1]
-    assert f"{filled}, partition " in last and "is no event: it " in last, run.stderr
+    assert f"{filled}, partition " in last and "is not an event: it " in last, run.stderr
     assert read_scored(spark, str(tmp_path / "structured")).count() == 0
 
 
