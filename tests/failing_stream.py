@@ -37,13 +37,13 @@ def main(engine: str, servers: str, topic: str, folder: str, point: str) -> None
             )
             sink.begin(stream)
             stream.foreachBatch(process)
-            run_stream(ssc, until=lambda: stream.lag() == 0, timeout=120)
+            run_stream(ssc, until=lambda: stream.lag() == 0, timeout=600)
         else:
             checkpoint, positions = f"{folder}/checkpoint", sink.positions()
             with KafkaQuery(spark, [topic], settings, checkpoint, positions, 100) as query:
                 sink.begin(query)
                 query.foreachBatch(process)
-                query.run(timeout=120)
+                query.run(timeout=600)
     print("done", flush=True)
 
 

@@ -55,7 +55,7 @@ def without_make() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> object:
+def wait_until(condition: Callable[[], object], seconds: float = 300) -> object:
     """Return the condition's value when it is true; fail if that takes too long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

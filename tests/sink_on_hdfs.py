@@ -49,7 +49,7 @@ def checkpointed(spark, checkpoint):
     """Run a stream with a checkpoint there, and return the checkpoint's path."""
     rate = spark.readStream.format("rate").load()
     query = rate.writeStream.format("noop").trigger(availableNow=True)
-    query.option("checkpointLocation", checkpoint).start().awaitTermination(60)
+    query.option("checkpointLocation", checkpoint).start().awaitTermination(600)
     return checkpoint
 
 

@@ -38,7 +38,7 @@ def apply(monkeypatch):
         tell = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
         shell = subprocess.run(
             [SH, "-c", f"{remedy} && exec {shlex.join(tell)}"],
-            cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+            cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
         )
         assert shell.returncode == 0, shell.stdout + shell.stderr
         environment = json.loads(shell.stdout.splitlines()[-1])
@@ -117,7 +117,7 @@ def ask(python, call):
     """Make a check in another process."""
     run = subprocess.run(
         [python, "-c", f"import json; from helpers.checks import *; print(json.dumps({call}))"],
-        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return checks.Check(*json.loads(run.stdout))
@@ -634,7 +634,7 @@ def test_a_machine_without_loopback_gets_it():
     """Otherwise neither the broker nor Spark would start, each with an error of its own."""
     run = subprocess.run(
         [*UNSHARE, sys.executable, "-c", WITHOUT_LOOPBACK],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )
     check, code, ok = run.stdout.splitlines()
     assert "no connection to 127.0.0.1 can be made: Network is unreachable" in check

@@ -31,7 +31,7 @@ def run(kafka, filled, tmp_path):
         command = [sys.executable, str(PROGRAM), engine, kafka.bootstrap_servers, filled]
         here = {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
         with running([*command, str(tmp_path), point], env={**os.environ, **here}) as process:
-            printed, _ = process.communicate(timeout=120)
+            printed, _ = process.communicate(timeout=600)
         return process.returncode, printed
 
     return run

@@ -201,7 +201,7 @@ def looping(kafka, topic, errors, *more):
 
 def counted(process, errors):
     """Return how many events were acknowledged, and how many were not, as the program says."""
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=600)
     said = errors.read_text()
     missing = re.findall(r"^(\d+) events failed: ", said, re.MULTILINE)
     return int(printed.split()[0]), sum(map(int, missing))

@@ -72,7 +72,7 @@ def executed(kafka, produce, tmp_path_factory):
     sources = {
         "setup": SETUP.format(servers=kafka.bootstrap_servers, topic="monitored"),
         "begin": "monitor.begin(lag=stream.lag_after)",
-        "run": "run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)",
+        "run": "run_stream(ssc, until=lambda: stream.lag() == 0, timeout=600)",
         "plot": "monitor.plot()",
         "begin again": "monitor.begin()",
         "add many": ADD_MANY,

@@ -177,7 +177,7 @@ def test_a_stream_whose_broker_goes_away_at_once_begins_where_it_was_told(
     own_kafka.start()
     with KafkaProducer(bootstrap_servers=own_kafka.bootstrap_servers) as producer:
         producer.send("events", str(RECORDS).encode()).get(30)
-    run_stream(get_or_create(), until=lambda: planned_offsets(tmp_path) == [RECORDS], timeout=120)
+    run_stream(get_or_create(), until=lambda: planned_offsets(tmp_path) == [RECORDS], timeout=600)
 
 
 def test_a_recovery_that_fails_is_tried_again_in_the_same_process(
@@ -186,16 +186,16 @@ def test_a_recovery_that_fails_is_tried_again_in_the_same_process(
     """A notebook's cell that found no broker works when it is run again."""
     get_or_create, _ = checkpointed
     first = get_or_create()
-    run_stream(first, until=lambda: list(tmp_path.glob("checkpoint/checkpoint-*")), timeout=120)
+    run_stream(first, until=lambda: list(tmp_path.glob("checkpoint/checkpoint-*")), timeout=600)
     own_kafka.kill()
     with monkeypatch.context() as impatient:
         impatient.setattr(batches, "AWAY_SECONDS", 1)
         with pytest.raises(StreamError, match="the next batch can't be planned"):
-            run_stream(get_or_create(), until=lambda: False, timeout=120)
+            run_stream(get_or_create(), until=lambda: False, timeout=600)
     own_kafka.start()
     with KafkaProducer(bootstrap_servers=own_kafka.bootstrap_servers) as producer:
         producer.send("events", str(RECORDS).encode()).get(30)
-    run_stream(get_or_create(), until=lambda: planned_offsets(tmp_path) == [RECORDS], timeout=120)
+    run_stream(get_or_create(), until=lambda: planned_offsets(tmp_path) == [RECORDS], timeout=600)
 
 
 def test_old_plans_that_cannot_be_removed_do_not_stop_the_stream(
@@ -224,7 +224,7 @@ def test_old_plans_that_cannot_be_removed_do_not_stop_the_stream(
         return False
 
     ssc = get_or_create()
-    run_stream(ssc, until=is_done, timeout=120)
+    run_stream(ssc, until=is_done, timeout=600)
     assert numbers == sent
 
 
@@ -320,5 +320,5 @@ def test_a_topic_that_may_not_be_read_stops_the_stream(spark, kafka, topic, prod
     counts = []
     stream.foreachBatch(lambda df, batch_id: counts.append(df.collect()))
     with pytest.raises(StreamError, match="the ACLs READ and DESCRIBE on the topic are needed"):
-        run_stream(ssc, until=lambda: stream.lag() == 0, timeout=120)
+        run_stream(ssc, until=lambda: stream.lag() == 0, timeout=600)
     assert counts == []

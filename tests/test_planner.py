@@ -227,7 +227,7 @@ def test_a_plan_that_cannot_be_written_is_written_later(
             back.append((tmp_path / "away").rename(away[0]))
         return back and len(values) >= len(numbers) and stream.lag() == 0
 
-    run_stream(ssc, until=is_done, timeout=120)
+    run_stream(ssc, until=is_done, timeout=600)
     assert values == [number.decode() for number in numbers]
     assert committed(spark, settings, TopicAndPartition(one, 0)) == len(numbers)
 

@@ -79,7 +79,7 @@ stream = KafkaUtils.createDirectStream(ssc, ["for-added-jars"], {{
     "bootstrap.servers": "{kafka.bootstrap_servers}", "auto.offset.reset": "earliest",
     "group.id": "added-jars"}})
 stream.foreachBatch(lambda df, batch_id: counts.append(df.count()))
-run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)
+run_stream(ssc, until=lambda: stream.lag() == 0, timeout=600)
 print("counted", sum(counts))
 """
     run = run_python("-c", program)

@@ -25,7 +25,7 @@ def bare(tmp_path):
 def setup(folder, **environment):
     """Run the copy of setup.sh with the bare PATH."""
     return subprocess.run(
-        ["sh", "setup.sh"], cwd=folder, capture_output=True, text=True, timeout=60,
+        ["sh", "setup.sh"], cwd=folder, capture_output=True, text=True, timeout=600,
         env={"PATH": str(folder / "tools"), **environment},
     )
 

@@ -52,7 +52,7 @@ def collect(stream):
 
 def drain(ssc, stream):
     """Run a stream to the topic's end."""
-    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=600)
 
 
 def test_create_stream(ssc, kafka, words):
@@ -71,7 +71,7 @@ def test_create_stream_begins_at_the_end(ssc, kafka, words, produce):
     stream = KafkaUtils.createStream(ssc, kafka.bootstrap_servers, "new-group", {words: 1})
     found = collect(stream)
     produce(words, [b"later"])
-    run_stream(ssc, until=lambda: bool(found) and stream.lag() == 0, timeout=60)
+    run_stream(ssc, until=lambda: bool(found) and stream.lag() == 0, timeout=600)
     assert found == [("key", "later")]
 
 
@@ -213,7 +213,7 @@ def test_several_streams_and_topics_with_a_window_downstream(
     of_both, of_one, sizes = collect(both), collect(alone), []
     both.window(2, 0.5).count().foreachRDD(lambda rdd: sizes.extend(rdd.collect()))
     run_stream(
-        ssc, until=lambda: len(sizes) >= 3 and both.lag() == alone.lag() == 0, timeout=60
+        ssc, until=lambda: len(sizes) >= 3 and both.lag() == alone.lag() == 0, timeout=600
     )
     assert sorted(value for _, value in of_both) == [*WORDS, *["d"] * 4]
     assert [value for _, value in of_one] == ["d"] * 4

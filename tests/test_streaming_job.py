@@ -192,7 +192,7 @@ def test_twenty_random_kills_lose_and_repeat_nothing(
                 kill(job.pid)
         still_producing = source.poll() is None
         source.send_signal(signal.SIGINT)
-        source.communicate(timeout=120)
+        source.communicate(timeout=600)
     score_all(arguments(engine), seconds=1_200)
     there = ids_in(kafka, topic)
     found = read_scored(spark, output).select("EventId").toPandas()["EventId"].tolist()

@@ -62,7 +62,7 @@ def drain(ssc, settings):
     found = []
     stream = KafkaUtils.createDirectStream(ssc, [TOPIC], settings)
     stream.foreachBatch(lambda df, _: found.extend(int(bytes(row.value)) for row in df.collect()))
-    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=60)
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=600)
     return found
 
 

@@ -75,7 +75,7 @@ def test_a_query_resumes_where_its_checkpoint_ends(query_of, one, produce, setti
         produce(one, [b"%d" % number for number in range(count)])
         query = query_of([one], settings)
         query.foreachBatch(values)
-        query.run(timeout=120)
+        query.run(timeout=600)
         assert query.lag() == 0
     assert values.all() == [b"0", b"1", b"2", b"3", b"4", b"0", b"1", b"2"]
     assert query.ranges_of(1) == [OffsetRange(one, 0, 5, 8)]
@@ -96,7 +96,7 @@ def test_a_service_runs_until_it_is_told_to_stop(query_of, one, produce, setting
             sent.append(produce(one, [b"late"]))
         return b"late" in values.all()
 
-    query.run(until=is_done, timeout=120, interval=0.2)
+    query.run(until=is_done, timeout=600, interval=0.2)
     assert query.lag() == 0
     with pytest.raises(TimeoutError, match="was not done after 1 s and was stopped"):
         query.run(timeout=1, interval=0.2)
@@ -110,7 +110,7 @@ def test_a_query_begins_where_it_began_first(query_of, one, produce, settings):
     values = Values()
     query = query_of([one], {**settings, "auto.offset.reset": "latest"})
     query.foreachBatch(values)
-    query.run(timeout=120)
+    query.run(timeout=600)
     assert values.all() == [b"new"] * 2
 
 
@@ -128,7 +128,7 @@ def test_a_query_on_a_topic_without_records_waits_for_the_first(
             sent.append(produce(one, [b"first"]))
         return values.all() == [b"first"]
 
-    query.run(until=is_done, timeout=120, interval=0.2)
+    query.run(until=is_done, timeout=600, interval=0.2)
 
 
 def test_a_partition_that_is_added_before_the_first_batch_is_read(
@@ -144,7 +144,7 @@ def test_a_partition_that_is_added_before_the_first_batch_is_read(
     values = Values()
     query = query_of([one], {**settings, "auto.offset.reset": "latest"})
     query.foreachBatch(values)
-    query.run(timeout=120)
+    query.run(timeout=600)
     assert values.all() == [b"early"]
 
 
@@ -156,7 +156,7 @@ def test_positions_of_other_partitions_do_not_stop_a_query(query_of, one, produc
     values = Values()
     query = query_of([one], settings, positions=kept)
     query.foreachBatch(values)
-    query.run(timeout=120)
+    query.run(timeout=600)
     assert values.all() == [b"x"] * 3
 
 
@@ -173,7 +173,7 @@ def test_a_batch_that_fails_once_is_tried_again(query_of, one, produce, settings
 
     query = query_of([one], settings)
     query.foreachBatch(fail_once)
-    query.run(timeout=120)
+    query.run(timeout=600)
     assert values.all() == [b"x"] * 5
 
 
@@ -189,11 +189,11 @@ def test_a_batch_that_fails_twice_stops_the_query_with_the_reason(
 
     query.foreachBatch(fail)
     with pytest.raises(StreamError, match=r"the query stopped: .*this cannot be scored"):
-        query.run(timeout=120)
+        query.run(timeout=600)
     assert query.lag() == 5
     values = Values()
     query.foreachBatch(values)
-    query.run(timeout=120)
+    query.run(timeout=600)
     assert values.all() == [b"x"] * 5
 
 
@@ -203,7 +203,7 @@ def half_deleted(kafka, query_of, one, produce, settings):
     query = query_of([one], settings)
     produce(one, [b"%d" % number for number in range(10)])
     query.foreachBatch(Values())
-    query.run(timeout=120)
+    query.run(timeout=600)
     produce(one, [b"%d" % number for number in range(10, 50)])
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         admin.delete_records({TopicPartition(one, 0): 30})
@@ -218,7 +218,7 @@ def test_a_query_resumes_after_retention_and_reports_what_is_lost(
     query = query_of([half_deleted], settings)
     query.foreachBatch(values)
     with caplog.at_level(logging.WARNING):
-        query.run(timeout=120)
+        query.run(timeout=600)
     assert values.all() == [b"%d" % number for number in range(30, 50)]
     losses = [text for text in caplog.messages if "are lost" in text]
     assert len(losses) == 1 and losses[0].startswith("20 events of one-")
@@ -233,7 +233,7 @@ def test_a_new_query_begins_at_what_retention_has_left(
     positions = {TopicAndPartition(half_deleted, 0): 10}
     with KafkaQuery(spark, [half_deleted], settings, str(tmp_path / "new"), positions) as query:
         query.foreachBatch(values)
-        query.run(timeout=120)
+        query.run(timeout=600)
     assert values.all() == [b"%d" % number for number in range(30, 50)]
     assert "20 events of one-" in caplog.text
 
@@ -243,7 +243,7 @@ def test_with_none_a_loss_is_an_error(query_of, half_deleted, settings):
     query = query_of([half_deleted], {**settings, "auto.offset.reset": "none"})
     query.foreachBatch(Values())
     with pytest.raises(StreamError, match="the query stopped"):
-        query.run(timeout=120)
+        query.run(timeout=600)
 
 
 def test_a_topic_that_was_created_again_is_refused(kafka, query_of, half_deleted, settings):
@@ -275,7 +275,7 @@ def test_a_topic_that_is_created_again_stops_a_running_query(
         return False
 
     with pytest.raises(StreamError, match=f"{AGAIN}|doesn't exist|UnknownTopic"):
-        query.run(until=make_again, timeout=120, interval=0.2)
+        query.run(until=make_again, timeout=600, interval=0.2)
     assert values.all() == [b"old"] * 5
 
 
@@ -289,7 +289,7 @@ def test_a_query_with_two_sources_has_no_ranges(spark, kafka, produce, settings,
     checkpoint = str(tmp_path / "two")
     query = one.union(other).agg(F.count("*")).writeStream.outputMode("complete").format("noop")
     query = query.option("checkpointLocation", checkpoint).trigger(availableNow=True).start()
-    assert query.awaitTermination(120)
+    assert query.awaitTermination(600)
     with pytest.raises(StreamError, match=r"has 2 sources.*read all topics in one source"):
         CheckpointOffsets(spark, checkpoint).ranges_of(0)
 
@@ -374,9 +374,9 @@ def test_a_batch_that_is_done_is_not_repeated_because_the_broker_goes_away(
         own_kafka.kill()
 
     query.foreachBatch(lose_the_broker)
-    query.run(until=lambda: calls and query.finished(), timeout=120, interval=0.5)
+    query.run(until=lambda: calls and query.finished(), timeout=600, interval=0.5)
     own_kafka.start()
-    query.run(timeout=120)
+    query.run(timeout=600)
     assert calls == [10]
 
 
