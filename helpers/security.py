@@ -37,7 +37,6 @@ _ALIAS = "broker"
 
 _LOGGER = logging.getLogger(__name__)
 
-
 _BLANKS = " \t\f"  # in a properties file
 
 # What kafka-python's clients can be told in words, with the defaults that show of which kind it is.
