@@ -157,12 +157,19 @@ def test_a_batch_whose_records_are_all_deleted_is_empty(
 def test_a_group_with_live_members_is_refused(ssc, kafka, produce, one, settings):
     """Otherwise Kafka would refuse each commit, after each batch was scored."""
     produce(one, [b"x"])
-    with KafkaConsumer(
-        one, bootstrap_servers=kafka.bootstrap_servers, group_id=settings["group.id"],
-        client_id="dashboard", consumer_timeout_ms=1_000,
-        metadata_max_age_ms=500,  # it joins before it knows the topic, at times
-    ) as consumer:  # fmt: skip
-        wait_until(lambda: consumer.poll(timeout_ms=200) or consumer.assignment())
+    group = settings["group.id"]
+    with (
+        KafkaConsumer(
+            one, bootstrap_servers=kafka.bootstrap_servers, group_id=group, client_id="dashboard"
+        ) as consumer,
+        KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin,
+    ):
+
+        def joined() -> bool:
+            consumer.poll(timeout_ms=200)
+            return admin.describe_groups([group])[group]["group_state"] == "Stable"
+
+        wait_until(joined)
         with pytest.raises(StreamError, match=r"has live members \(dashboard.*use another group"):
             KafkaUtils.createDirectStream(ssc, [one], settings)
 

@@ -503,7 +503,7 @@ def _is_true(condition: Callable[[], bool]) -> bool:
 
 
 def _has_looked(query: StreamingQuery) -> bool:
-    """Return whether a query has finished a trigger: without new records Spark reports nothing."""
+    """Return whether a query has finished a trigger; Spark reports one without records later."""
     return query.status["message"] == "Waiting for next trigger"
 
 
