@@ -103,6 +103,6 @@ from helpers import broker, spark
 broker.fetch(); spark.fetch()' &
 jars=$!
 # Meanwhile TensorFlow's files are compiled, by importing it: the first run would take 10 s longer.
-.venv/bin/python -c 'import helpers.model'
+.venv/bin/python -c 'import keras'
 wait "$jars"
 touch "$stamp"

@@ -31,11 +31,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
-import keras
 import numpy as np
 from pyspark.ml import Pipeline
 from pyspark.ml.feature import OneHotEncoder, StandardScaler, StringIndexer, VectorAssembler
@@ -55,6 +54,9 @@ from helpers.spark import get_spark, scratch_folder
 from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
 from helpers.training import AveragingTrainer, SingleTrainer, Trainer
 from helpers.transformers import ModelPredictor
+
+if TYPE_CHECKING:
+    import keras
 
 TOPIC = "benchmark"
 ROWS = 4_096  # of the matrices, and events in an Arrow batch
@@ -89,8 +91,8 @@ def limit_events_per_s(model: keras.Model, seconds: float = SGEMM_SECONDS) -> fl
     >>> limit_events_per_s(build_model(), seconds=0.1) > 0
     True
     """
-    kernels = [layer.kernel for layer in model.layers if isinstance(layer, keras.layers.Dense)]
-    shape = max((tuple(kernel.shape) for kernel in kernels), key=np.prod)
+    matrices = (tuple(weights.shape) for weights in model.weights if len(weights.shape) == 2)
+    shape = max(matrices, key=np.prod)
     generator = np.random.default_rng(0)
     left = generator.random((ROWS, shape[0]), dtype="float32")
     right = generator.random(shape, dtype="float32")

@@ -1,13 +1,20 @@
-"""The network of the walkthrough: build it, send it to workers as bytes, and call it."""
+"""The network of the walkthrough: build it, send it to workers as bytes, and call it.
+
+The functions import Keras when they are called: it takes ten seconds, and a program that only
+parses its options does not need it.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import keras
 import numpy as np
+
+if TYPE_CHECKING:
+    import keras
 
 FEATURE_COUNT = 30
 
@@ -46,16 +53,21 @@ def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.M
     >>> build_model().count_params()
     1018002
     """
-    weights = [keras.initializers.GlorotUniform(seed=seed + layer) for layer in range(4)]
+    import keras
+
+    def dense(units: int, activation: str, layer: int, name: str) -> keras.layers.Dense:
+        weights = keras.initializers.GlorotUniform(seed=seed + layer)
+        return keras.layers.Dense(units, activation, kernel_initializer=weights, name=name)
+
     return keras.Sequential(
         [
             keras.Input(shape=(feature_count,), name="features"),
-            _dense(500, "relu", weights[0], "hidden_1"),
+            dense(500, "relu", 0, "hidden_1"),
             keras.layers.Dropout(0.4, seed=seed, name="dropout_1"),
-            _dense(1000, "relu", weights[1], "hidden_2"),
+            dense(1000, "relu", 1, "hidden_2"),
             keras.layers.Dropout(0.4, seed=seed, name="dropout_2"),
-            _dense(500, "relu", weights[2], "hidden_3"),
-            _dense(CLASS_COUNT, "softmax", weights[3], "classes"),
+            dense(500, "relu", 2, "hidden_3"),
+            dense(CLASS_COUNT, "softmax", 3, "classes"),
         ],
         name="higgs",
     )
@@ -74,20 +86,15 @@ def normalized_network(network: keras.Model) -> keras.Model:
 
     Examples
     --------
+    >>> import keras
     >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Activation("linear")])
     >>> normalized_network(network)(np.array([[3.0, 4.0]])).numpy().round(6).tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
+    import keras
+
     layer = keras.layers.UnitNormalization(name="normalization")
     return keras.Sequential([keras.Input(network.input_shape[1:], name="features"), layer, network])
-
-
-def _dense(
-    units: int, activation: str, weights: keras.initializers.Initializer, name: str
-) -> keras.layers.Dense:
-    return keras.layers.Dense(
-        units, activation=activation, kernel_initializer=weights, name=name
-    )
 
 
 def model_to_bytes(model: keras.Model) -> bytes:
@@ -112,6 +119,8 @@ def model_from_bytes(content: bytes) -> keras.Model:
     ValueError
         If the bytes are not a Keras model.
     """
+    import keras
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
         path.write_bytes(content)

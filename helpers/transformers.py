@@ -8,9 +8,8 @@ import gc
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import keras
 import numpy as np
 import pyarrow
 from pyspark import SparkContext
@@ -43,6 +42,9 @@ from pyspark.sql.types import (
 
 from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
 from helpers.records import list_array, matrix_of, vector_entries
+
+if TYPE_CHECKING:
+    import keras
 
 _SCORES = ArrayType(DoubleType())
 

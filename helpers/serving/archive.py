@@ -12,12 +12,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import keras
 import numpy as np
 
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.serving.contract import Contract, ServingModel, ServingModelError
+
+if TYPE_CHECKING:
+    import keras
 
 CONTRACT = "contract.json"  # the contract's name in the .keras file, which is a ZIP archive
 
@@ -85,6 +88,7 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
 
     Examples
     --------
+    >>> import keras
     >>> contract = Contract(
     ...     feature_names=("mass", "energy"), means=(90.0, 40.0), scales=(30.0, 20.0),
     ...     class_names=("background", "signal"), signal_index=1, threshold=0.5,
@@ -214,6 +218,8 @@ def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
 
 def _scales_with(network: keras.Model, contract: Contract) -> bool:
     """Return whether a network's first layer has the contract's means and scales."""
+    import keras
+
     layer = network.layers[0]
     if not isinstance(layer, keras.layers.Normalization) or layer.invert:
         return False

@@ -8,8 +8,8 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import TYPE_CHECKING
 
-import keras
 import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -17,6 +17,9 @@ from pyspark.sql.types import DoubleType, LongType, StructType
 
 from helpers.higgs import EVENT_ID
 from helpers.model import model_from_bytes, model_to_bytes
+
+if TYPE_CHECKING:
+    import keras
 
 _LIBRARIES = ("keras", "tensorflow-cpu", "tensorflow", "numpy", "pyspark")
 
@@ -159,11 +162,14 @@ def scaled_network(
 
     Examples
     --------
+    >>> import keras
     >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Activation("linear")])
     >>> scaled = scaled_network(network, means=[1.0, 2.0], scales=[1.0, 4.0])
     >>> scaled(np.array([[3.0, 4.0]], dtype="float32")).numpy().tolist()
     [[2.0, 0.5]]
     """
+    import keras
+
     variance = np.square(scales)
     scaling = keras.layers.Normalization(mean=means, variance=variance, name="scaling")
     network = model_from_bytes(model_to_bytes(network))  # without an optimizer, if it has one

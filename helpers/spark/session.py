@@ -153,6 +153,8 @@ def _settings(
         settings["spark.local.dir"] = str(scratch_folder())
         settings["spark.driver.extraJavaOptions"] = f"-Djava.io.tmpdir={scratch_folder()}"
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
+        settings["spark.python.daemon.module"] = "helpers.spark.daemon"
+        settings["spark.executorEnv.PYTHONPATH"] = str(Path(helpers.__file__).parent.parent)
     else:
         settings["spark.executor.instances"] = str(executors)
         settings["spark.executor.cores"] = str(cores or 1)

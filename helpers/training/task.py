@@ -11,7 +11,6 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import pyarrow
 import pyarrow.compute
@@ -107,6 +106,8 @@ class Replica:
     """A network in training, made from its bytes and Keras' serialized optimizer and loss."""
 
     def __init__(self, model: bytes, optimizer: Any, loss: Any) -> None:
+        import keras
+
         self.model = model_from_bytes(model)
         optimizer, loss = keras.optimizers.deserialize(optimizer), keras.losses.deserialize(loss)
         self.model.compile(optimizer, loss, metrics=["accuracy"])

@@ -16,9 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 import pyarrow
 import pyarrow.compute
@@ -35,6 +34,9 @@ from helpers.records import vector_entries
 from helpers.spark import root_cause
 from helpers.streaming import summary
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
+
+if TYPE_CHECKING:
+    import keras
 
 # The reductions of a Keras loss that take the mean over the rows of an update.
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
@@ -88,6 +90,8 @@ class Trainer(ABC):
         num_epoch: int = 1,
         seed: int = 0,
     ) -> None:
+        import keras  # as in helpers.model, only when it is needed
+
         _check_positive(batch_size=batch_size, num_epoch=num_epoch)
         if worker_optimizer is None:
             raise ValueError("worker_optimizer is None: name one, such as 'adam'.")
@@ -119,6 +123,8 @@ class Trainer(ABC):
         TrainingError
             If training fails.
         """
+        import keras
+
         began, self._history = time.monotonic(), []
         rows = self._rows(df).withColumn("validates", F.lit(False))
         if validation is not None:
@@ -191,6 +197,7 @@ class SingleTrainer(Trainer):
 
     Examples
     --------
+    >>> import keras
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])
     >>> trainer = SingleTrainer(keras_model=model, label_col="class",
     ...                         loss="sparse_categorical_crossentropy")
@@ -249,6 +256,7 @@ class AveragingTrainer(Trainer):
 
     Examples
     --------
+    >>> import keras
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])
     >>> trainer = AveragingTrainer(keras_model=model, num_workers=2, label_col="class",
     ...                            loss="sparse_categorical_crossentropy")
