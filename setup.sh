@@ -97,11 +97,13 @@ choose_cache
 hand_on_index
 echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, a minute or more) ..." >&2
 .venv/bin/uv pip install --quiet --python .venv -r requirements.txt --editable .
-echo "fetching the jars of Kafka and of Spark's Kafka connector ..." >&2
-.venv/bin/python -c 'import sys; sys.tracebacklimit = 0
-from helpers import broker, spark
-broker.fetch(); spark.fetch()' &
-jars=$!
+echo "fetching the jars of Kafka and of Spark's Kafka connector, and making Spark start fast ..." >&2
+{
+    .venv/bin/python -c 'import sys; sys.tracebacklimit = 0
+from helpers import broker
+broker.fetch()' && .venv/bin/python -m helpers.spark
+} &
+ars=$!
 # Meanwhile TensorFlow's files are compiled, by importing it: the first run would take 10 s longer.
 .venv/bin/python -c 'import keras'
 wait "$jars"

@@ -205,7 +205,7 @@ def count(plans):
 
 
 TestAnyOrderOfEvents = Stream.TestCase
-TestAnyOrderOfEvents.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestAnyOrderOfEvents.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_a_window_is_committed_when_its_batch_is_done():

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -14,7 +13,16 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from processes import ROOT, dry_run_make, run_python, running, wait_until, without_make
+from processes import (
+    ROOT,
+    beyond_loopback,
+    dry_run_make,
+    run_python,
+    running,
+    wait_until,
+    watched,
+    without_make,
+)
 from py4j.protocol import Py4JJavaError
 from pyspark.errors.error_classes import ERROR_CLASSES_MAP
 
@@ -57,16 +65,15 @@ def test_make_knows_the_target_and_the_notebook_its_parameters(command):
         assert run.returncode == 0, run.stderr
 
 
-def test_make_run_ends_with_the_totals():
-    """`make run` ends with a line of totals."""
+def test_make_run_ends_with_the_totals_and_listens_on_loopback_only():
+    """`make run` ends with a line of totals; no other machine can reach its processes."""
     (command,) = commands("make run EVENTS=20000")
-    run = subprocess.run(
-        shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=1_800,
-        stdin=subprocess.DEVNULL, env=without_make(),
-    )
-    assert run.returncode == 0, run.stderr
+    with watched(shlex.split(command), env=without_make()) as (process, seen):
+        printed, _ = process.communicate(timeout=1_800)
+    assert process.returncode == 0, printed
     totals = r"walkthrough: events=20000 signal=\d+ batches=\d+"
-    assert re.fullmatch(totals, run.stdout.splitlines()[-1])
+    assert re.fullmatch(totals, printed.splitlines()[-1])
+    assert len(seen) >= 8 and beyond_loopback(seen) == []
 
 
 def test_make_lab_opens_the_notebooks():

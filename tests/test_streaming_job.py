@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
-from processes import ROOT, run_python, running
+from processes import ROOT, beyond_loopback, run_python, running, watched
 
 from helpers.broker import LocalKafka, python_settings
 from helpers.higgs import FEATURES, generate_events
@@ -91,8 +91,8 @@ def test_a_checkpoint_that_is_further_than_the_output_is_refused(filled, argumen
 def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
     spark, filled, arguments, tmp_path, event_values, engine, other, ending
 ):
-    """Otherwise a deployment would kill a batch, or two jobs score the same events."""
-    with running([sys.executable, str(JOB), *arguments(engine)]) as service:
+    """A signal ends a job after its batch; its output is locked, its ports are on loopback."""
+    with watched([sys.executable, str(JOB), *arguments(engine)]) as (service, seen):
         lines = [service.stdout.readline() for _ in range(2)]
         assert "1,000" in lines[1], lines
         second = run_python(str(JOB), *arguments(other, output=engine), seconds=SECONDS)
@@ -102,6 +102,7 @@ def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
         rest, _ = service.communicate(timeout=SECONDS)
         assert service.returncode == 0, rest
     assert read_scored(spark, str(tmp_path / engine)).count() == len(event_values)
+    assert len(seen) >= 3 and beyond_loopback(seen) == []
 
 
 def test_a_trained_model_is_served_as_its_file_says(

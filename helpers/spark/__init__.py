@@ -20,6 +20,7 @@ from helpers.spark.jars import (
     INSTALL_JAVA,
     JarsError,
     NoSuchJarError,
+    class_archive,
     fetch_jars,
     java_command,
     spark_and_scala,

@@ -22,6 +22,7 @@ from helpers.kafka_settings import SECRET_SETTINGS
 from helpers.spark.jars import (
     CONNECTOR,
     JarsError,
+    class_archive,
     fetch_jars,
     java_command,
     spark_and_scala,
@@ -151,7 +152,7 @@ def _settings(
     if master.startswith("local"):
         settings["spark.driver.memory"] = memory
         settings["spark.local.dir"] = str(scratch_folder())
-        settings["spark.driver.extraJavaOptions"] = f"-Djava.io.tmpdir={scratch_folder()}"
+        settings["spark.driver.extraJavaOptions"] = " ".join(_java_options())
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
         settings["spark.python.daemon.module"] = "helpers.spark.daemon"
         settings["spark.executorEnv.PYTHONPATH"] = str(Path(helpers.__file__).parent.parent)
@@ -160,6 +161,14 @@ def _settings(
         settings["spark.executor.cores"] = str(cores or 1)
         settings["spark.executor.memory"] = memory
     return {**settings, **{key: str(value) for key, value in config.items()}}
+
+
+def _java_options() -> list[str]:
+    """Return the options of Java for a Spark on this machine."""
+    options = [f"-Djava.io.tmpdir={scratch_folder()}"]
+    if class_archive().exists():
+        options.append(f"-XX:SharedArchiveFile={class_archive()}")
+    return options
 
 
 def _submitted_settings() -> dict[str, str]:
