@@ -33,6 +33,7 @@ def test_the_addresses_that_others_can_reach_are_told_from_loopback():
     assert [ip for _, ip, _ in found] == ["0.0.0.0", "10.0.0.1", "::", "fe80::1%lo"]
 
 
+@pytest.mark.long
 def test_a_job_under_spark_submit_listens_on_loopback_only(job):
     """A driver that spark-submit starts before any kit code listens on loopback only."""
     command = [str(spark_home() / "bin" / "spark-submit"), "--master", "local[2]", *job]
