@@ -103,7 +103,7 @@ echo "fetching the jars of Kafka and of Spark's Kafka connector, and making Spar
 from helpers import broker
 broker.fetch()' && .venv/bin/python -m helpers.spark
 } &
-ars=$!
+jars=$!
 # Meanwhile TensorFlow's files are compiled, by importing it: the first run would take 10 s longer.
 .venv/bin/python -c 'import keras'
 wait "$jars"
