@@ -10,8 +10,6 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from py4j.java_gateway import JavaObject
-from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
@@ -19,6 +17,7 @@ from pyspark.sql import SparkSession
 
 import helpers
 from helpers.kafka_settings import SECRET_SETTINGS
+from helpers.spark.errors import JAVA_ERRORS, summary
 from helpers.spark.jars import (
     CONNECTOR,
     JarsError,
@@ -104,12 +103,15 @@ def get_spark(
     return spark
 
 
-def root_cause(error: Py4JJavaError) -> JavaObject:
-    """Return the innermost Java exception, which the others wrap."""
-    cause = error.java_exception
-    while cause.getCause() is not None:
-        cause = cause.getCause()
-    return cause
+def check_running(spark: SparkSession) -> None:
+    """Raise `SessionError` for a session that was stopped, by another cell for instance.
+
+    Examples
+    --------
+    >>> check_running(spark)
+    """
+    if spark.sparkContext._jsc is None:
+        raise SessionError("this Spark session was stopped: make a new one with get_spark().")
 
 
 def fetch() -> None:
@@ -205,10 +207,10 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         conf.setIfMissing("spark.ui.enabled", "false")
     try:
         spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
-    except Py4JJavaError as error:
-        reason = root_cause(error).getMessage()
+    except JAVA_ERRORS as error:
         raise SessionError(
-            f"Spark did not start on {settings['spark.master']}: {reason} More is in {log_file()}."
+            f"Spark did not start on {settings['spark.master']}: {summary(error)} "
+            f"More is in {log_file()}."
         ) from None
     if not _has_connector(spark):  # the gateway was launched without it
         _add_connector(spark)

@@ -21,9 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow
 import pyarrow.compute
-from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel, inheritable_thread_target
-from pyspark.errors import PySparkException
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -31,8 +29,7 @@ from pyspark.sql.types import ArrayType, DataType, NumericType
 
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.records import vector_entries
-from helpers.spark import root_cause
-from helpers.streaming import summary
+from helpers.spark import JAVA_ERRORS, summary
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 if TYPE_CHECKING:
@@ -365,11 +362,8 @@ def _is_in_round(number: int, rounds: int) -> Column:
 def _collect(df: DataFrame) -> pyarrow.Table:
     try:
         return df.toArrow()
-    except Py4JJavaError as error:
-        reason = str(root_cause(error).getMessage()).partition("\n")[0]
-    except PySparkException as error:
-        reason = summary(str(error))
-    raise TrainingError(f"Spark could not train: {reason}")
+    except JAVA_ERRORS as error:
+        raise TrainingError(f"Spark could not train: {summary(error)}") from None
 
 
 def _interruptible(spark: SparkSession, work: Callable[[], Any]) -> Any:
