@@ -14,6 +14,8 @@ from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
+from pyspark.sql.utils import is_remote
+from pyspark.util import default_api_mode
 
 import helpers
 from helpers.kafka_settings import SECRET_SETTINGS
@@ -78,8 +80,8 @@ def get_spark(
     Raises
     ------
     SessionError
-        If Spark doesn't start, or there is no Kafka connector for its version or it can't be
-        fetched.
+        If Spark doesn't start, the session is one of Spark Connect, or there is no Kafka connector
+        for its version or it can't be fetched.
     helpers.spark.JarsError
         If Java or Spark's jars are missing.
 
@@ -89,6 +91,7 @@ def get_spark(
     >>> spark.range(3).count()
     3
     """
+    _refuse_connect()
     if SparkContext._active_spark_context is not None:
         spark = SparkSession.builder.getOrCreate()
         if not _has_connector(spark):
@@ -162,6 +165,17 @@ def _settings(
         settings["spark.executor.cores"] = str(cores or 1)
         settings["spark.executor.memory"] = memory
     return {**settings, **{key: str(value) for key, value in config.items()}}
+
+
+def _refuse_connect() -> None:
+    """Raise `SessionError` where sessions are of Spark Connect, which has no access to Java."""
+    mode = os.environ.get("SPARK_API_MODE") or default_api_mode()
+    if "SPARK_REMOTE" in os.environ or is_remote() or mode == "connect":
+        raise SessionError(
+            "this is Spark Connect, which can't reach Spark's Java, and so neither Kafka's clients "
+            "nor DStreams: unset SPARK_REMOTE (and SPARK_API_MODE), start Python again, and name "
+            "the cluster as master, as in get_spark(master='yarn')."
+        )
 
 
 def _submitted_settings() -> dict[str, str]:
