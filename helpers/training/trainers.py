@@ -40,6 +40,9 @@ _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 _Pass = Callable[..., np.ndarray]  # a pass over the rows; returns a replica's totals
 
+_ALWAYS_SHUFFLED = (
+    "if it is Distributed Keras' `shuffle`, leave it out; rows are shuffled in each epoch."
+)
 _NO_ROWS = "there are no rows to train on."
 _REMEDY = "scale the features, or lower the optimizer's learning rate."
 
@@ -103,7 +106,9 @@ class Trainer(ABC):
         self._history: list[dict[str, float]] = []
         self._seconds = 0.0
 
-    def train(self, df: DataFrame, validation: DataFrame | None = None) -> keras.Model:
+    def train(
+        self, df: DataFrame, validation: DataFrame | None = None, **others: object
+    ) -> keras.Model:
         """Return a trained copy of the network; print a line after each epoch.
 
         Parameters
@@ -112,9 +117,13 @@ class Trainer(ABC):
             The rows to train on; each epoch uses all of them.
         validation : pyspark.sql.DataFrame, optional
             Rows on which to evaluate loss and accuracy after each epoch.
+        **others
+            Refused: Distributed Keras had `shuffle`.
 
         Raises
         ------
+        TypeError
+            If there are other arguments.
         ValueError
             If a column is missing or doesn't fit the network, or a number in it is not finite.
         TrainingError
@@ -122,6 +131,8 @@ class Trainer(ABC):
         """
         import keras
 
+        if others:
+            raise TypeError(f"train takes no {', '.join(others)}: {_ALWAYS_SHUFFLED}")
         began, self._history = time.monotonic(), []
         rows = self._rows(df).withColumn("validates", F.lit(False))
         if validation is not None:
@@ -152,8 +163,7 @@ class Trainer(ABC):
     def _rows(self, df: DataFrame) -> DataFrame:
         if not isinstance(df, DataFrame):
             raise ValueError(
-                f"{df!r} is not a DataFrame. If it is Distributed Keras' `shuffle`, leave it out: "
-                "rows are shuffled in each epoch."
+                f"{df!r} is not a DataFrame: {_ALWAYS_SHUFFLED}"
             )
         features, label = _entries(df, self._features_col), _entries(df, self._label_col)
         return df.select(features.alias("features"), label.alias("label"))
