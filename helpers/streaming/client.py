@@ -24,6 +24,7 @@ from helpers.streaming.settings import (
     java_map,
     modern_settings,
     settings_of,
+    topic_names,
     use_added_jars,
 )
 
@@ -348,7 +349,7 @@ def topic_ids(
     ['events']
     """
     with contextlib.closing(KafkaClient(spark, modern_settings(settings))) as client:
-        return client.topic_ids(topics)
+        return client.topic_ids(topic_names(topics))
 
 
 def _topic_id_in(metadata: str) -> str | None:

@@ -43,7 +43,7 @@ from helpers.streaming.errors import (
 from helpers.streaming.offsets import OffsetRange, PlannedBatch, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import source_options
-from helpers.streaming.settings import modern_settings
+from helpers.streaming.settings import modern_settings, topic_names
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -100,7 +100,9 @@ class KafkaQuery:
         positions: Mapping[TopicAndPartition, int] | None = None,
         max_offsets: int | None = None,
     ) -> None:
-        self._spark, self._topics, self._max_offsets = spark, sorted(set(topics)), max_offsets
+        check_running(spark)
+        self._spark, self._max_offsets = spark, max_offsets
+        self._topics = sorted(set(topic_names(topics)))
         self._settings = _without_group(modern_settings(settings))
         self._checkpoint = full_path(spark, checkpoint).rstrip("/")
         self._offsets = CheckpointOffsets(spark, self._checkpoint)
@@ -472,7 +474,7 @@ def read_stream(
     >>> read_stream(spark, ["events"], settings).isStreaming
     True
     """
-    topics, settings = list(topics), modern_settings(settings)
+    topics, settings = topic_names(topics), modern_settings(settings)
     if starts is None:
         starts = _starts(spark, topics, settings)
     offsets: dict[str, dict[str, int]] = {}
