@@ -146,6 +146,7 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
         (["--checkpoint", "c", "--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
         (["--kafka-option", "ssl.key.password=x"], "name that with --kafka-config"),
         (["--kafka-config", "nowhere"], "nowhere: No such file or directory"),
+        (["--output", "s3a://b/c", "--checkpoint", "c"], "packages org.apache.hadoop:hadoop-aws:"),
     ],
 )
 def test_wrong_options_are_refused_with_the_reason(kafka, topic, arguments, reason, tmp_path):

@@ -527,6 +527,8 @@ def test_shuffle_of_distributed_keras_is_explained(spark):
     """Distributed Keras' `shuffle` is refused, and the message says to leave it out."""
     with pytest.raises(ValueError, match=r"True is not a DataFrame.*`shuffle`, leave it out"):
         SingleTrainer(tiny(), **by_number()).train(rows_of(spark, [1]), True)
+    with pytest.raises(TypeError, match=r"train takes no shuffle: .*`shuffle`, leave it out"):
+        SingleTrainer(tiny(), **by_number()).train(rows_of(spark, [1]), shuffle=True)
 
 
 @pytest.mark.long

@@ -7,18 +7,18 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 
 from helpers.sinks.commits import Part
 from helpers.sinks.errors import SinkError
 from helpers.spark import (
+    JAVA_ERRORS,
     flush_folder,
     folder_names,
     folder_size,
     java_class,
     remove_folder,
-    root_cause,
+    summary,
 )
 
 # The schema of the files. `bad` holds a bad record and the reason.
@@ -144,8 +144,8 @@ def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
     for file in files:
         try:
             reader = open_file(of_path(hadoop_path(file), configuration))
-        except Py4JJavaError as error:
-            reason = root_cause(error).getMessage()
+        except JAVA_ERRORS as error:
+            reason = summary(error)
             raise SinkError(f"a file that Spark has just written can't be read: {reason}") from None
         count += reader.getRecordCount()
         reader.close()

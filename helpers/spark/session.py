@@ -10,15 +10,16 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from py4j.java_gateway import JavaObject
-from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
+from pyspark.sql.utils import is_remote
+from pyspark.util import default_api_mode
 
 import helpers
 from helpers.kafka_settings import SECRET_SETTINGS
+from helpers.spark.errors import JAVA_ERRORS, summary
 from helpers.spark.jars import (
     CONNECTOR,
     JarsError,
@@ -80,8 +81,8 @@ def get_spark(
     Raises
     ------
     SessionError
-        If Spark doesn't start, or there is no Kafka connector for its version or it can't be
-        fetched.
+        If Spark doesn't start, the session is one of Spark Connect, or there is no Kafka connector
+        for its version or it can't be fetched.
     helpers.spark.JarsError
         If Java or Spark's jars are missing.
 
@@ -91,6 +92,7 @@ def get_spark(
     >>> spark.range(3).count()
     3
     """
+    _refuse_connect()
     if SparkContext._active_spark_context is not None:
         spark = SparkSession.builder.getOrCreate()
         if not _has_connector(spark):
@@ -105,12 +107,15 @@ def get_spark(
     return spark
 
 
-def root_cause(error: Py4JJavaError) -> JavaObject:
-    """Return the innermost Java exception, which the others wrap."""
-    cause = error.java_exception
-    while cause.getCause() is not None:
-        cause = cause.getCause()
-    return cause
+def check_running(spark: SparkSession) -> None:
+    """Raise `SessionError` for a session that was stopped, by another cell for instance.
+
+    Examples
+    --------
+    >>> check_running(spark)
+    """
+    if spark.sparkContext._jsc is None:
+        raise SessionError("this Spark session was stopped: make a new one with get_spark().")
 
 
 def fetch() -> None:
@@ -171,6 +176,17 @@ def _java_options() -> list[str]:
     return options
 
 
+def _refuse_connect() -> None:
+    """Raise `SessionError` where sessions are of Spark Connect, which has no access to Java."""
+    mode = os.environ.get("SPARK_API_MODE") or default_api_mode()
+    if "SPARK_REMOTE" in os.environ or is_remote() or mode == "connect":
+        raise SessionError(
+            "this is Spark Connect, which can't reach Spark's Java, and so neither Kafka's clients "
+            "nor DStreams: unset SPARK_REMOTE (and SPARK_API_MODE), start Python again, and name "
+            "the cluster as master, as in get_spark(master='yarn')."
+        )
+
+
 def _submitted_settings() -> dict[str, str]:
     """Return the settings given to spark-submit; none if it didn't start this program."""
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
@@ -214,10 +230,10 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         conf.setIfMissing("spark.ui.enabled", "false")
     try:
         spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
-    except Py4JJavaError as error:
-        reason = root_cause(error).getMessage()
+    except JAVA_ERRORS as error:
         raise SessionError(
-            f"Spark did not start on {settings['spark.master']}: {reason} More is in {log_file()}."
+            f"Spark did not start on {settings['spark.master']}: {summary(error)} "
+            f"More is in {log_file()}."
         ) from None
     if not _has_connector(spark):  # the gateway was launched without it
         _add_connector(spark)

@@ -17,7 +17,8 @@ from py4j.java_gateway import JavaObject
 from pyspark import RDD, SparkContext
 from pyspark.streaming import StreamingContext
 
-from helpers.streaming.errors import insist, remedy, summary, without_secrets
+from helpers.spark import summary
+from helpers.streaming.errors import StreamError, insist, remedy, without_secrets
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.listener import ContextListener
 from helpers.streaming.offsets import PlannedBatch
@@ -108,7 +109,7 @@ class Batches:
                     self.source.commit_when_idle()
                 except Exception as error:
                     # Without its plan an interval's records would be left out of all batches.
-                    self._fail(f"the next batch can't be planned: {summary(str(error))}")
+                    self._fail(f"the next batch can't be planned: {summary(error)}")
                     raise
         return ticks
 
@@ -120,7 +121,7 @@ class Batches:
         try:
             return self.source.read(ranges).rdd.map(to_element)
         except Exception as error:
-            self._fail(f"batch {batch_id_of(batch_time)} can't be read: {error}")
+            self._fail(f"batch {batch_id_of(batch_time)} can't be read: {summary(error)}")
             raise
 
     def run(self, function: Callable[[PlannedBatch], None], batch_time: datetime) -> None:
@@ -167,7 +168,7 @@ class Batches:
         try:
             self.source.commit()
         except Exception as error:
-            self._fail(f"batch {batch_id} can't be committed: {error}")
+            self._fail(f"batch {batch_id} can't be committed: {summary(error)}")
         if times:
             self.source.limit.completed(records, *times)
 

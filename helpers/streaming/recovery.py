@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
 
 from helpers.kafka_settings import is_secret
-from helpers.spark import JsonFolder, get_spark, protect_folder
-from helpers.streaming.errors import PASSING_ERRORS, insist, summary
+from helpers.spark import JsonFolder, get_spark, protect_folder, summary
+from helpers.streaming.errors import PASSING_ERRORS, insist
 from helpers.streaming.listener import ContextListener
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
@@ -144,7 +144,7 @@ class Recovery:
             try:
                 self._remove(old - self._listener.remembered())
             except PASSING_ERRORS as error:
-                _LOGGER.warning("old plans can't be removed: %s", summary(str(error)))
+                _LOGGER.warning("old plans can't be removed: %s", summary(error))
 
     def _folder(self) -> str | None:
         """Return the folder of the plans; None without a checkpoint."""
