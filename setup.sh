@@ -107,6 +107,6 @@ broker.fetch()' && .venv/bin/python -m helpers.spark
 } &
 jars=$!
 # Meanwhile this import compiles TensorFlow's Python files, which saves the first run 10 s.
-.venv/bin/python -c 'import keras'
+.venv/bin/python -c 'import helpers, keras'
 wait "$jars"
 touch "$stamp"
