@@ -41,6 +41,8 @@ class StreamDefinition:
         The partitions to read, and where each starts.
     positions : mapping of TopicAndPartition to int, optional
         Where to resume, as `OffsetPlanner` takes it.
+    shares : bool
+        Whether later streams of the same context and group take topics over.
     stream_id : str
         Names the folder of the stream's plans.
     plans : str or None
@@ -52,6 +54,7 @@ class StreamDefinition:
     interval: float
     from_offsets: Mapping[TopicAndPartition, int] | None = None
     positions: Mapping[TopicAndPartition, int] | None = None
+    shares: bool = False
     stream_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     plans: str | None = None
 
