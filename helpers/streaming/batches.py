@@ -19,7 +19,7 @@ from pyspark import RDD, SparkContext
 from pyspark.streaming import StreamingContext
 
 from helpers.spark import summary
-from helpers.streaming.errors import insist, remedy, without_secrets
+from helpers.streaming.errors import StreamError, insist, remedy, without_secrets
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.listener import ContextListener
 from helpers.streaming.offsets import PlannedBatch
