@@ -288,15 +288,15 @@ def list_array(rows: np.ndarray, missing: np.ndarray) -> pyarrow.ListArray:
     return pyarrow.ListArray.from_arrays(offsets, np.ascontiguousarray(rows).ravel(), mask=mask)
 
 
-def matrix_of(lists: pyarrow.ListArray, width: int) -> np.ndarray:
+def matrix_of(lists: pyarrow.ListArray, width: int | None) -> np.ndarray:
     """Return the lists that are not null as the rows of a matrix.
 
     Parameters
     ----------
     lists : pyarrow.ListArray
         Lists of numbers.
-    width : int
-        Required length of each list.
+    width : int or None
+        Required length of each list; None for that of the first one.
 
     Returns
     -------
@@ -314,10 +314,12 @@ def matrix_of(lists: pyarrow.ListArray, width: int) -> np.ndarray:
     array([[1., 2.]])
     """
     lengths = lists.drop_null().value_lengths().to_numpy()
+    if width is None:
+        width = int(lengths[0]) if len(lengths) else 0
     if (lengths != width).any():
         wrong = lengths[lengths != width][0]
         raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
-    return lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lengths), width)
 
 
 def vector_entries(vector: Column) -> Column:

@@ -40,7 +40,14 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
+from helpers.model import (
+    Interface,
+    ServableModel,
+    interface_of,
+    model_from_bytes,
+    scoring_function,
+    servable_model,
+)
 from helpers.records import list_array, matrix_of, vector_entries
 
 if TYPE_CHECKING:
@@ -59,18 +66,29 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     Parameters
     ----------
     keras_model : keras.Model
-        The model, with one input of shape (features,) and one output of shape (classes,).
+        The model: functional, sequential, or a subclass whose `call` uses Keras' layers. It has one
+        input and one output. An input of several dimensions, such as (6, 5, 1), takes a list of
+        30 features as `numpy.reshape` arranges it; one dimension may be None. Features are
+        converted to the type of the input. The output is a number per class, or the probability of
+        class 1 from a sigmoid.
     features_col : str
         A column of events from `helpers.records.parse_events` with as many features as the model
         has inputs, or a vector column with as many entries. In an event, the prediction replaces
         the features, so that neither crosses from Python to Java and back. A bad record's output is
         null.
     output_col : str
-        The name of the new column, a vector with one entry per class.
+        The name of the new column, a vector with one entry per class: the model's output, or
+        [1 - p, p] if that is a single probability p.
     feature_names : sequence of str, optional
         The names of the model's inputs, in order, as in a serving model's contract. If given, the
         table has a column of each name, in any order, and `features_col` may only be a column of
         events; events parsed with other features, or in another order, are rejected.
+
+    Raises
+    ------
+    helpers.model.UnservableModelError
+        If workers can't load the model or can't score events with it; the message says what to
+        change. `helpers.model.servable_model` describes the rules.
 
     Examples
     --------
@@ -96,7 +114,9 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         self._set(
             featuresCol=features_col, outputCol=output_col, featureNames=list(feature_names)
         )
-        self._model_bytes = None if keras_model is None else model_to_bytes(keras_model)
+        self._model = None if keras_model is None else servable_model(keras_model)
+        if self._model and feature_names:
+            self._model.interface.event_shape(len(feature_names))
 
     def predict(self, dataset: DataFrame) -> DataFrame:
         """Return `transform(dataset)`, under the name that Distributed Keras used."""
@@ -112,30 +132,26 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         return _ModelPredictorReader()
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        context, model = dataset.sparkSession.sparkContext, self._checked_model_bytes()
+        context, (model, interface) = dataset.sparkSession.sparkContext, self._checked_model()
         name, output = self.getFeaturesCol(), self.getOutputCol()
         names = self.getOrDefault(self.featureNames)
-        has_events = name in dataset.columns and _holds_events(dataset.schema[name].dataType)
-        if names and not has_events:
-            scores = _network_function(context, model, _SCORES)(_array_of(dataset, names))
-            return _with_vector(dataset.withColumn(output, scores), output)
-        features_type = _column_type(dataset, name)
-        if not has_events:
-            _check_vector_column(dataset, name)
-            features = F.coalesce(vector_entries(dataset[name]), _no_features(name))
-            scores = _network_function(context, model, _SCORES)(features)
-            return dataset.withColumn(output, array_to_vector(scores))
-        if names:
-            _check_features(dataset, name, names)
-        scored_type = _with_output(features_type, output)
-        event = _network_function(context, model, scored_type)(dataset[name])
-        scored = dataset.withColumn(name, event)
-        return _with_vector(scored.withColumn(output, scored[name][output]), output)
+        if name in dataset.columns and _holds_events(dataset.schema[name].dataType):
+            if names:
+                _check_features(dataset, name, names)
+            _check_width(dataset, name, interface)
+            scored_type = _with_output(dataset.schema[name].dataType, output)
+            event = _network_function(context, model, scored_type)(dataset[name])
+            scored = dataset.withColumn(name, event)
+            scores = scored[name][output]
+        else:
+            features = _array_of(dataset, names) if names else _entries(dataset, name, interface)
+            scored, scores = dataset, _network_function(context, model, _SCORES)(features)
+        return _with_vector(scored.withColumn(output, scores), output, interface.classes)
 
-    def _checked_model_bytes(self) -> bytes:
-        if self._model_bytes is None:
+    def _checked_model(self) -> ServableModel:
+        if self._model is None:
             raise ValueError("this ModelPredictor has no model: give it one as keras_model=.")
-        return self._model_bytes
+        return self._model
 
 
 class _ModelPredictorWriter(MLWriter):
@@ -147,7 +163,7 @@ class _ModelPredictorWriter(MLWriter):
 
     def saveImpl(self, path: str) -> None:  # noqa: N802 (Spark's name)
         """Save the stage; Spark calls this."""
-        model = [(bytearray(self._predictor._checked_model_bytes()),)]
+        model = [(bytearray(self._predictor._checked_model().content),)]
         DefaultParamsWriter.saveMetadata(self._predictor, path, self.sparkSession)
         table = self.sparkSession.createDataFrame(model, "model binary").coalesce(1)
         table.write.parquet(f"{path}/model")
@@ -163,7 +179,7 @@ class _ModelPredictorReader(MLReader):
         predictor._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(predictor, metadata)
         model = self.sparkSession.read.parquet(f"{path}/model").first().model
-        predictor._model_bytes = bytes(model)
+        predictor._model = servable_model(model_from_bytes(bytes(model)))
         return predictor
 
 
@@ -272,8 +288,8 @@ def _network_function(
 class _Loaded(NamedTuple):
     """A network in a worker's memory."""
 
-    predict: Callable[[np.ndarray], np.ndarray]
-    width: int
+    score: Callable[[np.ndarray], np.ndarray]
+    width: int | None  # the number of features; None: any
 
 
 # On a worker: the most recently used networks, by the digest of their bytes or by the name of the
@@ -320,9 +336,8 @@ def _predict_lists(
 ) -> pyarrow.ListArray:
     """Run the network on an Arrow batch, on a worker; null stays null."""
     network = _loaded(digest, model)
-    matrix = matrix_of(features, network.width)
-    predictions = network.predict(matrix.astype("float32")).astype("float64")
-    return list_array(predictions, features.is_null().to_numpy(zero_copy_only=False))
+    scores = network.score(matrix_of(features, network.width))
+    return list_array(scores, features.is_null().to_numpy(zero_copy_only=False))
 
 
 def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
@@ -330,7 +345,7 @@ def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
 
     def load() -> _Loaded:
         network = model_from_bytes(model.value)
-        return _Loaded(compiled_predict(network), network.input_shape[-1])
+        return _Loaded(scoring_function(network), interface_of(network).features)
 
     return kept_network(digest, load)
 
@@ -345,16 +360,35 @@ def _replace_features(
     return pyarrow.StructArray.from_arrays(arrays, names)
 
 
-def _with_vector(dataset: DataFrame, name: str) -> DataFrame:
+def _with_vector(dataset: DataFrame, name: str, width: int) -> DataFrame:
     """Return a table with a column of lists converted to vectors; null stays null."""
     vector = F.when(dataset[name].isNotNull(), array_to_vector(dataset[name]))
-    return dataset.withColumn(name, vector)
+    # Spark ML's own way to say how long the vectors are.
+    metadata = {"ml_attr": {"num_attrs": width}}
+    return dataset.withColumn(name, vector.alias(name, metadata=metadata))
 
 
-def _no_features(name: str) -> Column:
-    """Return an expression that fails, for rows whose features are null."""
+def _entries(dataset: DataFrame, name: str, interface: Interface) -> Column:
+    """Return a vector column as lists; rows whose features are null fail."""
+    _check_vector_column(dataset, name)
+    _check_width(dataset, name, interface)
     reason = f"a row has no features (column {name!r} is null): filter such rows out."
-    return F.raise_error(F.lit(reason))
+    return F.coalesce(vector_entries(dataset[name]), F.raise_error(F.lit(reason)))
+
+
+def _check_width(dataset: DataFrame, name: str, interface: Interface) -> None:
+    """Raise `ValueError` if a column has another number of features than the model takes."""
+    width = _width_in_metadata(dataset, name)
+    if width is not None:
+        interface.event_shape(width)
+
+
+def _width_in_metadata(dataset: DataFrame, name: str) -> int | None:
+    """Return the number of features or entries of a column if its metadata has it."""
+    metadata = dataset.schema[name].metadata
+    if "features" in metadata:
+        return len(metadata["features"])
+    return metadata.get("ml_attr", {}).get("num_attrs")
 
 
 def _column_type(dataset: DataFrame, name: str) -> DataType:
@@ -366,7 +400,7 @@ def _column_type(dataset: DataFrame, name: str) -> DataType:
 
 def _holds_events(column_type: DataType) -> bool:
     """Return whether a column of this type holds events from `helpers.records.parse_events`."""
-    return isinstance(column_type, StructType) and "features" in column_type.names
+    return isinstance(column_type, StructType) and {"features", "reason"} <= {*column_type.names}
 
 
 def _with_output(event_type: StructType, output: str) -> StructType:
