@@ -11,8 +11,10 @@ A good record
   all larger integers apart.
 
 Other fields are ignored. Every other record is bad: it is not scored, and does not stop the stream.
-`parse_events` gives the reason, and `keep_bad_records` keeps the record with its topic, partition
-and offset. `json_to_dataframe_row` parses a single record and rejects the same ones.
+So is a record for whose features the network has no finite prediction. `parse_events` and then
+`helpers.transformers.ModelPredictor` give the reason, and `keep_bad_records` keeps the record with
+its topic, partition and offset. `json_to_dataframe_row` parses a single record and rejects the same
+ones as `parse_events`.
 
 For your own events, pass another schema: the first column is the integer that identifies an event,
 the others are its features.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 from pyspark import SparkContext
 from pyspark.broadcast import Broadcast
 from pyspark.ml import Transformer
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 
 _SCORES = ArrayType(DoubleType())
 
+NO_PREDICTION = "the model has no finite prediction for its features"
+
 Network = TypeVar("Network")
 
 
@@ -89,6 +92,12 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     helpers.model.UnservableModelError
         If workers can't load the model or can't score events with it; the message says what to
         change. `helpers.model.servable_model` describes the rules.
+
+    Notes
+    -----
+    A prediction with a NaN or an infinite value is no prediction. In a column of events, it makes
+    the record a bad one, with the reason; otherwise the output is null. The same holds for a
+    feature such as 2.5, or 3e9, where the model's input is of 32-bit integers.
 
     Examples
     --------
@@ -326,18 +335,29 @@ def kept_network(name: str, make: Callable[[], Network]) -> Network:
 def _predict_events(
     events: pyarrow.StructArray, names: list[str], digest: str, model: Broadcast[bytes]
 ) -> pyarrow.StructArray:
-    """Replace the events' features by predictions, on a worker."""
+    """Replace the events' features by predictions, on a worker; without one, a record is bad."""
     predictions = _predict_lists(events.field("features"), digest, model)
-    return _replace_features(events, predictions, names)
+    arrays = {field.name: events.field(place) for place, field in enumerate(events.type)}
+    arrays["features"] = predictions
+    bad = pyarrow.compute.and_(predictions.is_null(), arrays["reason"].is_null())
+    if pyarrow.compute.any(bad).as_py():
+        arrays["reason"] = pyarrow.compute.if_else(bad, NO_PREDICTION, arrays["reason"])
+        event_id = next(iter(arrays))
+        nothing = pyarrow.scalar(None, arrays[event_id].type)
+        arrays[event_id] = pyarrow.compute.if_else(bad, nothing, arrays[event_id])
+    return pyarrow.StructArray.from_arrays(list(arrays.values()), names)
 
 
 def _predict_lists(
     features: pyarrow.ListArray, digest: str, model: Broadcast[bytes]
 ) -> pyarrow.ListArray:
-    """Run the network on an Arrow batch, on a worker; null stays null."""
+    """Run the network on an Arrow batch, on a worker; null stays null, and NaN becomes null."""
     network = _loaded(digest, model)
     scores = network.score(matrix_of(features, network.width))
-    return list_array(scores, features.is_null().to_numpy(zero_copy_only=False))
+    finite = np.isfinite(scores).all(axis=1)
+    missing = np.array(features.is_null())
+    missing[~missing] = ~finite
+    return list_array(scores[finite], missing)
 
 
 def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
@@ -348,16 +368,6 @@ def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
         return _Loaded(scoring_function(network), interface_of(network).features)
 
     return kept_network(digest, load)
-
-
-def _replace_features(
-    events: pyarrow.StructArray, features: pyarrow.ListArray, names: list[str]
-) -> pyarrow.StructArray:
-    """Return events with their features replaced by other lists, and with new field names."""
-    place = events.type.get_field_index("features")
-    arrays = [events.field(index) for index in range(len(events.type))]
-    arrays[place] = features
-    return pyarrow.StructArray.from_arrays(arrays, names)
 
 
 def _with_vector(dataset: DataFrame, name: str, width: int) -> DataFrame:

@@ -17,7 +17,9 @@ from pyspark.sql.types import DoubleType, LongType, StructField, StructType
 from helpers import transformers
 from helpers.higgs import FEATURES, generate_events
 from helpers.model import UnservableModelError, build_model, normalized_network
-from helpers.records import parse_events
+from helpers.records import keep_bad_records, parse_events
+from helpers.sinks import ParquetSink, read_bad_records, read_scored
+from helpers.streaming import OffsetRange, TopicAndPartition
 from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
 BATCH = 4_096  # rows per Arrow batch, as `get_spark` sets it
@@ -246,6 +248,18 @@ def test_every_kind_of_model_is_served_as_keras_computes_it(spark, kind):
     assert [row.predicted_index for row in scored] == found.argmax(axis=1).tolist()
 
 
+@pytest.mark.parametrize("dtype, number", [("int32", 2**24 + 1), ("int64", 2**53 - 1)])
+def test_integers_reach_the_model_as_integers(spark, dtype, number):
+    """A model whose input is of integers gets them exactly; another number has no prediction."""
+    features = keras.Input((1,), dtype=dtype)
+    same = keras.ops.cast(keras.ops.equal(features, number), "float32")
+    model = keras.Model(features, keras.layers.Concatenate()([1 - same, same]))
+    numbers = [number, number - 1, 0.5, -1e300, float("nan")]
+    df = spark.createDataFrame([(Vectors.dense(n),) for n in numbers], ["features"]).coalesce(1)
+    scored = LabelIndexTransformer().transform(ModelPredictor(keras_model=model).transform(df))
+    assert [row.predicted_index for row in scored.collect()] == [1, 0, None, None, None]
+
+
 def two_inputs():
     """A model with two inputs."""
     first, second = keras.Input((10,)), keras.Input((20,))
@@ -314,6 +328,45 @@ def test_a_model_that_cannot_be_served_is_refused_when_the_stage_is_made(kind):
     assert str(refused.value).startswith("this model can't be served: ")
     assert "\n" not in str(refused.value) and "safe_mode" not in str(refused.value)
     assert keras.saving.get_registered_object("Custom>Doubling") is Doubling
+
+
+LOGS = functional(lambda x: keras.ops.softmax(keras.ops.log(x)), shape=(2,))
+
+
+def test_a_record_without_a_finite_prediction_is_bad(spark, tmp_path):
+    """A record whose prediction is NaN is stored and counted as a bad one, with the reason."""
+    schema = StructType().add("id", LongType()).add("x", DoubleType()).add("y", DoubleType())
+    values = [{"id": 7, "x": 1, "y": 3}, {"id": 8, "x": -1, "y": 3}, {"id": 9}]
+    rows = [(b"k", orjson.dumps(value), "t", 0, offset) for offset, value in enumerate(values)]
+    columns = "key binary, value binary, topic string, partition int, offset long"
+    records = spark.createDataFrame(rows, columns).coalesce(1)
+    records = records.withColumn("timestamp", F.current_timestamp())
+    predictor = ModelPredictor(keras_model=LOGS, features_col="event")
+    scored = predictor.transform(parse_events(records, schema))
+    scored = keep_bad_records(LabelIndexTransformer().transform(scored))
+    path = str(tmp_path / "scored")
+    with ParquetSink(
+        spark, path, signal_index=1, event_id="id", on_bad_record="skip"
+    ) as sink:
+        sink.begin({TopicAndPartition("t", 0): 0}, {"t": "id"})
+        counts = sink.write(scored, [OffsetRange("t", 0, 0, 3)])
+    assert (counts.events, counts.signal, counts.bad) == (1, 1, 2)
+    assert [row.id for row in read_scored(spark, path).collect()] == [7]
+    bad = read_bad_records(spark, path).orderBy("offset").collect()
+    assert [row.offset for row in bad] == [1, 2]
+    assert bad[0].reason == "the model has no finite prediction for its features"
+    assert orjson.loads(bytes(bad[0].value)) == values[1]
+
+
+def test_vectors_without_a_finite_prediction_get_none(spark):
+    """In a table without records, a prediction that is not finite is null, and so is its index."""
+    rows = [(Vectors.dense(numbers),) for numbers in ([1, 3], [-1, 3], [float("inf"), 1])]
+    df = spark.createDataFrame(rows, ["features"]).coalesce(1)
+    scored = LabelIndexTransformer().transform(ModelPredictor(keras_model=LOGS).transform(df))
+    first, *others = scored.collect()
+    np.testing.assert_allclose(first.prediction.toArray(), [0.25, 0.75], atol=1e-6)
+    assert first.predicted_index == 1
+    assert [(row.prediction, row.predicted_index) for row in others] == [(None, None)] * 2
 
 
 def test_a_wrong_width_is_said_before_anything_runs(spark, model):
