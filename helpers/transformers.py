@@ -198,14 +198,16 @@ class LabelIndexTransformer(
     """Add the index of the class chosen from a prediction.
 
     The first class whose value reaches `activation_threshold` is chosen; otherwise the class with
-    the largest value above 0; otherwise `default_index`. Spark computes the index without Python.
+    the largest value above 0; otherwise `default_index`. These rules are for probabilities: end a
+    network that returns logits with a softmax. Spark computes the index without Python.
 
     Parameters
     ----------
     output_dim : int
-        The number of classes: how many entries of the prediction are considered.
+        The number of classes. Predictions with another number of entries are rejected: before any
+        job runs if the column's metadata has the number, as that of a `ModelPredictor` does.
     input_col : str
-        The prediction, a vector column.
+        The prediction, a vector column. Where it is null, so is the index.
     output_col : str
         The name of the new column. It is a double, as Spark ML's evaluators expect.
     default_index : int
@@ -251,23 +253,29 @@ class LabelIndexTransformer(
         )
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        _check_vector_column(dataset, self.getInputCol())
-        return dataset.withColumn(self.getOutputCol(), self._index(dataset[self.getInputCol()]))
+        name, classes = self.getInputCol(), self.getOrDefault(self.outputDim)
+        _check_vector_column(dataset, name)
+        found = _width_in_metadata(dataset, name)
+        if found not in (None, classes):
+            raise ValueError(_wrong_output_dim(found, classes))
+        return dataset.withColumn(self.getOutputCol(), self._index(dataset[name]))
 
     def _index(self, prediction: Column) -> Column:
         """Return the chosen index, as an expression on a vector column."""
         entries = vector_entries(prediction)
-        indices = range(self.getOrDefault(self.outputDim))
+        classes = self.getOrDefault(self.outputDim)
         # Spark treats NaN as larger than any number; a NaN must not be chosen.
         nothing = F.lit(float("-inf"))
-        values = [F.nanvl(F.get(entries, i), nothing) for i in indices]
+        values = [F.nanvl(F.get(entries, index), nothing) for index in range(classes)]
         largest = F.array_max(F.array(*values))
         threshold = self.getOrDefault(self.activationThreshold)
         default = self.getOrDefault(self.defaultIndex)
+        wrong = F.raise_error(F.format_string(_wrong_output_dim("%d", classes), F.size(entries)))
         # CASE WHEN takes the first condition that is true, as the rules require.
-        rules = [(value >= threshold, index) for index, value in zip(indices, values, strict=True)]
+        rules = [(F.size(entries) != classes, wrong)]
+        rules += [(value >= threshold, index) for index, value in enumerate(values)]
         rules += [(largest <= 0, default)]
-        rules += [(value == largest, index) for index, value in zip(indices, values, strict=True)]
+        rules += [(value == largest, index) for index, value in enumerate(values)]
         choice = functools.reduce(lambda case, rule: case.when(*rule), rules, F)
         return choice.cast("double")
 
@@ -399,6 +407,14 @@ def _width_in_metadata(dataset: DataFrame, name: str) -> int | None:
     if "features" in metadata:
         return len(metadata["features"])
     return metadata.get("ml_attr", {}).get("num_attrs")
+
+
+def _wrong_output_dim(found: object, classes: int) -> str:
+    """Return the message for predictions with another number of classes than expected."""
+    return (
+        f"the predictions have {found} entries, but output_dim is {classes}: give "
+        "LabelIndexTransformer the number of the model's classes."
+    )
 
 
 def _column_type(dataset: DataFrame, name: str) -> DataType:

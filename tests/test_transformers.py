@@ -383,6 +383,17 @@ def test_a_wrong_width_is_said_before_anything_runs(spark, model):
         ModelPredictor(keras_model=model, feature_names=("a", "b"))
 
 
+def test_another_number_of_classes_is_refused(spark, vectors):
+    """Predictions with another number of classes are refused, before a job if that is known."""
+    reason = "the predictions have 10 entries, but output_dim is 2: give LabelIndexTransformer"
+    scored = ModelPredictor(keras_model=sequential(dense(10))).transform(vectors)
+    with pytest.raises(ValueError, match=reason):
+        LabelIndexTransformer(output_dim=2).transform(scored)
+    unknown = spark.createDataFrame([(Vectors.dense([0.1] * 10),)], ["prediction"])
+    with pytest.raises(SparkRuntimeException, match=reason):
+        LabelIndexTransformer(output_dim=2).transform(unknown).collect()
+
+
 def test_sparse_vectors_are_scored_too(spark, model):
     """Sparse vectors, which VectorAssembler makes of rows with many zeros, are scored."""
     dense = [0.0] * 29 + [1.0]
@@ -477,8 +488,9 @@ def reference_index(vector, output_dim, default, threshold):
 def test_label_index_follows_the_rules_of_distributed_keras(spark, output_dim, default, threshold):
     """The label index equals Distributed Keras', even for ties, zeros and NaN."""
     generator = np.random.default_rng(5)
-    cases = [*generator.uniform(-1, 1, (200, 3)).round(1).tolist(), [0.0, 0.0, 0.0], [-1, -1, -1],
+    every = [*generator.uniform(-1, 1, (200, 3)).round(1).tolist(), [0.0, 0.0, 0.0], [-1, -1, -1],
              [0.6, 0.9, 0.7], [0.2, 0.2, 0.1], [float("nan"), 0.1, 0.2], [float("nan")] * 3]
+    cases = [case[:output_dim] for case in every]
     df = spark.createDataFrame([(Vectors.dense(case),) for case in cases], ["prediction"])
     stage = LabelIndexTransformer(
         output_dim=output_dim, default_index=default, activation_threshold=threshold
