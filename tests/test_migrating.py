@@ -4,7 +4,7 @@ import re
 
 from processes import ROOT
 
-from helpers.streaming import batches, new_streaming_context, run_stream
+from helpers.streaming import KafkaDirectStream, new_streaming_context, run_stream
 
 BLOCKS = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs" / "migrating.md").read_text(), re.DOTALL
@@ -23,8 +23,7 @@ def test_every_block_of_the_guide_runs(spark, kafka, produce, tmp_path, capsys):
     assert len(BLOCKS) >= 9
     for block in BLOCKS:
         exec(block, names)
-    names["stream"].lag()
-    streams = batches.batches_of(ssc)
+    streams = [value for value in names.values() if isinstance(value, KafkaDirectStream)]
     run_stream(ssc, until=lambda: all(stream.lag() == 0 for stream in streams), timeout=600)
     printed = capsys.readouterr().out
     total = max(part.untilOffset for part in names["ranges"])
