@@ -105,6 +105,7 @@ def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
     assert len(seen) >= 3 and beyond_loopback(seen) == []
 
 
+@pytest.mark.long
 def test_a_trained_model_is_served_as_its_file_says(
     spark, kafka, filled, arguments, tmp_path, event_values, serving_model
 ):
