@@ -2,7 +2,7 @@
 #        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
 # test   runs all tests, including the notebooks, in up to three processes: as many as the free
 #        memory allows, at 2.5 GB each; make test WORKERS=1 sets the number
-# test-long  runs the longest tests, which repeat the same crash many times; forty minutes
+# test-long  runs the longest tests, which repeat the same crash many times; two hours
 # bench  measures the throughput of the walkthrough's stream against the processor's limit
 # lab    opens the notebooks in JupyterLab
 # notebooks   executes all notebooks and stores their outputs in them
