@@ -60,6 +60,7 @@ def read_events(path: str | PathLike[str]) -> pd.DataFrame:
     Examples
     --------
     >>> import tempfile
+    >>> from helpers.higgs import generate_events
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "events.csv.gz")
     ...     generate_events(5, seed=1).to_csv(path, index=False)
@@ -108,6 +109,7 @@ def read_events_in_spark(spark: SparkSession, path: str) -> DataFrame:
 
     Examples
     --------
+    >>> from helpers.higgs import generate_events
     >>> path = str(getfixture("tmp_path") / "events.csv.gz")
     >>> generate_events(5, seed=1).to_csv(path, index=False)
     >>> read_events_in_spark(spark, path).select("EventId", "Label").first()

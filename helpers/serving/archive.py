@@ -89,6 +89,7 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
     Examples
     --------
     >>> import keras
+    >>> from helpers.serving import scaled_network
     >>> contract = Contract(
     ...     feature_names=("mass", "energy"), means=(90.0, 40.0), scales=(30.0, 20.0),
     ...     class_names=("background", "signal"), signal_index=1, threshold=0.5,

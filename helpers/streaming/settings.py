@@ -75,7 +75,7 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
     Examples
     --------
     >>> modern_settings({"metadata.broker.list": "127.0.0.1:9092", "auto.offset.reset": "largest"})
-    {'bootstrap.servers': '127.0.0.1:9092', 'auto.offset.reset': 'latest'}
+    {'auto.offset.reset': 'latest', 'bootstrap.servers': '127.0.0.1:9092'}
     """
     settings: dict[str, str] = {}
     for name in sorted(kafka_params, key=_OLD_NAMES.__contains__):  # today's names first
