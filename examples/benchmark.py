@@ -1,6 +1,8 @@
-"""Measure the throughput of the walkthrough's stream, or the quality and speed of training.
+"""Measure the walkthrough's stream (throughput, small batches, latency), or the trainers.
 
     python examples/benchmark.py drain
+    python examples/benchmark.py small
+    python examples/benchmark.py latency
     python examples/benchmark.py train
     python examples/benchmark.py train --csv atlas-higgs-challenge-2014-v2.csv.gz --runs 5
 
@@ -11,11 +13,20 @@ matrices on the same cores. The network needs 2.036 million floating-point opera
 nearly all of them in matrix products, so this is the upper limit for any implementation in this
 precision.
 
+`small` writes 500 events per second to a topic of four partitions while a stream with an interval
+of one second scores them, with each engine. It reports how long a batch takes, from the call of its
+function until it is committed, and how many cores are busy; broker and producer are not counted.
+
+`latency` does the same with 2,000 events per second and intervals of one and five seconds. It
+reports the time from an event's timestamp, which the producer sets, until its batch is committed.
+
+Both measure the second half of each run, when Java has compiled its code.
+
 `train` trains with `SingleTrainer`, and with `AveragingTrainer` on two workers, on 60 % of the
 events, with the parameters of the notebook on training, and evaluates on the rest. Each run uses a
 different split of the events; the splits are reproducible.
 
-The last line is a JSON object.
+The results are printed as JSON objects, one per line.
 """
 
 from __future__ import annotations
@@ -29,13 +40,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
 import numpy as np
+import psutil
 from pyspark.ml import Pipeline
 from pyspark.ml.feature import OneHotEncoder, StandardScaler, StringIndexer, VectorAssembler
 from pyspark.ml.functions import vector_to_array
@@ -46,12 +59,12 @@ from sklearn import metrics
 from helpers.broker import LocalKafka
 from helpers.higgs import EVENT_ID, FEATURES, LABEL, generate_events, read_events_in_spark
 from helpers.model import build_model
-from helpers.monitor import Monitor
+from helpers.monitor import Batch, Monitor
 from helpers.notebook import definitions, find_notebook, parameters
 from helpers.scoring import Score, score_stream
-from helpers.sinks import ParquetSink
+from helpers.sinks import ParquetSink, read_scored
 from helpers.spark import get_spark, scratch_folder
-from helpers.streaming import KafkaUtils, new_streaming_context, run_stream
+from helpers.streaming import KafkaQuery, KafkaUtils, new_streaming_context, run_stream
 from helpers.training import AveragingTrainer, SingleTrainer, Trainer
 from helpers.transformers import ModelPredictor
 
@@ -66,6 +79,10 @@ INTERVAL_SECONDS = 1.0
 DRAIN_SECONDS = 600
 WORKERS = 2
 TRAINING_SHARE = 6  # of ten
+ENGINES = ("dstream", "structured")
+SMALL_RATE = 500  # events per second
+LATENCY_RATE = 2_000
+LATENCY_INTERVALS = (1.0, 5.0)  # seconds
 
 
 def limit_events_per_s(model: keras.Model, seconds: float = SGEMM_SECONDS) -> float:
@@ -194,6 +211,155 @@ def measure(events: int, runs: int) -> dict[str, Any]:
     }
 
 
+class StoredTimes(Monitor):
+    """A monitor that also records when each batch was stored, and how long that took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: list[tuple[float, float]] = []
+
+    def add(self, batch: Batch, unused: Iterable[str] = ()) -> None:
+        """Record a batch."""
+        self.stored.append((time.time(), batch.seconds))
+        super().add(batch, unused)
+
+
+@dataclass
+class Processes:
+    """The processor time of this process and its children, except for some of them."""
+
+    excluded: set[int] = field(default_factory=set)  # process ids
+    samples: list[tuple[float, float]] = field(default_factory=list)  # times, processor seconds
+
+    def sample(self) -> None:
+        """Record the processor time so far."""
+        seconds = 0.0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.pid not in self.excluded:
+                    times = process.cpu_times()
+                    seconds += times.user + times.system
+        self.samples.append((time.time(), seconds))
+
+    def busy(self, since: float) -> float:
+        """Return how many cores were busy, on average, between a time and the last sample."""
+        began = next(sample for sample in self.samples if sample[0] >= since)
+        (start, before), (end, after) = began, self.samples[-1]
+        return (after - before) / (end - start)
+
+
+@dataclass(frozen=True)
+class SteadyRun:
+    """What a stream did in the second half of a run at a steady rate."""
+
+    seconds: list[float]  # for each batch
+    latencies: list[float]  # for each event, in seconds
+    cores_busy: float
+
+
+def run_steadily(
+    spark: SparkSession, kafka: LocalKafka, engine: str, rate: int, interval: float, seconds: float
+) -> SteadyRun:
+    """Score a topic while events are written to it at a steady rate.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session.
+    kafka : LocalKafka
+        The broker.
+    engine : str
+        One of `ENGINES`.
+    rate : int
+        Events per second.
+    interval : float
+        Seconds between batches.
+    seconds : float
+        How long events are written.
+    """
+    score = definitions("1_walkthrough", "pipeline")["process_instances"]
+    topic, folder = f"steady-{uuid.uuid4()}", f"{scratch_folder()}/steady-{uuid.uuid4()}"
+    settings = {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
+    kafka.create_topic(topic, partitions=4)
+    monitor, sink = StoredTimes(), ParquetSink(spark, f"{folder}/scored", signal_index=0)
+    with sink, contextlib.ExitStack() as at_the_end:
+        if engine == "dstream":
+            ssc = new_streaming_context(spark, interval)
+            stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+        else:
+            stream = KafkaQuery(spark, [topic], settings, f"{folder}/checkpoint")
+            at_the_end.enter_context(stream)
+        score_stream(stream, score, sink, monitor)
+        producer = _start_producer(kafka.bootstrap_servers, topic, round(rate * seconds), rate)
+        at_the_end.callback(producer.kill)
+        processes = Processes(excluded={kafka.pid, producer.pid})
+
+        def is_done() -> bool:
+            if producer.poll() is None:
+                processes.sample()
+                return False
+            return stream.lag() == 0
+
+        if engine == "dstream":
+            run_stream(ssc, until=is_done, timeout=DRAIN_SECONDS)
+        else:
+            stream.run(until=is_done, timeout=DRAIN_SECONDS, interval=interval)
+    half = processes.samples[-1][0] - seconds / 2
+    scored = read_scored(spark, f"{folder}/scored").select("batch", "event_time").toPandas()
+    batches = scored.groupby("batch")["event_time"]  # sorted, as `monitor.stored` is
+    written = [times.dt.tz_localize("UTC").astype("int64") / 1e9 for _, times in batches]
+    stored = list(zip(monitor.stored, written, strict=True))
+    late = [(at, took, times) for (at, took), times in stored if at >= half]
+    return SteadyRun(
+        seconds=[took for _, took, _ in late],
+        latencies=[at - event_time for at, _, times in late for event_time in times],
+        cores_busy=processes.busy(since=half),
+    )
+
+
+def measure_small(seconds: float) -> Iterator[dict[str, Any]]:
+    """Run the `small` benchmark; return a result per engine.
+
+    Parameters
+    ----------
+    seconds : float
+        How long events are written for each engine.
+    """
+    with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
+        for engine in ENGINES:
+            run = run_steadily(spark, kafka, engine, SMALL_RATE, INTERVAL_SECONDS, seconds)
+            taken = {"min": min(run.seconds), "median": statistics.median(run.seconds)}
+            taken["max"] = max(run.seconds)
+            yield {
+                "engine": engine,
+                "events_a_batch": round(SMALL_RATE * INTERVAL_SECONDS),
+                "partitions": 4,
+                "seconds": {name: round(value, 3) for name, value in taken.items()},
+                "cores_busy": round(run.cores_busy, 2),
+            }
+
+
+def measure_latency(seconds: float) -> Iterator[dict[str, Any]]:
+    """Run the `latency` benchmark; return a result per engine and interval.
+
+    Parameters
+    ----------
+    seconds : float
+        How long events are written for each result.
+    """
+    with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
+        for engine in ENGINES:
+            for interval in LATENCY_INTERVALS:
+                run = run_steadily(spark, kafka, engine, LATENCY_RATE, interval, seconds)
+                quantiles = np.quantile(run.latencies, [0.5, 0.95, 0.99])
+                yield {
+                    "engine": engine,
+                    "interval": interval,
+                    "events_per_s": LATENCY_RATE,
+                    **dict(zip(("p50", "p95", "p99"), quantiles.round(3).tolist(), strict=True)),
+                }
+
+
 def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
     """Run the `train` benchmark, and return its result.
 
@@ -267,21 +433,29 @@ def judge(trainer: Trainer, table: DataFrame, split: int) -> tuple[float, float,
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark given on the command line, and return the exit code."""
-    options = _options(arguments)
+    options, stdout = _options(arguments), sys.stdout
     try:
-        # The monitor prints to stderr, so that stdout has only the result.
+        # The monitor prints to stderr, so that stdout has only the results.
         with contextlib.redirect_stdout(sys.stderr):
-            if options.what == "drain":
-                result = measure(options.events, options.runs)
-            else:
-                result = measure_training(options.events, options.csv, options.runs)
+            for result in _results(options):
+                print(json.dumps(result), file=stdout, flush=True)
     except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(result))
     return 0
+
+
+def _results(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """Run the chosen benchmark, and return its results."""
+    if options.what == "drain":
+        return [measure(options.events, options.runs)]
+    if options.what == "small":
+        return measure_small(options.seconds)
+    if options.what == "latency":
+        return measure_latency(options.seconds)
+    return [measure_training(options.events, options.csv, options.runs)]
 
 
 @contextlib.contextmanager
@@ -294,19 +468,33 @@ def _stopped_at_the_end(spark: SparkSession) -> Iterator[SparkSession]:
 
 def _produce(bootstrap_servers: str, events: int) -> None:
     """Fill the topic with the producer from the README."""
+    producer = _start_producer(bootstrap_servers, TOPIC, events)
+    if producer.wait():
+        raise subprocess.CalledProcessError(producer.returncode, producer.args)
+
+
+def _start_producer(
+    bootstrap_servers: str, topic: str, events: int, rate: int | None = None
+) -> subprocess.Popen:
+    """Start the producer from the README."""
     program = Path(__file__).resolve().parent / "kafka_producer.py"
-    command = [sys.executable, str(program), bootstrap_servers, "--topic", TOPIC]
-    subprocess.run([*command, "--events", str(events)], stdout=sys.stderr, check=True)
+    command = [sys.executable, str(program), bootstrap_servers, "--topic", topic]
+    command += ["--events", str(events), *(("--rate", str(rate)) if rate else ())]
+    return subprocess.Popen(command, stdout=sys.stderr)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_subparsers(dest="what", required=True, metavar="drain|train")
+    what = parser.add_subparsers(dest="what", required=True, metavar="drain|small|latency|train")
     drains = what.add_parser("drain", help="how fast the walkthrough's stream is")
     drains.add_argument("--events", type=int, default=200_000, help="default: %(default)s")
     drains.add_argument("--runs", type=int, default=3, help="default: %(default)s")
+    kinds = {"small": "how long small batches take", "latency": "how old an event's score is"}
+    for name, text in kinds.items():
+        steady = what.add_parser(name, help=text)
+        steady.add_argument("--seconds", type=float, default=60, help="of a run; default: 60")
     trains = what.add_parser("train", help="how well and how fast networks are trained")
     trains.add_argument("--events", type=int, default=60_000, help="default: %(default)s")
     trains.add_argument("--csv", help="the challenge's file (.csv or .csv.gz) instead")

@@ -128,6 +128,17 @@ class LocalKafka(BrokerAdmin):
             self.bootstrap_servers, certificate, ADMINISTRATOR, password
         )
 
+    @property
+    def pid(self) -> int | None:
+        """The id of the broker's process; None if it is stopped.
+
+        Examples
+        --------
+        >>> LocalKafka().pid is None
+        True
+        """
+        return self._process.pid if self._process else None
+
     def __enter__(self) -> LocalKafka:
         return self.start()
 
