@@ -7,6 +7,9 @@ from Maven Central, `files` reads and writes small files on any of Spark's file 
 
 from helpers.spark.files import (
     JsonFolder,
+    exact_path,
+    exact_reader,
+    file_size,
     flush_folder,
     folder_names,
     folder_size,

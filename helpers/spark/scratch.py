@@ -13,6 +13,8 @@ from pathlib import Path
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
+from helpers.spark.files import exact_path
+
 _LOGGER = logging.getLogger(__name__)
 
 # Names that Spark and the kit write into the checkpoint of a streaming context.
@@ -81,7 +83,7 @@ def protect_folder(spark: SparkSession, path: str) -> None:
     '0o40700'
     """
     hadoop = spark._jvm.org.apache.hadoop.fs
-    folder, only_mine = hadoop.Path(path), hadoop.permission.FsPermission("700")
+    folder, only_mine = hadoop.Path(exact_path(spark, path)), hadoop.permission.FsPermission("700")
     files = folder.getFileSystem(spark._jsc.hadoopConfiguration())
     if not files.exists(folder):
         files.mkdirs(folder)
