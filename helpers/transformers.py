@@ -6,6 +6,8 @@ import contextlib
 import functools
 import gc
 import hashlib
+import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -20,19 +22,16 @@ from pyspark.ml.linalg import VectorUDT
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.param.shared import HasFeaturesCol, HasInputCol, HasOutputCol
 from pyspark.ml.util import (
-    DefaultParamsReadable,
     DefaultParamsReader,
-    DefaultParamsWritable,
     DefaultParamsWriter,
     MLReadable,
-    MLReader,
     MLWritable,
-    MLWriter,
 )
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
     ArrayType,
+    BinaryType,
     DataType,
     DoubleType,
     NumericType,
@@ -41,7 +40,8 @@ from pyspark.sql.types import (
 )
 
 from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
-from helpers.records import list_array, matrix_of, vector_entries
+from helpers.records import list_array, matrix_of, named, vector_entries
+from helpers.spark import exact_path, exact_reader
 
 if TYPE_CHECKING:
     import keras
@@ -49,6 +49,28 @@ if TYPE_CHECKING:
 _SCORES = ArrayType(DoubleType())
 
 Network = TypeVar("Network")
+
+
+class _ExactWriter(DefaultParamsWriter):
+    """Saves a stage as Spark does, at exactly the path that it is given."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save the stage."""
+        super().save(exact_path(self.sparkSession, path))
+
+
+class _ExactReader(DefaultParamsReader):
+    """Loads a stage as Spark does, from exactly the path that it is given."""
+
+    def load(self, path: str | os.PathLike[str]) -> Any:
+        """Return the saved stage."""
+        path = exact_path(self.sparkSession, path)
+        saved = exact_reader(self.sparkSession).text(f"{path}/metadata").first()
+        metadata = json.loads(saved.value)
+        stage = self.cls()
+        stage._resetUid(metadata["uid"])
+        self.getAndSetParams(stage, metadata)
+        return stage
 
 
 class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLReadable):
@@ -102,14 +124,14 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         """Return `transform(dataset)`, under the name that Distributed Keras used."""
         return self.transform(dataset)
 
-    def write(self) -> MLWriter:
+    def write(self) -> _ExactWriter:
         """Return a writer that saves the parameters as Spark does, and the model next to them."""
         return _ModelPredictorWriter(self)
 
     @classmethod
-    def read(cls) -> MLReader:
+    def read(cls) -> _ExactReader:
         """Return a reader that loads a saved stage."""
-        return _ModelPredictorReader()
+        return _ModelPredictorReader(cls)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
         context, model = dataset.sparkSession.sparkContext, self._checked_model_bytes()
@@ -122,15 +144,15 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         features_type = _column_type(dataset, name)
         if not has_events:
             _check_vector_column(dataset, name)
-            features = F.coalesce(vector_entries(dataset[name]), _no_features(name))
+            features = F.coalesce(vector_entries(named(name)), _no_features(name))
             scores = _network_function(context, model, _SCORES)(features)
             return dataset.withColumn(output, array_to_vector(scores))
         if names:
             _check_features(dataset, name, names)
         scored_type = _with_output(features_type, output)
-        event = _network_function(context, model, scored_type)(dataset[name])
+        event = _network_function(context, model, scored_type)(named(name))
         scored = dataset.withColumn(name, event)
-        return _with_vector(scored.withColumn(output, scored[name][output]), output)
+        return _with_vector(scored.withColumn(output, named(name)[output]), output)
 
     def _checked_model_bytes(self) -> bytes:
         if self._model_bytes is None:
@@ -138,38 +160,31 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         return self._model_bytes
 
 
-class _ModelPredictorWriter(MLWriter):
+class _ModelPredictorWriter(_ExactWriter):
     """Saves a `ModelPredictor` wherever Spark can write: the model is a table with one cell."""
-
-    def __init__(self, predictor: ModelPredictor) -> None:
-        super().__init__()
-        self._predictor = predictor
 
     def saveImpl(self, path: str) -> None:  # noqa: N802 (Spark's name)
         """Save the stage; Spark calls this."""
-        model = [(bytearray(self._predictor._checked_model_bytes()),)]
-        DefaultParamsWriter.saveMetadata(self._predictor, path, self.sparkSession)
-        table = self.sparkSession.createDataFrame(model, "model binary").coalesce(1)
+        model = [(bytearray(self.instance._checked_model_bytes()),)]
+        super().saveImpl(path)
+        schema = StructType().add("model", BinaryType())
+        table = self.sparkSession.createDataFrame(model, schema).coalesce(1)
         table.write.parquet(f"{path}/model")
 
 
-class _ModelPredictorReader(MLReader):
+class _ModelPredictorReader(_ExactReader):
     """Loads what `_ModelPredictorWriter` saved."""
 
-    def load(self, path: str) -> ModelPredictor:
+    def load(self, path: str | os.PathLike[str]) -> ModelPredictor:
         """Return the saved stage."""
-        metadata = DefaultParamsReader.loadMetadata(path, self.sparkSession)
-        predictor = ModelPredictor()
-        predictor._resetUid(metadata["uid"])
-        DefaultParamsReader.getAndSetParams(predictor, metadata)
-        model = self.sparkSession.read.parquet(f"{path}/model").first().model
-        predictor._model_bytes = bytes(model)
+        predictor = super().load(path)
+        folder = f"{exact_path(self.sparkSession, path)}/model"
+        saved = exact_reader(self.sparkSession).parquet(folder).first()
+        predictor._model_bytes = bytes(saved.model)
         return predictor
 
 
-class LabelIndexTransformer(
-    Transformer, HasInputCol, HasOutputCol, DefaultParamsWritable, DefaultParamsReadable
-):
+class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, MLReadable):
     """Add the index of the class chosen from a prediction.
 
     The first class whose value reaches `activation_threshold` is chosen; otherwise the class with
@@ -225,9 +240,18 @@ class LabelIndexTransformer(
             defaultIndex=default_index, activationThreshold=activation_threshold,
         )
 
+    def write(self) -> _ExactWriter:
+        """Return a writer that saves the parameters as Spark does."""
+        return _ExactWriter(self)
+
+    @classmethod
+    def read(cls) -> _ExactReader:
+        """Return a reader that loads a saved stage."""
+        return _ExactReader(cls)
+
     def _transform(self, dataset: DataFrame) -> DataFrame:
         _check_vector_column(dataset, self.getInputCol())
-        return dataset.withColumn(self.getOutputCol(), self._index(dataset[self.getInputCol()]))
+        return dataset.withColumn(self.getOutputCol(), self._index(named(self.getInputCol())))
 
     def _index(self, prediction: Column) -> Column:
         """Return the chosen index, as an expression on a vector column."""
@@ -347,7 +371,7 @@ def _replace_features(
 
 def _with_vector(dataset: DataFrame, name: str) -> DataFrame:
     """Return a table with a column of lists converted to vectors; null stays null."""
-    vector = F.when(dataset[name].isNotNull(), array_to_vector(dataset[name]))
+    vector = F.when(named(name).isNotNull(), array_to_vector(named(name)))
     return dataset.withColumn(name, vector)
 
 
@@ -398,7 +422,7 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
             raise ValueError(
                 f"column {name!r} must hold numbers, not {found.simpleString()}: cast it."
             )
-    columns = [F.col(f"`{name}`").cast("double") for name in names]
+    columns = [named(name).cast("double") for name in names]
     known = [column.isNotNull() & ~F.isnan(column) for column in columns]
     # As with records, an event that lacks a feature has no prediction.
     return F.when(functools.reduce(Column.__and__, known), F.array(*columns))

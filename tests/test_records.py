@@ -9,8 +9,19 @@ import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import functions as F
-from pyspark.sql.types import DoubleType, IntegerType, LongType, StructField, StructType
+from pyspark.sql.types import (
+    ArrayType,
+    BooleanType,
+    DecimalType,
+    DoubleType,
+    IntegerType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+)
 
 from helpers.higgs import EVENT_ID, FEATURES, SCHEMA
 from helpers.model import build_model, normalized_network
@@ -368,6 +379,46 @@ def test_a_schema_of_ones_own(spark):
     assert events[1].reason == "temperature is missing"
     assert to_columns(records, schema).where(F.col("reading").isNotNull()).first() == (7, 20.0, 3)
     assert json_to_dataframe_row(values[0], schema).switches == 3
+
+
+WITH_ID = StructType().add("id", LongType())
+UNUSABLE = [
+    ("id long, x double", "must be a StructType of the event's id and at least one feature"),
+    (StructType(), "at least one feature, such as StructType"),
+    (WITH_ID, "at least one feature, such as StructType"),
+    (StructType().add("id", StringType()).add("x", DoubleType()), "'id', is a string: begin with"),
+    (StructType().add("id", DoubleType()).add("x", DoubleType()), "'id', is a double: begin with"),
+    (StructType(WITH_ID.fields).add("x", BooleanType()), "feature 'x' is a boolean, not a number"),
+    (StructType(WITH_ID.fields).add("x", StringType()), "feature 'x' is a string, not a number"),
+    (StructType(WITH_ID.fields).add("x", SCHEMA), "feature 'x' is a struct<.*>, not a number"),
+    (StructType(WITH_ID.fields).add("x", ArrayType(DoubleType())), "'x' is a array<double>, not"),
+    (StructType(WITH_ID.fields).add("x", DecimalType()), r"'x' is a decimal\(10,0\), not a number"),
+    (StructType(WITH_ID.fields).add("x", VectorUDT()), "'x' is a vector, not a number"),
+    (StructType(WITH_ID.fields).add("id", DoubleType()), "the field of the id, 'id', is a feature"),
+    (StructType(WITH_ID.fields).add("ID", DoubleType()), "the field of the id, 'id', is a feature"),
+    (StructType(WITH_ID.fields).add("x", LongType()).add("X", LongType()), "named twice: X, x"),
+    (StructType(WITH_ID.fields).add("", DoubleType()), "a field has no name"),
+    (StructType(WITH_ID.fields).add("Prediction", DoubleType()), "'Prediction' has the name of a"),
+    *[
+        (StructType().add(name, LongType()).add("x", DoubleType()), f"the id '{name}' has the name")
+        for name in (
+            "key", "Offset", "TIMESTAMP", "topic", "reason", "prediction", "batch", "bad", "event",
+            "unused", "features", "event_time", "probability_0", "model_version",
+        )
+    ],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema, reason", UNUSABLE)
+def test_a_schema_that_cannot_be_used_is_refused_when_it_is_given(spark, schema, reason):
+    """An unusable schema is refused at once, in the same words wherever it is given."""
+    records = spark.createDataFrame([(b"{}",)], "value binary")
+    for use in (parse_events, to_columns, rows_to_events):
+        with pytest.raises(ValueError, match=reason):
+            use(records, schema)
+    if isinstance(schema, StructType):
+        with pytest.raises(ValueError, match=reason):
+            json_to_dataframe_row("{}", schema)
 
 
 @pytest.mark.parametrize("character", ["\x1b[2J", "\n", "\r", "\x7f", "\x9b", "\u202e", "\u2028"])
