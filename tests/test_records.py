@@ -381,24 +381,31 @@ def test_a_schema_of_ones_own(spark):
     assert json_to_dataframe_row(values[0], schema).switches == 3
 
 
-WITH_ID = StructType().add("id", LongType())
+
+
+def with_id(*fields):
+    """Return a schema of an id and some fields."""
+    fields = [StructField(*field) for field in (("id", LongType()), *fields)]
+    return StructType(fields)
+
+
 UNUSABLE = [
     ("id long, x double", "must be a StructType of the event's id and at least one feature"),
     (StructType(), "at least one feature, such as StructType"),
-    (WITH_ID, "at least one feature, such as StructType"),
+    (with_id(), "at least one feature, such as StructType"),
     (StructType().add("id", StringType()).add("x", DoubleType()), "'id', is a string: begin with"),
     (StructType().add("id", DoubleType()).add("x", DoubleType()), "'id', is a double: begin with"),
-    (StructType(WITH_ID.fields).add("x", BooleanType()), "feature 'x' is a boolean, not a number"),
-    (StructType(WITH_ID.fields).add("x", StringType()), "feature 'x' is a string, not a number"),
-    (StructType(WITH_ID.fields).add("x", SCHEMA), "feature 'x' is a struct<.*>, not a number"),
-    (StructType(WITH_ID.fields).add("x", ArrayType(DoubleType())), "'x' is a array<double>, not"),
-    (StructType(WITH_ID.fields).add("x", DecimalType()), r"'x' is a decimal\(10,0\), not a number"),
-    (StructType(WITH_ID.fields).add("x", VectorUDT()), "'x' is a vector, not a number"),
-    (StructType(WITH_ID.fields).add("id", DoubleType()), "the field of the id, 'id', is a feature"),
-    (StructType(WITH_ID.fields).add("ID", DoubleType()), "the field of the id, 'id', is a feature"),
-    (StructType(WITH_ID.fields).add("x", LongType()).add("X", LongType()), "named twice: X, x"),
-    (StructType(WITH_ID.fields).add("", DoubleType()), "a field has no name"),
-    (StructType(WITH_ID.fields).add("Prediction", DoubleType()), "'Prediction' has the name of a"),
+    (with_id(("x", BooleanType())), "feature 'x' is a boolean, not a number"),
+    (with_id(("x", StringType())), "feature 'x' is a string, not a number"),
+    (with_id(("x", SCHEMA)), "feature 'x' is a struct<.*>, not a number"),
+    (with_id(("x", ArrayType(DoubleType()))), "'x' is a array<double>, not"),
+    (with_id(("x", DecimalType())), r"'x' is a decimal\(10,0\), not a number"),
+    (with_id(("x", VectorUDT())), "'x' is a vector, not a number"),
+    (with_id(("id", DoubleType())), "the field of the id, 'id', is a feature"),
+    (with_id(("ID", DoubleType())), "the field of the id, 'id', is a feature"),
+    (with_id(("x", LongType()), ("X", LongType())), "named twice: X, x"),
+    (with_id(("", DoubleType())), "a field has no name"),
+    (with_id(("Prediction", DoubleType())), "'Prediction' has the name of a"),
     *[
         (StructType().add(name, LongType()).add("x", DoubleType()), f"the id '{name}' has the name")
         for name in (

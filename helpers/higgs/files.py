@@ -152,13 +152,14 @@ def _events(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame]:
 
 def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame]:
     """Return a file's columns, or why it can't be used, on a worker."""
-    columns, fault = None, None
-    try:
-        for events in _events(parts, path):
-            columns = list(events.columns)
-    except ValueError as error:
-        fault = str(error)
-    yield pd.DataFrame({"columns": [columns], "fault": [fault]})
+    for part in parts:  # the file's; other partitions have none
+        columns, fault = None, None
+        try:
+            for events in _events([part], path):
+                columns = list(events.columns)
+        except ValueError as error:
+            fault = str(error)
+        yield pd.DataFrame({"columns": [columns], "fault": [fault]})
 
 
 def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
