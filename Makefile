@@ -1,18 +1,18 @@
-# run    executes a notebook, by default the walkthrough; its parameters can be set in capitals:
+# run    executes a notebook, by default the walkthrough; set its parameters in capitals:
 #        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
-# test   runs all tests; the notebooks are among them. They run in up to three processes, as many as
-#        the free memory holds, each with 2.5 GB; make test WORKERS=1 sets the number
-# test-long  runs the tests that take longest: the same crash, many times; forty minutes
-# bench  measures how fast the walkthrough's stream is, against the processor's limit
+# test   runs all tests, including the notebooks, in up to three processes: as many as the free
+#        memory allows, at 2.5 GB each; make test WORKERS=1 sets the number
+# test-long  runs the longest tests, which repeat the same crash many times; two hours
+# bench  measures the throughput of the walkthrough's stream against the processor's limit
 # lab    opens the notebooks in JupyterLab
 # notebooks   executes all notebooks and stores their outputs in them
-# clean  removes what the others made
-# Each sets up first what it needs, once: see setup.sh.
+# clean  removes everything that the other targets created
+# Each target first installs what it needs, once: see setup.sh.
 
 NOTEBOOK = 1_walkthrough
 WORKERS = auto
 
-# What was typed on the command line, other than what is for make itself: the notebook's parameters.
+# The notebook's parameters: the variables on the command line, except those for make itself.
 typed = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 quoted = '$(subst ','\'',$(1))'
 parameters = $(foreach name,$(filter-out NOTEBOOK PYTHON,$(typed)),$(call quoted,$(name)=$($(name))))

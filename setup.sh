@@ -1,10 +1,11 @@
 #!/bin/sh
-# Makes .venv with all that the notebooks need. `make` calls it; a second call finds all done and
-# needs no network. PYTHON names the interpreter to use (3.11, 3.12 or 3.13).
+# Creates .venv with everything that the notebooks need. `make` calls this script; once .venv is
+# complete, a call does nothing and needs no network. PYTHON names the interpreter to use (3.11,
+# 3.12 or 3.13).
 set -eu
 cd "$(dirname "$0")"
 
-# What the environment is made from; when one of these changes, it is installed anew.
+# Its name depends on the files that define the environment; when one changes, .venv is rebuilt.
 stamp=.venv/.installed-$(cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
 
 fail() {
@@ -16,7 +17,8 @@ is_root_on_debian() {
     [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null
 }
 
-# install_packages WHAT DEBIAN FEDORA MACOS [OLDER_DEBIAN]: installs Debian's packages, or says how.
+# install_packages WHAT DEBIAN FEDORA MACOS [OLDER_DEBIAN]: installs packages as root on Debian;
+# elsewhere fails with a message that lists the commands.
 install_packages() {
     if is_root_on_debian; then
         export DEBIAN_FRONTEND=noninteractive
@@ -37,7 +39,7 @@ java_is_new_enough() {
     [ "${major:-0}" -ge 17 ]
 }
 
-# Prints the first interpreter of a fitting version.
+# Prints the first interpreter with a supported version.
 find_python() {
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -49,7 +51,7 @@ find_python() {
     return 1
 }
 
-# uv keeps what it has fetched in the home folder's cache; where that can't be written, in .venv.
+# uv caches downloads in the home folder; if that isn't writable, in .venv.
 choose_cache() {
     caches=${XDG_CACHE_HOME:-${HOME:+$HOME/.cache}}
     cache=${UV_CACHE_DIR:-${caches:-$PWD/.venv}/uv}
@@ -59,8 +61,8 @@ choose_cache() {
     export UV_CACHE_DIR="$cache"
 }
 
-# uv doesn't read pip's settings: a mirror that pip is told to use is handed on to it.
-hand_on_index() {
+# uv doesn't read pip's settings, so a mirror configured for pip is passed to it.
+pass_index() {
     for setting in :env:.index-url global.index-url; do
         index=$(.venv/bin/python -m pip config get "$setting" 2> /dev/null) || continue
         export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
@@ -87,22 +89,24 @@ python=$(find_python) || {
     install_packages "Python's venv" python3-venv python3 python@3.13
 }
 
-echo "making .venv with $("$python" --version) ..." >&2
+echo "creating .venv with $("$python" --version) ..." >&2
 "$python" -m venv --clear .venv
-# uv, in the version that requirements.txt names, installs the rest: it fetches in parallel, and what
-# was fetched once is linked into the next environment.
+# uv, in the version that requirements.txt names, installs the rest: it downloads in parallel, and
+# links cached packages into the next environment.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     "$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' requirements.txt)"
 choose_cache
-hand_on_index
+pass_index
 echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, a minute or more) ..." >&2
 .venv/bin/uv pip install --quiet --python .venv -r requirements.txt --editable .
-echo "fetching the jars of Kafka and of Spark's Kafka connector ..." >&2
-.venv/bin/python -c 'import sys; sys.tracebacklimit = 0
-from helpers import broker, spark
-broker.fetch(); spark.fetch()' &
+echo "fetching the jars of Kafka and of Spark's Kafka connector, and speeding up Spark's start ..." >&2
+{
+    .venv/bin/python -c 'import sys; sys.tracebacklimit = 0
+from helpers import broker
+broker.fetch()' && .venv/bin/python -m helpers.spark
+} &
 jars=$!
-# Meanwhile TensorFlow's files are compiled, by importing it: the first run would take 10 s longer.
-.venv/bin/python -c 'import keras'
+# Meanwhile this import compiles TensorFlow's Python files, which saves the first run 10 s.
+.venv/bin/python -c 'import helpers, keras'
 wait "$jars"
 touch "$stamp"

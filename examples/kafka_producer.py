@@ -41,12 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helper
 
 from helpers.broker import python_settings
 from helpers.higgs import EVENT_ID, FEATURES, generate_events, read_events
-from helpers.kafka_settings import check_address, config_option
+from helpers.kafka_settings import ANSWER_SECONDS, check_address, config_option
 
 CODECS = ("none", "gzip", "lz4", "snappy", "zstd")
 FIRST_EVENT_ID = 100_000  # as in the challenge's file
 CHUNK = 10_000  # events that are generated or encoded at a time, to limit memory
-CONNECT_SECONDS = 10
 DELIVERY_SECONDS = 30
 LOOP_DELIVERY_SECONDS = 600  # an endless producer waits for its broker
 STALLED_SECONDS = 2  # how late outcomes may be
@@ -227,17 +226,17 @@ def connect(options: argparse.Namespace) -> KafkaProducer:
         # Large batches raise the throughput from 13,000 to 37,000 events/s.
         "batch_size": 2**20,
         "linger_ms": 200,
-        "max_block_ms": CONNECT_SECONDS * 1000,
+        "max_block_ms": ANSWER_SECONDS * 1000,
         "request_timeout_ms": DELIVERY_SECONDS * 1000 // 2,
         "delivery_timeout_ms": 1000 * (LOOP_DELIVERY_SECONDS if options.loop else DELIVERY_SECONDS),
         "reconnect_backoff_max_ms": 1000,
-        "bootstrap_timeout_ms": CONNECT_SECONDS * 1000,
+        "bootstrap_timeout_ms": ANSWER_SECONDS * 1000,
     }
     try:
         return KafkaProducer(**{**defaults, **python_settings(given, KafkaProducer)})
     except (KafkaTimeoutError, KafkaConnectionError) as error:
         raise ProducerError(
-            f"no Kafka broker answers at {servers} within {CONNECT_SECONDS} s: check the "
+            f"no Kafka broker answers at {servers} within {ANSWER_SECONDS} s: check the "
             "address, or start one with `python -m helpers.broker`."
         ) from error
     except KafkaConfigurationError as error:

@@ -374,14 +374,17 @@ def repair_function(text: str) -> Repair:
     Raises
     ------
     argparse.ArgumentTypeError
-        If the file doesn't exist or has no such function.
+        If the file doesn't exist, can't be loaded, or has no such function.
     """
     file, _, name = text.rpartition(":")
     if not Path(file).is_file():
         raise argparse.ArgumentTypeError(f"{text}: give a file and a function, as file.py:function")
     spec = importlib.util.spec_from_file_location("repair", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f"{file} can't be loaded: {error!r}") from None
     if not callable(getattr(module, name, None)):
         raise argparse.ArgumentTypeError(f"{file} has no function {name!r}")
     return getattr(module, name)

@@ -30,7 +30,7 @@ from helpers.records import parse_events
 from helpers.scoring import Score, score_stream
 from helpers.serving import ModelFile
 from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError, prepare_dead_letters
-from helpers.spark import JarsError, SessionError, get_spark
+from helpers.spark import JarsError, SessionError, full_path, get_spark
 from helpers.streaming import (
     KafkaQuery,
     KafkaUtils,
@@ -186,6 +186,7 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
     spark = get_spark("Streaming job", config=rate)
     stop_at_signals(stopping)  # again, because PySpark installs its own handler for Ctrl-C
     try:
+        full_path(spark, options.output)  # refuses at once what Spark has no file system for
         settings = kafka_settings(options)
         if options.on_bad_record == "dead-letter":
             prepare_dead_letters(spark, [options.topic], settings)

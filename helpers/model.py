@@ -1,15 +1,21 @@
 """The network of the walkthrough: build it, send it to workers as bytes, and call it.
 
-The functions import Keras when they are called: it takes ten seconds, and a program that only
-parses its options does not need it.
+`servable_model` decides which Keras models can be sent and called, on the driver, before any job
+runs; `scoring_function` calls them. The functions import Keras when they are called: it takes ten
+seconds, and a program that only parses its options does not need it.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+import re
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,6 +29,11 @@ CLASS_COUNT = 2
 # With random weights, the fraction of events that the network assigns to class 0 is arbitrary,
 # anything from none to all. With this seed it is about half, so there is something to see.
 SEED = 39
+
+# Layers at the end of a network that keep a probability what it is.
+_UNCHANGING = ("Dropout", "Flatten", "Identity", "Reshape")
+
+_REGISTRY = threading.Lock()  # held while the classes that are registered with Keras are hidden
 
 
 def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.Model:
@@ -127,6 +138,201 @@ def model_from_bytes(content: bytes) -> keras.Model:
         return keras.saving.load_model(path, compile=False)
 
 
+def model_on_worker(content: bytes) -> keras.Model:
+    """Return the model in bytes as a worker loads it: with the classes of Keras alone.
+
+    Classes and functions that were registered with Keras in this process are hidden meanwhile,
+    because a worker has none of them.
+
+    Parameters
+    ----------
+    content : bytes
+        What `model_to_bytes` returned.
+
+    Raises
+    ------
+    UnservableModelError
+        If the model has classes or functions that are not part of Keras.
+
+    Examples
+    --------
+    >>> model_on_worker(model_to_bytes(build_model())).name
+    'higgs'
+    """
+    import keras
+
+    registered = keras.saving.get_custom_objects()
+    with _REGISTRY:
+        hidden = dict(registered)
+        registered.clear()
+        try:
+            # Keras' scopes of custom objects, and of loading code, belong to a thread.
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(model_from_bytes, content).result()
+        except Exception as error:  # Keras may raise anything for a class that it doesn't know
+            raise _needs_code(error) from None
+        finally:
+            registered.update(hidden)
+
+
+class UnservableModelError(ValueError):
+    """Workers can't load the model, or can't score events with it; the message has the remedy."""
+
+
+class Interface(NamedTuple):
+    """What a network takes and returns for one event.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        The shape of the input. One of the sizes may be None: any size.
+    dtype : str
+        The type of the input.
+    outputs : int
+        How many numbers the network returns. A single one is the probability of class 1.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: str
+    outputs: int
+
+    @property
+    def features(self) -> int | None:
+        """The number of features; None if the network takes different numbers of them."""
+        return None if None in self.shape else math.prod(self.shape)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return max(self.outputs, 2)
+
+    def event_shape(self, features: int) -> tuple[int, ...]:
+        """Return the shape of an event's features, which `numpy.reshape` arranges.
+
+        Parameters
+        ----------
+        features : int
+            The number of features.
+
+        Raises
+        ------
+        ValueError
+            If the network doesn't take so many features.
+
+        Examples
+        --------
+        >>> Interface((None, 5, 1), "float32", outputs=2).event_shape(30)
+        (6, 5, 1)
+        """
+        known = math.prod(size for size in self.shape if size is not None)
+        if None in self.shape:
+            fits, takes = features % known == 0, f"a multiple of {known}"
+        else:
+            fits, takes = features == known, known
+        if not fits:
+            raise ValueError(f"the model takes {takes} features, but a row has {features}.")
+        return tuple(features // known if size is None else size for size in self.shape)
+
+
+def interface_of(model: keras.Model) -> Interface:
+    """Return what a model takes and returns for one event.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A model with one input, of numbers, and one output: a number per class, or the probability
+        of class 1 from a sigmoid.
+
+    Raises
+    ------
+    UnservableModelError
+        If the model has other inputs or outputs.
+
+    Examples
+    --------
+    >>> interface_of(build_model())
+    Interface(shape=(30,), dtype='float32', outputs=2)
+    """
+    fault = _fault(model)
+    if fault:
+        raise _refusal(fault)
+    (given,), (found,) = model.inputs, model.outputs
+    return Interface(tuple(given.shape[1:]), given.dtype, found.shape[1])
+
+
+class ServableModel(NamedTuple):
+    """A model that workers can load and call.
+
+    Attributes
+    ----------
+    content : bytes
+        The model, for `model_from_bytes`.
+    interface : Interface
+        What it takes and returns for one event.
+    """
+
+    content: bytes
+    interface: Interface
+
+
+def servable_model(model: keras.Model) -> ServableModel:
+    """Return a model ready to be sent to workers, or say why they couldn't use it.
+
+    It is loaded here as a worker loads it, and scores three events. A model of a class that isn't
+    part of Keras is sent as the functional model of the layers that its `call` uses.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A model as `interface_of` describes it, of layers and functions that are part of Keras.
+
+    Raises
+    ------
+    UnservableModelError
+        If the workers can't load or call the model; the message says what to change.
+
+    Examples
+    --------
+    >>> import keras
+    >>> servable_model(keras.Sequential([keras.Input((30,)), keras.layers.Dense(1)]))
+    Traceback (most recent call last):
+    ...
+    helpers.model.UnservableModelError: this model can't be served: its only output is not a
+    probability: end it with a sigmoid, or with a softmax over the classes.
+    """
+    content, network = worker_copy(model)
+    interface = interface_of(network)
+    _try(network, interface)
+    return ServableModel(content, interface)
+
+
+def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
+    """Return a model as bytes, and as the model that workers load from them.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A model as `servable_model` takes it.
+
+    Raises
+    ------
+    UnservableModelError
+        If the workers can't load the model.
+
+    Examples
+    --------
+    >>> worker_copy(build_model())[1].name
+    'higgs'
+    """
+    network = _functional(model)
+    interface_of(network)
+    try:
+        content = model_to_bytes(network)
+    except Exception as error:  # a layer's configuration may raise anything
+        raise _needs_code(error) from None
+    return content, model_on_worker(content)
+
+
 def compiled_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     """Return a model's fastest prediction function, compiled once for all batch sizes.
 
@@ -136,25 +342,226 @@ def compiled_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     Parameters
     ----------
     model : keras.Model
-        A model with one input of shape (features,) and one output of shape (classes,).
+        A model with one input and one output.
 
     Returns
     -------
     callable
-        Takes float32 of shape (events, features), returns float32 of shape (events, classes).
+        Takes events in the shape and type of the model's input, returns the model's output.
 
     Examples
     --------
     >>> compiled_predict(build_model())(np.zeros((3, 30), dtype="float32")).shape
     (3, 2)
     """
+    import keras
     import tensorflow
 
-    signature = tensorflow.TensorSpec([None, *model.input_shape[1:]], tensorflow.float32)
+    (given,) = model.inputs
+    signature = tensorflow.TensorSpec([None, *given.shape[1:]], given.dtype)
     # AutoGraph rewrites Python control flow; there is none here, and it leaves files behind.
     graph = tensorflow.function(
-        lambda features: model(features, training=False),
+        lambda features: keras.tree.flatten(model(features, training=False))[0],
         input_signature=[signature],
         autograph=False,
+    ).get_concrete_function()
+    return lambda features: graph(tensorflow.constant(features)).numpy()
+
+
+def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from events' features to the values of their classes.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A model as `interface_of` describes it.
+
+    Returns
+    -------
+    callable
+        Takes float64 of shape (events, features), which are converted to the type of the model's
+        input. Returns float64 of shape (events, classes): the model's output, or [1 - p, p] if that
+        is a single probability p. Where the input is of integers, and a feature is not one of them,
+        the event's values are NaN.
+
+    Examples
+    --------
+    >>> scoring_function(build_model())(np.zeros((3, 30))).sum(axis=1).round(6).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    import tensorflow
+
+    interface, predict = interface_of(model), compiled_predict(model)
+    dtype = tensorflow.as_dtype(interface.dtype)
+
+    def score(features: np.ndarray) -> np.ndarray:
+        if not len(features):  # a network that takes any number of features can fail on none
+            return np.empty((0, interface.classes))
+        shape = (len(features), *interface.event_shape(features.shape[1]))
+        with np.errstate(invalid="ignore", over="ignore"):  # what doesn't fit is found below
+            typed = features.astype(dtype.as_numpy_dtype)
+        unfit = np.zeros(len(features), bool)
+        if not dtype.is_floating:
+            unfit = (typed != features).any(axis=1)
+            typed[unfit] = 0  # a model could fail on others, such as an embedding's numbers
+        values = predict(typed.reshape(shape)).astype("float64")
+        if values.shape != (len(features), interface.outputs):
+            raise _refusal(
+                f"it returns an array of shape {values.shape} for {len(features)} events: make it "
+                "return one row per event"
+            )
+        if interface.outputs == 1:
+            values = np.hstack([1 - values, values])
+        values[unfit] = np.nan
+        return values
+
+    return score
+
+
+def _fault(model: keras.Model) -> str | None:
+    """Return what is wrong with a model's inputs or outputs, and the remedy; None if nothing is."""
+    import keras
+
+    if not isinstance(model, keras.Model):
+        return f"it is a {type(model).__name__}, not a keras.Model: load or build one"
+    try:
+        inputs, outputs = model.inputs, model.outputs
+    except AttributeError:
+        return (
+            "it isn't built for one tensor of features: begin it with keras.Input, or call it on "
+            "some events"
+        )
+    if len(inputs) != 1:
+        return (
+            f"it has {len(inputs)} inputs: give it a single keras.Input for all features, and "
+            "split that inside"
+        )
+    if len(outputs) != 1:
+        return (
+            f"it has {len(outputs)} outputs: choose one, as in "
+            "keras.Model(model.inputs, model.outputs[0])"
+        )
+    return _input_fault(inputs[0]) or _output_fault(outputs[0])
+
+
+def _input_fault(tensor: keras.KerasTensor) -> str | None:
+    """Return what is wrong with a model's input, and the remedy."""
+    if not _is_numeric(tensor.dtype):
+        return f"its input is of type {tensor.dtype}: encode texts as numbers before Spark reads it"
+    if tensor.shape[1:].count(None) > 1:
+        return (
+            f"its input has the shape {tensor.shape}: fix all sizes but one in keras.Input, so "
+            "that a list of features has one arrangement"
+        )
+    return None
+
+
+def _output_fault(tensor: keras.KerasTensor) -> str | None:
+    """Return what is wrong with a model's output, and the remedy."""
+    if not _is_numeric(tensor.dtype):
+        return f"its output is of type {tensor.dtype}: let it return a number per class"
+    if len(tensor.shape) != 2 or not tensor.shape[1]:
+        return (
+            f"its output has the shape {tensor.shape}, not (None, classes): end it with a layer "
+            "that makes one row of an event, such as keras.layers.Flatten and Dense, or an LSTM "
+            "without return_sequences"
+        )
+    if tensor.shape[1] == 1 and not _is_probability(tensor):
+        return (
+            "its only output is not a probability: end it with a sigmoid, or with a softmax over "
+            "the classes"
+        )
+    return None
+
+
+def _is_numeric(dtype: str) -> bool:
+    """Return whether a type of Keras holds real numbers."""
+    import keras
+
+    return keras.backend.is_float_dtype(dtype) or keras.backend.is_int_dtype(dtype) or (
+        dtype == "bool"
     )
-    return lambda features: graph(features).numpy()
+
+
+def _is_probability(tensor: keras.KerasTensor) -> bool:
+    """Return whether a tensor is the output of a sigmoid."""
+    import keras
+
+    operation = tensor._keras_history.operation
+    if isinstance(operation, keras.Model):
+        return _is_probability(operation.outputs[0])
+    function = getattr(operation, "activation", None)
+    name = getattr(function, "__name__", type(operation).__name__)
+    passes_on = isinstance(operation, keras.layers.Activation) and name == "linear"
+    if passes_on or name in _UNCHANGING:
+        return _is_probability(operation.input)
+    return name.lower() in ("sigmoid", "hard_sigmoid")
+
+
+def _functional(model: keras.Model) -> keras.Model:
+    """Return a model of a class of Keras: for a subclass, the model of the layers that it calls."""
+    import keras
+
+    is_subclass = not type(model).__module__.startswith("keras.")
+    if not (isinstance(model, keras.Model) and is_subclass):
+        return model
+    known = getattr(model, "inputs", None)
+    if known:
+        shapes, dtype = [tensor.shape for tensor in known], known[0].dtype
+    else:
+        shapes, dtype = [(model.get_build_config() or {}).get("input_shape")], model.input_dtype
+    if len(shapes) != 1 or not _is_shape(shapes[0]):
+        return model  # it is not built, or has several inputs
+    inputs = keras.Input(shapes[0][1:], dtype=dtype)
+    takes_training = "training" in inspect.signature(model.call).parameters
+    try:
+        outputs = model.call(inputs, **({"training": False} if takes_training else {}))
+        return keras.Model(inputs, outputs, name=model.name)
+    except Exception as error:  # the method is somebody else's
+        raise _needs_code(error) from None
+
+
+def _is_shape(shape: object) -> bool:
+    """Return whether Keras' note of what a model was called on is the shape of a single tensor."""
+    return isinstance(shape, tuple) and all(isinstance(size, int | None) for size in shape)
+
+
+def _try(network: keras.Model, interface: Interface) -> None:
+    """Raise `UnservableModelError` unless a network scores three events."""
+    try:
+        score = scoring_function(network)
+        if interface.features:  # otherwise, nobody knows how many of them the network needs
+            numbers = np.linspace(0, 1, 3 * interface.features, endpoint=False)
+            score(numbers.reshape(3, -1))
+    except UnservableModelError:
+        raise
+    except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
+        raise _refusal(
+            f"Keras can't call it on three events, because {_first_line(error)}: let it take any "
+            "number of events"
+        ) from None
+
+
+def _needs_code(error: Exception) -> UnservableModelError:
+    """Return the error for a model that Keras can't restore without code."""
+    text = str(error)
+    unknown = re.search(r"Could not locate (\w+ '[^']+')", text)
+    if unknown:
+        cause = f"the {unknown[1]} is not part of Keras"
+    elif "lambda" in text.lower():
+        cause = "it has a Python lambda"
+    else:
+        cause = f"Keras can't copy it ({_first_line(error)})"
+    return _refusal(
+        f"{cause}: build it from keras.layers and keras.ops, because workers get no other code"
+    )
+
+
+def _refusal(fault: str) -> UnservableModelError:
+    """Return the error for a model that can't be served."""
+    return UnservableModelError(f"this model can't be served: {fault}.")
+
+
+def _first_line(error: Exception) -> str:
+    """Return the beginning of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -6,11 +6,15 @@ A good record
 - has no duplicate names, and no number beyond the range of 64-bit floats;
 - has ``EventId`` as a 64-bit integer (100000, not 100000.0 or "100000");
 - has each of the 30 features as a number within the range of 32-bit floats; where the schema has an
-  integer (``PRI_jet_num``), the number is whole and fits (2 or 2.0, not 2.5).
+  integer (``PRI_jet_num``), the number is whole and fits (2 or 2.0, not 2.5). A feature of 64-bit
+  integers fits between -2**53 and 2**53, because features travel as 64-bit floats, which can't tell
+  all larger integers apart.
 
 Other fields are ignored. Every other record is bad: it is not scored, and does not stop the stream.
-`parse_events` gives the reason, and `keep_bad_records` keeps the record with its topic, partition
-and offset. `json_to_dataframe_row` parses a single record and rejects the same ones.
+So is a record for whose features the network has no finite prediction. `parse_events` and then
+`helpers.transformers.ModelPredictor` give the reason, and `keep_bad_records` keeps the record with
+its topic, partition and offset. `json_to_dataframe_row` parses a single record and rejects the same
+ones as `parse_events`.
 
 For your own events, pass another schema: the first column is the integer that identifies an event,
 the others are its features, all of them numbers. `check_schema` says which schemas can't be used.
@@ -24,7 +28,7 @@ import operator
 import struct
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +61,7 @@ _NUMBERS = frozenset((int, float))  # not bool, which Python treats as an int
 _LARGEST = float(np.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _FLOATS = ("float", "double")
+_EXACT = 2**53  # up to here, a 64-bit float holds every integer
 _QUOTED = 40  # maximum number of characters that a reason quotes from a bad record
 # Limits on the number and length of the unused field names that an Arrow batch reports to the
 # driver, because they come from outside.
@@ -182,7 +187,7 @@ def json_to_dataframe_row(text: str | bytes, schema: StructType = SCHEMA) -> Row
     Returns
     -------
     pyspark.sql.Row
-        Integers where the schema has integers, floats elsewhere.
+        Integers where the schema has integers, floats elsewhere: the numbers of `to_columns`.
 
     Raises
     ------
@@ -398,15 +403,15 @@ def list_array(rows: np.ndarray, missing: np.ndarray) -> pyarrow.ListArray:
     return pyarrow.ListArray.from_arrays(offsets, np.ascontiguousarray(rows).ravel(), mask=mask)
 
 
-def matrix_of(lists: pyarrow.ListArray, width: int) -> np.ndarray:
+def matrix_of(lists: pyarrow.ListArray, width: int | None) -> np.ndarray:
     """Return the lists that are not null as the rows of a matrix.
 
     Parameters
     ----------
     lists : pyarrow.ListArray
         Lists of numbers.
-    width : int
-        Required length of each list.
+    width : int or None
+        Required length of each list; None for that of the first one.
 
     Returns
     -------
@@ -424,10 +429,12 @@ def matrix_of(lists: pyarrow.ListArray, width: int) -> np.ndarray:
     array([[1., 2.]])
     """
     lengths = lists.drop_null().value_lengths().to_numpy()
+    if width is None:
+        width = int(lengths[0]) if len(lengths) else 0
     if (lengths != width).any():
         wrong = lengths[lengths != width][0]
         raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
-    return lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lengths), width)
 
 
 def vector_entries(vector: Column) -> Column:
@@ -486,14 +493,44 @@ class _Event(NamedTuple):
     unused: list[str]
 
 
+class _Integers(NamedTuple):
+    """The integers that a field may have."""
+
+    lowest: int
+    highest: int
+    words: str
+
+    def hold(self, number: float) -> bool:
+        """Return whether a number is one of them."""
+        return number % 1 == 0 and self.lowest <= number <= self.highest
+
+
+def _integers(field: StructField, is_id: bool) -> _Integers | None:
+    """Return the integers that a field of a schema may have; None if it may have fractions."""
+    bits = _INTEGER_BITS.get(field.dataType.typeName())
+    if bits is None:
+        return None
+    if bits == 64 and not is_id:
+        return _Integers(-_EXACT, _EXACT, "between -2**53 and 2**53")
+    return _Integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, f"of {bits} bits")
+
+
+def _kind(field: StructField) -> Callable[[float], float]:
+    """Return the function that makes a number what a row of the schema has."""
+    if field.dataType.typeName() == "float":
+        return lambda number: float(np.float32(number))
+    return int if field.dataType.typeName() in _INTEGER_BITS else float
+
+
 class _Parser:
     """Parses the records of one schema; `event` decides which are good."""
 
     def __init__(self, schema: StructType) -> None:
         self._names = schema.names
-        bits = [_INTEGER_BITS.get(field.dataType.typeName()) for field in schema]
-        self._bits = dict(zip(schema.names, bits, strict=True))
-        self._whole_numbers = [(i, b) for i, b in enumerate(bits) if b]
+        integers = [_integers(field, is_id=not place) for place, field in enumerate(schema)]
+        self._integers = dict(zip(schema.names, integers, strict=True))
+        self._whole_numbers = [(place, kind) for place, kind in enumerate(integers) if kind]
+        self._kinds = [_kind(field) for field in schema]
         self._row = Row(*schema.names)
         self._numbers_of = operator.itemgetter(*schema.names)
         # The id as an integer, because a float has only 53 bits for it; the features as floats.
@@ -501,9 +538,8 @@ class _Parser:
 
     def row(self, value: bytes) -> Row:
         """Return a record's event as a row, or raise `BadRecordError`."""
-        numbers = self.event(value).numbers
-        kinds = [int if bits else float for bits in self._bits.values()]
-        return self._row(*(kind(number) for kind, number in zip(kinds, numbers, strict=True)))
+        numbers = zip(self._kinds, self.event(value).numbers, strict=True)
+        return self._row(*(kind(number) for kind, number in numbers))
 
     def event(self, value: bytes | None) -> _Event:
         """Return a record's event, or raise `BadRecordError` with the first reason found."""
@@ -513,17 +549,16 @@ class _Parser:
                 raise BadRecordError(f"{name} is missing")
             if type(event[name]) not in _NUMBERS:
                 raise BadRecordError(f"{name} is {_quoted(event[name])}, not a number")
-            if self._bits[name] and not _is_whole(event[name], self._bits[name]):
-                raise BadRecordError(
-                    f"{name} is {event[name]}, not an integer of {self._bits[name]} bits"
-                )
+            integers = self._integers[name]
+            if integers and not integers.hold(event[name]):
+                raise BadRecordError(f"{name} is {event[name]}, not an integer {integers.words}")
         event_id = event[self._names[0]]
         if type(event_id) is not int:
             raise BadRecordError(f"{self._names[0]} is {event_id}, not an integer")
         for name in self._names[1:]:
             if abs(event[name]) > _LARGEST:
                 raise BadRecordError(f"{name} is {event[name]}, too large for a 32-bit float")
-        return _Event(self._numbers_of(event), sorted(event.keys() - self._bits.keys()))
+        return _Event(self._numbers_of(event), sorted(event.keys() - self._integers.keys()))
 
     def events(self, values: pyarrow.BinaryArray) -> pyarrow.StructArray:
         """Return the events of an Arrow batch, as `parse_events` describes them."""
@@ -570,8 +605,8 @@ class _Parser:
             return None
         if not _NUMBERS.issuperset(map(type, numbers)) or type(numbers[0]) is not int:
             return None
-        for index, bits in self._whole_numbers:
-            if not _is_whole(numbers[index], bits):
+        for place, integers in self._whole_numbers:
+            if not integers.hold(numbers[place]):
                 return None
         return numbers
 
@@ -637,12 +672,6 @@ def _check_names_differ(value: bytes) -> None:
         if name in seen:
             raise BadRecordError(f"{_quoted(name)} comes twice")
         seen.add(name)
-
-
-def _is_whole(number: float, bits: int) -> bool:
-    """Return whether a number is whole and fits an integer of `bits` bits."""
-    limit = 2 ** (bits - 1)
-    return number % 1 == 0 and -limit <= number < limit
 
 
 def _quoted(value: object) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 from pyspark import SparkContext
 from pyspark.broadcast import Broadcast
 from pyspark.ml import Transformer
@@ -39,7 +40,14 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from helpers.model import compiled_predict, model_from_bytes, model_to_bytes
+from helpers.model import (
+    Interface,
+    ServableModel,
+    interface_of,
+    model_from_bytes,
+    scoring_function,
+    servable_model,
+)
 from helpers.records import list_array, matrix_of, named, vector_entries
 from helpers.spark import exact_path, exact_reader
 
@@ -47,6 +55,8 @@ if TYPE_CHECKING:
     import keras
 
 _SCORES = ArrayType(DoubleType())
+
+NO_PREDICTION = "the model has no finite prediction for its features"
 
 Network = TypeVar("Network")
 
@@ -81,18 +91,35 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     Parameters
     ----------
     keras_model : keras.Model
-        The model, with one input of shape (features,) and one output of shape (classes,).
+        The model: functional, sequential, or a subclass whose `call` uses Keras' layers. It has one
+        input and one output. An input of several dimensions, such as (6, 5, 1), takes a list of
+        30 features as `numpy.reshape` arranges it; one dimension may be None. Features are
+        converted to the type of the input. The output is a number per class, or the probability of
+        class 1 from a sigmoid.
     features_col : str
         A column of events from `helpers.records.parse_events` with as many features as the model
         has inputs, or a vector column with as many entries. In an event, the prediction replaces
         the features, so that neither crosses from Python to Java and back. A bad record's output is
         null.
     output_col : str
-        The name of the new column, a vector with one entry per class.
+        The name of the new column, a vector with one entry per class: the model's output, or
+        [1 - p, p] if that is a single probability p.
     feature_names : sequence of str, optional
         The names of the model's inputs, in order, as in a serving model's contract. If given, the
         table has a column of each name, in any order, and `features_col` may only be a column of
         events; events parsed with other features, or in another order, are rejected.
+
+    Raises
+    ------
+    helpers.model.UnservableModelError
+        If workers can't load the model or can't score events with it; the message says what to
+        change. `helpers.model.servable_model` describes the rules.
+
+    Notes
+    -----
+    A prediction with a NaN or an infinite value is no prediction. In a column of events, it makes
+    the record a bad one, with the reason; otherwise the output is null. The same holds for a
+    feature such as 2.5, or 3e9, where the model's input is of 32-bit integers.
 
     Examples
     --------
@@ -118,7 +145,9 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         self._set(
             featuresCol=features_col, outputCol=output_col, featureNames=list(feature_names)
         )
-        self._model_bytes = None if keras_model is None else model_to_bytes(keras_model)
+        self._model = None if keras_model is None else servable_model(keras_model)
+        if self._model and feature_names:
+            self._model.interface.event_shape(len(feature_names))
 
     def predict(self, dataset: DataFrame) -> DataFrame:
         """Return `transform(dataset)`, under the name that Distributed Keras used."""
@@ -134,30 +163,25 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         return _ModelPredictorReader(cls)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        context, model = dataset.sparkSession.sparkContext, self._checked_model_bytes()
+        context, (model, interface) = dataset.sparkSession.sparkContext, self._checked_model()
         name, output = self.getFeaturesCol(), self.getOutputCol()
         names = self.getOrDefault(self.featureNames)
-        has_events = name in dataset.columns and _holds_events(dataset.schema[name].dataType)
-        if names and not has_events:
-            scores = _network_function(context, model, _SCORES)(_array_of(dataset, names))
-            return _with_vector(dataset.withColumn(output, scores), output)
-        features_type = _column_type(dataset, name)
-        if not has_events:
-            _check_vector_column(dataset, name)
-            features = F.coalesce(vector_entries(named(name)), _no_features(name))
-            scores = _network_function(context, model, _SCORES)(features)
-            return dataset.withColumn(output, array_to_vector(scores))
-        if names:
-            _check_features(dataset, name, names)
-        scored_type = _with_output(features_type, output)
-        event = _network_function(context, model, scored_type)(named(name))
-        scored = dataset.withColumn(name, event)
-        return _with_vector(scored.withColumn(output, named(name)[output]), output)
+        if name in dataset.columns and _holds_events(dataset.schema[name].dataType):
+            if names:
+                _check_features(dataset, name, names)
+            _check_width(dataset, name, interface)
+            scored_type = _with_output(dataset.schema[name].dataType, output)
+            event = _network_function(context, model, scored_type)(named(name))
+            scored, scores = dataset.withColumn(name, event), named(name)[output]
+        else:
+            features = _array_of(dataset, names) if names else _entries(dataset, name, interface)
+            scored, scores = dataset, _network_function(context, model, _SCORES)(features)
+        return _with_vector(scored.withColumn(output, scores), output, interface.classes)
 
-    def _checked_model_bytes(self) -> bytes:
-        if self._model_bytes is None:
+    def _checked_model(self) -> ServableModel:
+        if self._model is None:
             raise ValueError("this ModelPredictor has no model: give it one as keras_model=.")
-        return self._model_bytes
+        return self._model
 
 
 class _ModelPredictorWriter(_ExactWriter):
@@ -165,7 +189,7 @@ class _ModelPredictorWriter(_ExactWriter):
 
     def saveImpl(self, path: str) -> None:  # noqa: N802 (Spark's name)
         """Save the stage; Spark calls this."""
-        model = [(bytearray(self.instance._checked_model_bytes()),)]
+        model = [(bytearray(self.instance._checked_model().content),)]
         super().saveImpl(path)
         schema = StructType().add("model", BinaryType())
         table = self.sparkSession.createDataFrame(model, schema).coalesce(1)
@@ -180,7 +204,7 @@ class _ModelPredictorReader(_ExactReader):
         predictor = super().load(path)
         folder = f"{exact_path(self.sparkSession, path)}/model"
         saved = exact_reader(self.sparkSession).parquet(folder).first()
-        predictor._model_bytes = bytes(saved.model)
+        predictor._model = servable_model(model_from_bytes(bytes(saved.model)))
         return predictor
 
 
@@ -188,14 +212,16 @@ class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, 
     """Add the index of the class chosen from a prediction.
 
     The first class whose value reaches `activation_threshold` is chosen; otherwise the class with
-    the largest value above 0; otherwise `default_index`. Spark computes the index without Python.
+    the largest value above 0; otherwise `default_index`. These rules are for probabilities: end a
+    network that returns logits with a softmax. Spark computes the index without Python.
 
     Parameters
     ----------
     output_dim : int
-        The number of classes: how many entries of the prediction are considered.
+        The number of classes. Predictions with another number of entries are rejected: before any
+        job runs if the column's metadata has the number, as that of a `ModelPredictor` does.
     input_col : str
-        The prediction, a vector column.
+        The prediction, a vector column. Where it is null, so is the index.
     output_col : str
         The name of the new column. It is a double, as Spark ML's evaluators expect.
     default_index : int
@@ -250,23 +276,29 @@ class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, 
         return _ExactReader(cls)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        _check_vector_column(dataset, self.getInputCol())
-        return dataset.withColumn(self.getOutputCol(), self._index(named(self.getInputCol())))
+        name, classes = self.getInputCol(), self.getOrDefault(self.outputDim)
+        _check_vector_column(dataset, name)
+        found = _width_in_metadata(dataset, name)
+        if found not in (None, classes):
+            raise ValueError(_wrong_output_dim(found, classes))
+        return dataset.withColumn(self.getOutputCol(), self._index(named(name)))
 
     def _index(self, prediction: Column) -> Column:
         """Return the chosen index, as an expression on a vector column."""
         entries = vector_entries(prediction)
-        indices = range(self.getOrDefault(self.outputDim))
+        classes = self.getOrDefault(self.outputDim)
         # Spark treats NaN as larger than any number; a NaN must not be chosen.
         nothing = F.lit(float("-inf"))
-        values = [F.nanvl(F.get(entries, i), nothing) for i in indices]
+        values = [F.nanvl(F.get(entries, index), nothing) for index in range(classes)]
         largest = F.array_max(F.array(*values))
         threshold = self.getOrDefault(self.activationThreshold)
         default = self.getOrDefault(self.defaultIndex)
+        wrong = F.raise_error(F.format_string(_wrong_output_dim("%d", classes), F.size(entries)))
         # CASE WHEN takes the first condition that is true, as the rules require.
-        rules = [(value >= threshold, index) for index, value in zip(indices, values, strict=True)]
+        rules = [(F.size(entries) != classes, wrong)]
+        rules += [(value >= threshold, index) for index, value in enumerate(values)]
         rules += [(largest <= 0, default)]
-        rules += [(value == largest, index) for index, value in zip(indices, values, strict=True)]
+        rules += [(value == largest, index) for index, value in enumerate(values)]
         choice = functools.reduce(lambda case, rule: case.when(*rule), rules, F)
         return choice.cast("double")
 
@@ -296,8 +328,8 @@ def _network_function(
 class _Loaded(NamedTuple):
     """A network in a worker's memory."""
 
-    predict: Callable[[np.ndarray], np.ndarray]
-    width: int
+    score: Callable[[np.ndarray], np.ndarray]
+    width: int | None  # the number of features; None: any
 
 
 # On a worker: the most recently used networks, by the digest of their bytes or by the name of the
@@ -334,19 +366,29 @@ def kept_network(name: str, make: Callable[[], Network]) -> Network:
 def _predict_events(
     events: pyarrow.StructArray, names: list[str], digest: str, model: Broadcast[bytes]
 ) -> pyarrow.StructArray:
-    """Replace the events' features by predictions, on a worker."""
+    """Replace the events' features by predictions, on a worker; without one, a record is bad."""
     predictions = _predict_lists(events.field("features"), digest, model)
-    return _replace_features(events, predictions, names)
+    arrays = {field.name: events.field(place) for place, field in enumerate(events.type)}
+    arrays["features"] = predictions
+    bad = pyarrow.compute.and_(predictions.is_null(), arrays["reason"].is_null())
+    if pyarrow.compute.any(bad).as_py():
+        arrays["reason"] = pyarrow.compute.if_else(bad, NO_PREDICTION, arrays["reason"])
+        event_id = next(iter(arrays))
+        nothing = pyarrow.scalar(None, arrays[event_id].type)
+        arrays[event_id] = pyarrow.compute.if_else(bad, nothing, arrays[event_id])
+    return pyarrow.StructArray.from_arrays(list(arrays.values()), names)
 
 
 def _predict_lists(
     features: pyarrow.ListArray, digest: str, model: Broadcast[bytes]
 ) -> pyarrow.ListArray:
-    """Run the network on an Arrow batch, on a worker; null stays null."""
+    """Run the network on an Arrow batch, on a worker; null stays null, and NaN becomes null."""
     network = _loaded(digest, model)
-    matrix = matrix_of(features, network.width)
-    predictions = network.predict(matrix.astype("float32")).astype("float64")
-    return list_array(predictions, features.is_null().to_numpy(zero_copy_only=False))
+    scores = network.score(matrix_of(features, network.width))
+    finite = np.isfinite(scores).all(axis=1)
+    missing = np.array(features.is_null())
+    missing[~missing] = ~finite
+    return list_array(scores[finite], missing)
 
 
 def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
@@ -354,31 +396,48 @@ def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
 
     def load() -> _Loaded:
         network = model_from_bytes(model.value)
-        return _Loaded(compiled_predict(network), network.input_shape[-1])
+        return _Loaded(scoring_function(network), interface_of(network).features)
 
     return kept_network(digest, load)
 
 
-def _replace_features(
-    events: pyarrow.StructArray, features: pyarrow.ListArray, names: list[str]
-) -> pyarrow.StructArray:
-    """Return events with their features replaced by other lists, and with new field names."""
-    place = events.type.get_field_index("features")
-    arrays = [events.field(index) for index in range(len(events.type))]
-    arrays[place] = features
-    return pyarrow.StructArray.from_arrays(arrays, names)
-
-
-def _with_vector(dataset: DataFrame, name: str) -> DataFrame:
+def _with_vector(dataset: DataFrame, name: str, width: int) -> DataFrame:
     """Return a table with a column of lists converted to vectors; null stays null."""
     vector = F.when(named(name).isNotNull(), array_to_vector(named(name)))
-    return dataset.withColumn(name, vector)
+    # Spark ML's own way to say how long the vectors are.
+    metadata = {"ml_attr": {"num_attrs": width}}
+    return dataset.withColumn(name, vector.alias(name, metadata=metadata))
 
 
-def _no_features(name: str) -> Column:
-    """Return an expression that fails, for rows whose features are null."""
+def _entries(dataset: DataFrame, name: str, interface: Interface) -> Column:
+    """Return a vector column as lists; rows whose features are null fail."""
+    _check_vector_column(dataset, name)
+    _check_width(dataset, name, interface)
     reason = f"a row has no features (column {name!r} is null): filter such rows out."
-    return F.raise_error(F.lit(reason))
+    return F.coalesce(vector_entries(named(name)), F.raise_error(F.lit(reason)))
+
+
+def _check_width(dataset: DataFrame, name: str, interface: Interface) -> None:
+    """Raise `ValueError` if a column has another number of features than the model takes."""
+    width = _width_in_metadata(dataset, name)
+    if width is not None:
+        interface.event_shape(width)
+
+
+def _width_in_metadata(dataset: DataFrame, name: str) -> int | None:
+    """Return the number of features or entries of a column if its metadata has it."""
+    metadata = dataset.schema[name].metadata
+    if "features" in metadata:
+        return len(metadata["features"])
+    return metadata.get("ml_attr", {}).get("num_attrs")
+
+
+def _wrong_output_dim(found: object, classes: int) -> str:
+    """Return the message for predictions with another number of classes than expected."""
+    return (
+        f"the predictions have {found} entries, but output_dim is {classes}: give "
+        "LabelIndexTransformer the number of the model's classes."
+    )
 
 
 def _column_type(dataset: DataFrame, name: str) -> DataType:
@@ -390,7 +449,7 @@ def _column_type(dataset: DataFrame, name: str) -> DataType:
 
 def _holds_events(column_type: DataType) -> bool:
     """Return whether a column of this type holds events from `helpers.records.parse_events`."""
-    return isinstance(column_type, StructType) and "features" in column_type.names
+    return isinstance(column_type, StructType) and {"features", "reason"} <= {*column_type.names}
 
 
 def _with_output(event_type: StructType, output: str) -> StructType:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +52,52 @@ def running(command: list[str], **options) -> Iterator[subprocess.Popen]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=30)
                 break
+
+
+def listening(process: psutil.Process) -> set[tuple[str, str, int]]:
+    """Return name, IP and port of the listening sockets of a process and its descendants."""
+    found = set()
+    for part in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {
+                (part.name(), connection.laddr.ip, connection.laddr.port)
+                for connection in part.net_connections("tcp")
+                if connection.status == psutil.CONN_LISTEN
+            }
+    return found
+
+
+def beyond_loopback(addresses: Iterable[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Return the IPv4 and IPv6 addresses that other machines can reach."""
+    reachable = []
+    for name, ip, port in sorted(addresses):
+        address = ipaddress.ip_address(ip.partition("%")[0])
+        if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+            reachable.append((name, ip, port))
+    return reachable
+
+
+@contextlib.contextmanager
+def watched(
+    command: list[str], **options
+) -> Iterator[tuple[subprocess.Popen, set[tuple[str, str, int]]]]:
+    """Run a command, and collect the addresses on which it and its descendants listen."""
+    seen, over = set(), threading.Event()
+
+    def look():
+        while not over.is_set():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen.update(listening(psutil.Process(process.pid)))
+            over.wait(0.2)
+
+    with running(command, **options) as process:
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        try:
+            yield process, seen
+        finally:
+            over.set()
+            watcher.join()
 
 
 def without_make() -> dict[str, str]:

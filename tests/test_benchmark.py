@@ -6,6 +6,7 @@ import pytest
 from processes import run_python
 
 
+@pytest.mark.long
 def test_it_prints_one_line_of_json():
     """The benchmark prints its throughput, and the ratio to the limit, as one JSON line."""
     run = run_python("examples/benchmark.py", "drain", "--events", "5000", "--runs", "1")

@@ -25,7 +25,7 @@ def test_every_block_of_the_guide_runs(spark, kafka, produce, tmp_path, capsys):
         exec(block, names)
     names["stream"].lag()
     streams = batches.batches_of(ssc)
-    run_stream(ssc, until=lambda: all(stream.lag() == 0 for stream in streams), timeout=600)
+    run_stream(ssc, until=lambda: all(stream.ledger.lag() == 0 for stream in streams), timeout=600)
     printed = capsys.readouterr().out
     total = max(part.untilOffset for part in names["ranges"])
     assert total >= 100

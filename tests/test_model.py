@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
-from helpers.model import build_model, compiled_predict, model_from_bytes, model_to_bytes
+from helpers.model import (
+    build_model,
+    compiled_predict,
+    model_from_bytes,
+    model_to_bytes,
+    scoring_function,
+)
 from helpers.serving import (
     ServingModel,
     ServingModelError,
@@ -74,6 +80,16 @@ def test_compiled_predict_equals_keras(model, features, size):
     """The compiled prediction equals `model.predict` for batches of any size, even one row."""
     expected = model.predict(features[:size], verbose=0)
     np.testing.assert_allclose(compiled_predict(model)(features[:size]), expected, atol=1e-6)
+
+
+def test_scores_are_those_of_the_compiled_prediction(model, features):
+    """Scores are the compiled prediction's, bit by bit, and no events have no scores."""
+    scores = scoring_function(model)(features.astype("float64"))
+    np.testing.assert_array_equal(scores, compiled_predict(model)(features))
+    open_network = keras.Sequential(
+        [keras.Input((None, 1)), keras.layers.GRU(4), keras.layers.Dense(1, "sigmoid")]
+    )
+    assert scoring_function(open_network)(np.empty((0, 0))).shape == (0, 2)
 
 
 def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
@@ -226,7 +242,7 @@ def test_a_network_that_scales_otherwise_is_refused(serving_model, tmp_path):
     variance = np.square(contract.scales)
     scaling = keras.layers.Normalization(mean=contract.means, variance=variance, invert=True)
     network = keras.Sequential([keras.Input((30,)), scaling, build_model()])
-    with pytest.raises(ServingModelError, match=r"\(make it with helpers\.model\.scaled_network\)"):
+    with pytest.raises(ServingModelError, match=r"make it with helpers\.serving\.scaled_net"):
         save_serving_model(ServingModel(network, contract), tmp_path / "model.keras")
 
 

@@ -233,13 +233,20 @@ def test_the_plot_has_the_batches():
     assert [bar.get_center()[0] for bar in events.patches] == pytest.approx([0, 1, 2])
     assert seconds.lines[0].get_xydata().tolist() == [[0, 0.5], [1, 0.1], [2, 0.25]]
     assert share.lines[0].get_xydata().tolist() == [[0, 75], [1, 75], [2, 70]]
-    assert lag.lines[0].get_xydata().tolist() == [[0, 10], [2, 0]]
+    assert lag.lines[0].get_xydata().tolist() == [[0.5, 10], [2.25, 0]]
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == [
         "events a batch", "signal so far, %", "lag, records", "processing time, seconds"
     ]
     assert lag.get_xlabel() == "seconds since the first batch"
     assert figure.get_figwidth() == 9
+
+
+def test_the_lag_is_drawn_when_a_batch_is_done():
+    """A batch waits for the one before it, so the lag falls later than batches are planned."""
+    lag = monitor_of((40, 30, 7.0, 60), (40, 30, 6.0, 20), (20, 10, 3.5, 0)).plot().axes[2]
+    assert lag.lines[0].get_xydata().tolist() == [[7, 60], [13, 20], [16.5, 0]]
+    assert lag.get_xlim()[1] > 16.5
 
 
 @pytest.mark.parametrize("figures", [(0, 0, 0.0, None), (10, 5, 1.0, 0)])

@@ -1,64 +1,19 @@
-"""The kit listens on the loopback interface only."""
+"""The kit listens on the loopback interface only.
 
-import contextlib
-import ipaddress
+The same is tested of a notebook in test_readme.py, and of a service in test_streaming_job.py.
+"""
+
 import os
 import sys
-import threading
 
-import psutil
 import pytest
-from processes import ROOT, dry_run_make, running, wait_until
+from processes import ROOT, beyond_loopback, dry_run_make, wait_until, watched
 
 from helpers.broker import free_port
 from helpers.spark import spark_home
 
 JOB = str(ROOT / "examples" / "streaming_job.py")
 SECONDS = 300
-
-
-def listening(process):
-    """Return name, IP and port of the listening sockets of a process and its descendants."""
-    found = set()
-    for part in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found |= {
-                (part.name(), connection.laddr.ip, connection.laddr.port)
-                for connection in part.net_connections("tcp")
-                if connection.status == psutil.CONN_LISTEN
-            }
-    return found
-
-
-def beyond_loopback(addresses):
-    """Return the IPv4 and IPv6 addresses that other machines can reach."""
-    reachable = []
-    for name, ip, port in sorted(addresses):
-        address = ipaddress.ip_address(ip.partition("%")[0])
-        if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
-            reachable.append((name, ip, port))
-    return reachable
-
-
-@contextlib.contextmanager
-def watched(command, **options):
-    """Run a command, and collect the addresses on which it and its descendants listen."""
-    seen, over = set(), threading.Event()
-
-    def look():
-        while not over.is_set():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                seen.update(listening(psutil.Process(process.pid)))
-            over.wait(0.2)
-
-    with running(command, **options) as process:
-        watcher = threading.Thread(target=look)
-        watcher.start()
-        try:
-            yield process, seen
-        finally:
-            over.set()
-            watcher.join()
 
 
 @pytest.fixture
@@ -78,14 +33,7 @@ def test_the_addresses_that_others_can_reach_are_told_from_loopback():
     assert [ip for _, ip, _ in found] == ["0.0.0.0", "10.0.0.1", "::", "fe80::1%lo"]
 
 
-def test_a_job_listens_on_loopback_only(job):
-    """A job's driver, web UI and workers listen on loopback only."""
-    with watched([sys.executable, *job]) as (process, seen):
-        printed, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, printed
-    assert len(seen) >= 3 and beyond_loopback(seen) == []
-
-
+@pytest.mark.long
 def test_a_job_under_spark_submit_listens_on_loopback_only(job):
     """A driver that spark-submit starts before any kit code listens on loopback only."""
     command = [str(spark_home() / "bin" / "spark-submit"), "--master", "local[2]", *job]
@@ -95,15 +43,6 @@ def test_a_job_under_spark_submit_listens_on_loopback_only(job):
         printed, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, printed
     assert len(seen) >= 3 and beyond_loopback(seen) == []
-
-
-def test_a_notebook_listens_on_loopback_only():
-    """The kernel, the broker, Spark and their children listen on loopback only."""
-    command = [sys.executable, "-m", "helpers.notebook", "1_walkthrough", "EVENTS=2000", "CORES=1"]
-    with watched(command) as (process, seen):
-        printed, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, printed
-    assert len(seen) >= 8 and beyond_loopback(seen) == []
 
 
 def test_the_lab_listens_on_loopback_only():

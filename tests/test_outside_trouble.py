@@ -168,6 +168,7 @@ def planned_offsets(folder):
     return sorted(offset for _, _, start, end, _ in ranges for offset in range(start, end))
 
 
+@pytest.mark.long
 def test_a_stream_whose_broker_goes_away_at_once_begins_where_it_was_told(
     own_kafka, checkpointed, tmp_path
 ):
@@ -202,6 +203,7 @@ def test_a_recovery_that_fails_is_tried_again_in_the_same_process(
     run_stream(get_or_create(), until=lambda: planned_offsets(tmp_path) == [RECORDS], timeout=600)
 
 
+@pytest.mark.long
 def test_old_plans_that_cannot_be_removed_do_not_stop_the_stream(
     own_kafka, checkpointed, tmp_path, monkeypatch, caplog
 ):
@@ -280,6 +282,7 @@ run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
 """
 
 
+@pytest.mark.long
 def test_a_java_that_runs_out_of_memory_is_named(kafka, topic):
     """Whoever reads 'connection refused' would look for the fault in the network."""
     with KafkaProducer(

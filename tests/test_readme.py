@@ -1,11 +1,11 @@
-"""The README: its commands and its example work, and its error messages are real."""
+"""The README and docs/: commands and the example work, and messages, names and links are real."""
 
 import json
 import os
+import pkgutil
 import re
 import shlex
 import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -14,13 +14,24 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from processes import ROOT, dry_run_make, run_python, running, wait_until, without_make
+from processes import (
+    ROOT,
+    beyond_loopback,
+    dry_run_make,
+    run_python,
+    running,
+    wait_until,
+    watched,
+    without_make,
+)
 from py4j.protocol import Py4JJavaError
 from pyspark.errors.error_classes import ERROR_CLASSES_MAP
 
 from helpers.higgs import generate_events
 
 README = (ROOT / "README.md").read_text()
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -57,16 +68,15 @@ def test_make_knows_the_target_and_the_notebook_its_parameters(command):
         assert run.returncode == 0, run.stderr
 
 
-def test_make_run_ends_with_the_totals():
-    """`make run` ends with a line of totals."""
+def test_make_run_ends_with_the_totals_and_listens_on_loopback_only():
+    """`make run` ends with a line of totals; no other machine can reach its processes."""
     (command,) = commands("make run EVENTS=20000")
-    run = subprocess.run(
-        shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=1_800,
-        stdin=subprocess.DEVNULL, env=without_make(),
-    )
-    assert run.returncode == 0, run.stderr
+    with watched(shlex.split(command), env=without_make()) as (process, seen):
+        printed, _ = process.communicate(timeout=1_800)
+    assert process.returncode == 0, printed
     totals = r"walkthrough: events=20000 signal=\d+ batches=\d+"
-    assert re.fullmatch(totals, run.stdout.splitlines()[-1])
+    assert re.fullmatch(totals, printed.splitlines()[-1])
+    assert len(seen) >= 8 and beyond_loopback(seen) == []
 
 
 def test_make_lab_opens_the_notebooks():
@@ -162,6 +172,7 @@ def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
     model = keras.Sequential(layers)
     model.save(tmp_path / "pumps.keras")
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(program.splitlines()) < 25
     (command,) = commands(f"{PYTHON}score_pumps.py")
     path = tmp_path / command.removeprefix(PYTHON)
     path.write_text(program.replace("127.0.0.1:9092", kafka.bootstrap_servers))
@@ -180,9 +191,9 @@ def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
 
 
 def symptoms():
-    """Return the messages in the README's troubleshooting table."""
-    table = README.split("| what you see |")[1].split("\n\n")[0]
-    return [text for row in table.splitlines() for text in re.findall("`([^`]+)`", cell_one(row))]
+    """Return the messages in the tables on troubleshooting."""
+    rows = TROUBLESHOOTING.splitlines()
+    return [text for row in rows for text in re.findall("`([^`]+)`", cell_one(row))]
 
 
 def cell_one(row):
@@ -198,7 +209,7 @@ NOT_OURS = {
 
 
 def test_the_symptoms_are_worded_as_the_kit_words_them():
-    """The kit's messages in the README are worded as in the code."""
+    """The kit's messages on the page about troubleshooting are worded as in the code."""
     sources = [*(ROOT / "helpers").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
     sources += [ROOT / "setup.sh"]
     # Messages contain values, and long ones span several lines of code.
@@ -210,7 +221,7 @@ def test_the_symptoms_are_worded_as_the_kit_words_them():
 
 
 def test_pyspark_and_spark_still_word_theirs_so():
-    """The messages of PySpark and Spark in the README are worded as in this version."""
+    """The messages of PySpark and Spark on that page are worded as in this version."""
     run = run_python("-c", "import pyspark.streaming.kafka")
     assert "No module named 'pyspark.streaming.kafka'" in run.stderr
     read = "SparkSession.builder.master('local[1]').getOrCreate().read.format('kafka').load()"
@@ -223,7 +234,7 @@ def test_pyspark_and_spark_still_word_theirs_so():
 
 
 def test_spark_still_words_a_killed_worker_so(spark):
-    """Spark's message for a killed Python worker is worded as in the README."""
+    """Spark's message for a killed Python worker is worded as on that page."""
     with pytest.raises(Py4JJavaError, match="Python worker exited unexpectedly"):
         spark.sparkContext.parallelize([1], 1).foreach(lambda _: os.kill(os.getpid(), 9))
 
@@ -234,3 +245,23 @@ def test_every_room_of_the_helpers_is_explained():
     for path in (ROOT / "helpers").glob("[!_]*"):
         assert f"`helpers/{path.name}{'/' if path.is_dir() else ''}`" in README
         assert f"| `{path.stem}` |" in table
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_name_on_a_page_exists(page):
+    """Links within the repository, files of the kit and names in `helpers` lead somewhere."""
+    text = page.read_text()
+    for link, section in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not section or section in sections(target.read_text()), section
+    for path in re.findall(r"`((?:helpers|examples|docs|notebooks|tests)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"\bhelpers(?:\.\w+)+", text):
+        pkgutil.resolve_name(name)
+
+
+def sections(text):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings}

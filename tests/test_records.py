@@ -16,6 +16,7 @@ from pyspark.sql.types import (
     BooleanType,
     DecimalType,
     DoubleType,
+    FloatType,
     IntegerType,
     LongType,
     StringType,
@@ -381,6 +382,19 @@ def test_a_schema_of_ones_own(spark):
     assert json_to_dataframe_row(values[0], schema).switches == 3
 
 
+@pytest.mark.parametrize("number", [2**53, -(2**53), 2**53 + 1, -(2**53) - 1, 2**63 - 1, 1e17, 7.0])
+def test_both_ways_give_the_same_integers(spark, number):
+    """An integer feature is exact in both ways, or makes the record a bad one in both."""
+    schema = StructType().add("id", LongType()).add("run", LongType()).add("x", FloatType())
+    value = json.dumps({"id": 2**63 - 1, "run": number, "x": 0.1}).encode()
+    records = spark.createDataFrame([(value,)], "value binary")
+    found = to_columns(records, schema).first()
+    if abs(number) <= 2**53:
+        assert json_to_dataframe_row(value, schema) == found == (2**63 - 1, number, found.x)
+    else:
+        assert found == (None, None, None)
+        with pytest.raises(BadRecordError, match=r"not an integer between -2\*\*53 and 2\*\*53"):
+            json_to_dataframe_row(value, schema)
 
 
 def with_id(*fields):

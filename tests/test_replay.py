@@ -208,6 +208,14 @@ def test_a_topic_without_dead_letters_has_none_to_send(replay):
     assert (code, said[:1]) == (0, "0")
 
 
+def test_a_repair_that_cannot_be_loaded_is_refused(replay, tmp_path, capsys):
+    """An error in the file of the repair function is a usage error."""
+    (tmp_path / "repairs.py").write_text("def mend(value)\n")
+    with pytest.raises(SystemExit):
+        replay("--repair", f"{tmp_path}/repairs.py:mend")
+    assert "repairs.py can't be loaded: SyntaxError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("repair", ["nofile.py:mend", "{tmp_path}/repairs.py:nothing"])
 def test_a_repair_that_is_not_there_is_refused(replay, repair, tmp_path, capsys):
     """A repair function that doesn't exist is a usage error."""

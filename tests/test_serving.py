@@ -1,14 +1,24 @@
 """Serving: columns by name, the threshold, and replacing the model of a running stream."""
 
 import logging
+from dataclasses import replace
 
+import keras
 import numpy as np
 import pytest
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
+from helpers.model import UnservableModelError
 from helpers.records import MODEL_VERSION, parse_events, rows_to_events
-from helpers.serving import ModelFile, ServingTransformer, save_serving_model
+from helpers.serving import (
+    ModelFile,
+    ServingModel,
+    ServingModelError,
+    ServingTransformer,
+    save_serving_model,
+    scaled_network,
+)
 
 
 @pytest.fixture
@@ -88,6 +98,48 @@ def test_the_threshold_decides(spark, make_serving_model, table, signal_index, t
     for row in rows:
         is_signal = row.prediction[signal_index] >= threshold
         assert row.predicted_index == (signal_index if is_signal else 1 - signal_index)
+
+
+@keras.saving.register_keras_serializable()
+class Halving(keras.layers.Layer):
+    """A layer that is registered here, but in no worker."""
+
+    def call(self, features):
+        """Return half of the features."""
+        return features / 2
+
+
+def of_layers(contract, *layers):
+    """Return a serving model of layers behind the scaling."""
+    network = keras.Sequential([keras.Input((30,)), *layers])
+    return ServingModel(scaled_network(network, contract.means, contract.scales), contract)
+
+
+def test_a_sigmoid_serves_two_classes(table, serving_model, tmp_path):
+    """A single probability is that of the contract's second class."""
+    model = of_layers(serving_model.contract, keras.layers.Dense(1, "sigmoid"))
+    model = save_serving_model(model, tmp_path / "model.keras")
+    rows = ServingTransformer(model).transform(table).orderBy(EVENT_ID).collect()
+    found = [row.prediction.toArray() for row in rows]
+    inputs = generate_events(10, seed=6)[list(FEATURES)].to_numpy(dtype="float32")
+    probability = model.network.predict(inputs, verbose=0)
+    np.testing.assert_allclose(found, np.hstack([1 - probability, probability]), atol=1e-5)
+    assert [row.predicted_index for row in rows] == (probability[:, 0] >= 0.5).tolist()
+
+
+def test_what_cannot_be_served_is_not_saved(serving_model, tmp_path):
+    """Networks that can't be served, or have other classes than the contract, are refused."""
+    contract, path = serving_model.contract, tmp_path / "model.keras"
+    with pytest.raises(UnservableModelError, match="its only output is not a probability"):
+        of_layers(contract, keras.layers.Dense(1))
+    with pytest.raises(UnservableModelError, match="it has a Python lambda: build it from"):
+        of_layers(contract, keras.layers.Lambda(lambda x: x), keras.layers.Dense(2))
+    with pytest.raises(ServingModelError, match="tells 3 classes apart, the contract 2"):
+        save_serving_model(of_layers(contract, keras.layers.Dense(3, "softmax")), path)
+    scaling, network = serving_model.network.layers
+    network = keras.Sequential([keras.Input((30,)), scaling, Halving(), network])
+    with pytest.raises(ServingModelError, match="the class 'Halving' is not part of Keras"):
+        save_serving_model(replace(serving_model, network=network), path)
 
 
 def test_a_new_version_serves_from_the_next_batch_on(

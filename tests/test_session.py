@@ -58,6 +58,20 @@ def test_a_spark_without_connector_is_said_at_once(monkeypatch, tmp_path):
         session._connector_jars("9.9.9", "2.13")
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("SPARK_REMOTE", "sc://host"), ("SPARK_CONNECT_MODE_ENABLED", "1"),
+        ("SPARK_API_MODE", "connect"), ("SPARK_CONNECT_MODE", "1"),
+    ],
+)  # fmt: skip
+def test_spark_connect_is_refused(monkeypatch, name, value):
+    """Spark Connect can't reach Kafka's clients, and the message says what to do instead."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SessionError, match=r"this is Spark Connect.*unset SPARK_REMOTE"):
+        get_spark()
+
+
 def _no_such(coordinate):
     raise session.JarsError(f"Maven Central has no {coordinate}: use a version that it has.")
 

@@ -1,8 +1,13 @@
 """The API of pyspark.streaming.kafka, as Spark 2.4 tested it: the same calls, the same answers."""
 
+import functools
+import json
 import uuid
 
 import pytest
+from kafka import KafkaAdminClient
+from processes import run_python
+from pyspark.streaming import StreamingContext
 
 from helpers.broker import free_port
 from helpers.streaming import (
@@ -11,6 +16,8 @@ from helpers.streaming import (
     OffsetRange,
     StreamError,
     TopicAndPartition,
+    dstream,
+    modern_settings,
     new_streaming_context,
     run_stream,
 )
@@ -236,3 +243,286 @@ def test_topics_of_create_stream_must_be_a_dict(ssc, kafka):
     """Otherwise a list, as the direct stream takes it, would fail in a strange place."""
     with pytest.raises(TypeError, match="topics must be a dict"):
         KafkaUtils.createStream(ssc, kafka.bootstrap_servers, "group", ["words"])
+
+
+def test_streams_of_one_group_get_each_record_once(ssc, kafka, words, produce):
+    """Several receivers of a group shared its topics' records, and a union had each once."""
+    other = f"other-{uuid.uuid4()}"
+    kafka.create_topic(other, partitions=1)
+    produce(other, [b"d"] * 4)
+    group, reset = f"group-{uuid.uuid4()}", {"auto.offset.reset": "smallest"}
+    streams = [
+        KafkaUtils.createStream(ssc, kafka.bootstrap_servers, group, topics, reset)
+        for topics in ({words: 1}, {words: 2}, {words: 1, other: 1}, {other: 1})
+    ]
+    found = collect(ssc.union(*streams).map(lambda pair: pair[1]))
+    run_stream(ssc, until=lambda: not any(stream.lag() for stream in streams), timeout=600)
+    assert sorted(found) == [*WORDS, *["d"] * 4]
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        offsets = admin.list_group_offsets([group])[group]
+    assert {part.topic: found.offset for part, found in offsets.items()} == {words: 18, other: 4}
+
+
+def test_streams_of_one_group_share_after_a_recovery(spark, kafka, words, produce, tmp_path):
+    """A context from a checkpoint has the same streams, and each goes on with its own topics."""
+    found = []
+
+    def set_up():
+        context = new_streaming_context(spark, 0.5)
+        reset = {"auto.offset.reset": "smallest"}
+        streams = [
+            KafkaUtils.createStream(context, kafka.bootstrap_servers, words, {words: 1}, reset)
+            for _ in range(2)
+        ]
+        values = context.union(*streams).map(lambda pair: pair[1])
+        values.foreachRDD(lambda rdd: found.extend(rdd.collect()))
+        context.checkpoint(str(tmp_path))
+        return context
+
+    def planned():
+        plans = [json.loads(file.read_text()) for file in tmp_path.glob("kafka-plans/*/*.json")]
+        return sorted((start, end) for plan in plans for _, _, start, end, _ in plan["ranges"])
+
+    first = set_up()
+    run_stream(first, until=lambda: len(found) == len(WORDS) and planned(), timeout=600)
+    produce(words, [b"later"] * 2)
+    again = StreamingContext.getOrCreate(str(tmp_path), lambda: pytest.fail("no checkpoint"))
+    run_stream(again, until=lambda: len(planned()) == 2, timeout=600)
+    assert sorted(found) == WORDS and planned() == [(0, 18), (18, 20)]
+
+
+def test_streams_of_several_groups_get_all_records_each(ssc, kafka, words):
+    """Another group is another reader."""
+    reset = {"auto.offset.reset": "smallest"}
+    streams = [
+        KafkaUtils.createStream(ssc, kafka.bootstrap_servers, f"{words}-{n}", {words: 1}, reset)
+        for n in range(2)
+    ]
+    found = collect(ssc.union(*streams))
+    run_stream(ssc, until=lambda: not any(stream.lag() for stream in streams), timeout=600)
+    assert len(found) == 2 * len(WORDS)
+
+
+def test_a_cell_that_makes_a_stream_may_be_run_again(ssc, kafka, words, old_settings):
+    """The last one reads the records; a stream without outputs takes none away."""
+    settings = {**old_settings, "group.id": f"group-{uuid.uuid4()}"}
+    del settings["metadata.broker.list"]
+    makers = {
+        "receiver": lambda: KafkaUtils.createStream(
+            ssc, kafka.bootstrap_servers, settings["group.id"], {words: 1}, settings
+        ),
+        "direct": lambda: KafkaUtils.createDirectStream(
+            ssc, [words], {**old_settings, "group.id": f"direct-{words}"}
+        ),
+    }
+    found, streams = {}, []
+    for name, make in makers.items():
+        make()
+        streams.append(make())
+        found[name] = collect(streams[-1])
+    run_stream(ssc, until=lambda: not any(stream.lag() for stream in streams), timeout=600)
+    assert {name: len(records) for name, records in found.items()} == {
+        "receiver": len(WORDS), "direct": len(WORDS),
+    }  # fmt: skip
+
+
+def test_direct_streams_of_a_group_must_not_read_the_same(ssc, words, old_settings):
+    """Each would commit offsets of records that the other has not done yet."""
+    settings = {**old_settings, "group.id": f"group-{uuid.uuid4()}"}
+    streams = [KafkaUtils.createDirectStream(ssc, [words], settings) for _ in range(2)]
+    for stream in streams:
+        collect(stream)
+    reason = f"reads the same partitions for group '{settings['group.id']}'.*give one stream both"
+    with pytest.raises(StreamError, match=reason):
+        run_stream(ssc, until=lambda: False, timeout=600)
+
+
+def test_direct_streams_of_a_group_may_have_a_partition_each(
+    ssc, kafka, topic, produce, old_settings
+):
+    """Their offsets don't touch each other."""
+    produce(topic, [b"a"] * 20, [b"%d" % number for number in range(20)])  # in both partitions
+    settings = {**old_settings, "group.id": f"group-{uuid.uuid4()}"}
+    streams = [
+        KafkaUtils.createDirectStream(ssc, [topic], settings, {TopicAndPartition(topic, part): 0})
+        for part in range(2)
+    ]
+    found = [collect(stream) for stream in streams]
+    run_stream(ssc, until=lambda: not any(stream.lag() for stream in streams), timeout=600)
+    assert sum(map(len, found)) == 20 and all(found)
+
+
+@pytest.mark.parametrize(
+    "of_topic", [str, str.encode, lambda name: [name.encode()], lambda name: (name,)]
+)
+def test_topics_and_brokers_in_other_types(ssc, kafka, words, of_topic):
+    """One topic as a text, names as bytes and brokers as a list mean what they say."""
+    settings = {"bootstrap.servers": [kafka.bootstrap_servers], "auto.offset.reset": "smallest"}
+    stream = KafkaUtils.createDirectStream(ssc, of_topic(words), settings)
+    assert stream.positions() == {TopicAndPartition(words, 0): 0}
+    received = KafkaUtils.createStream(
+        ssc, [kafka.bootstrap_servers], b"group", {words.encode(): 1}
+    )
+    assert received.positions() == {TopicAndPartition(words, 0): 18}
+
+
+def test_offsets_of_another_topic_are_refused(ssc, words, old_settings):
+    """The old API refused them too."""
+    start = {TopicAndPartition("another", 0): 8}
+    with pytest.raises(ValueError, match=r"fromOffsets is of the topics \['another'\], but topics"):
+        KafkaUtils.createDirectStream(ssc, [words], old_settings, start)
+
+
+OLD_CONSUMER = {  # all settings of Kafka 0.8.2's consumer but group.id
+    "zookeeper.connect": "one:2181", "consumer.id": "c", "socket.timeout.ms": 30_000,
+    "socket.receive.buffer.bytes": 65_536, "fetch.message.max.bytes": 1_048_576,
+    "num.consumer.fetchers": 1, "auto.commit.enable": False, "auto.commit.interval.ms": 60_000,
+    "queued.max.message.chunks": 2, "rebalance.max.retries": 4, "fetch.min.bytes": 1,
+    "fetch.wait.max.ms": 100, "rebalance.backoff.ms": 2_000, "refresh.leader.backoff.ms": 200,
+    "auto.offset.reset": "smallest", "consumer.timeout.ms": -1, "exclude.internal.topics": True,
+    "partition.assignment.strategy": "range", "client.id": "old",
+    "zookeeper.session.timeout.ms": 6_000, "zookeeper.connection.timeout.ms": 6_000,
+    "zookeeper.sync.time.ms": 2_000, "offsets.storage": "zookeeper",
+    "offsets.channel.backoff.ms": 1_000, "offsets.channel.socket.timeout.ms": 10_000,
+    "offsets.commit.max.retries": 5, "dual.commit.enabled": True,
+}  # fmt: skip
+
+
+def test_all_settings_of_the_old_consumer_are_taken(ssc, kafka, words, caplog):
+    """What has another name now is translated; what is of no use is left out, with a warning."""
+    settings = {"metadata.broker.list": kafka.bootstrap_servers, **OLD_CONSUMER}
+    stream = KafkaUtils.createDirectStream(ssc, [words], settings)
+    found = collect(stream)
+    drain(ssc, stream)
+    assert len(found) == len(WORDS)
+    assert modern_settings(settings) == {
+        "bootstrap.servers": kafka.bootstrap_servers, "request.timeout.ms": "30000",
+        "receive.buffer.bytes": "65536", "max.partition.fetch.bytes": "1048576",
+        "enable.auto.commit": "false", "auto.commit.interval.ms": "60000", "fetch.min.bytes": "1",
+        "fetch.max.wait.ms": "100", "retry.backoff.ms": "200", "auto.offset.reset": "earliest",
+        "exclude.internal.topics": "true", "client.id": "old",
+    }  # fmt: skip
+    assert "zookeeper.connect has no effect: the stream needs no ZooKeeper" in caplog.text
+
+
+def test_todays_name_of_a_setting_wins():
+    """Where both are given, the new one was written for this Kafka."""
+    both = {"bootstrap.servers": "new:9092", "metadata.broker.list": "old:9092"}
+    assert modern_settings(both)["bootstrap.servers"] == "new:9092"
+    assert modern_settings(dict(reversed(both.items())))["bootstrap.servers"] == "new:9092"
+
+
+class Outputs:
+    """Functions of a program, as methods."""
+
+    def of_rdd(self, rdd):
+        """Take an RDD."""
+
+    def of_both(self, batch_time, rdd):
+        """Take a time and an RDD."""
+
+    __call__ = of_rdd
+
+
+def passing_on(function):
+    """Return a function that passes on what it gets, as decorators do."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def adding_time(function):
+    """Return a function of an RDD that calls one of a time and an RDD."""
+
+    @functools.wraps(function)
+    def wrapper(rdd):
+        return function(None, rdd)
+
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    "function, gets_time",
+    [
+        (lambda rdd: None, False),
+        (lambda batch_time, rdd: None, True),
+        (lambda rdd, *, table="t": None, False),
+        (lambda batch_time, rdd, *, table="t": None, True),
+        (lambda batch_time, rdd, table="t": None, True),
+        (lambda rdd, table="t": None, True),  # as in Spark, which counts it
+        (lambda *both: None, True),
+        (lambda rdd, **more: None, False),
+        (Outputs().of_rdd, False),
+        (Outputs().of_both, True),
+        (Outputs(), False),
+        (functools.partial(lambda table, rdd: None, "t"), False),
+        (functools.partial(lambda rdd, table: None, table="t"), False),
+        (functools.partial(lambda batch_time, rdd, table: None, table="t"), True),
+        (passing_on(lambda rdd: None), False),
+        (passing_on(lambda batch_time, rdd: None), True),
+        (adding_time(lambda batch_time, rdd: None), False),
+        ([].append, False),
+    ],
+)
+def test_a_function_gets_what_spark_would_give_it(ssc, words, old_settings, function, gets_time):
+    """The time and the RDD, unless it has one positional parameter only."""
+    assert dstream._takes_time(function) == gets_time
+
+
+def test_partial_functions_and_methods_are_called(ssc, words, old_settings):
+    """In `foreachRDD` and in `transform`."""
+    found, counts = [], []
+    stream = KafkaUtils.createDirectStream(ssc, [words], old_settings)
+
+    def keep(target, rdd, *, least=0):
+        target.append(rdd.count())
+
+    stream.foreachRDD(functools.partial(keep, counts))
+    picked = stream.transform(functools.partial(lambda rdd, letter: rdd.filter(
+        lambda pair: pair[1] == letter), letter="b"))  # fmt: skip
+    picked.foreachRDD(lambda rdd: found.extend(rdd.collect()))
+    drain(ssc, stream)
+    assert (sum(counts), found) == (len(WORDS), [("key", "b")] * 3)
+
+
+@pytest.mark.parametrize(
+    "decoders, name",
+    [
+        ({}, "valueDecoder"),
+        ({"keyDecoder": int}, "keyDecoder"),
+        ({"valueDecoder": bytes, "messageHandler": lambda record: record.none}, "messageHandler"),
+    ],
+)
+def test_a_record_that_cannot_be_decoded_is_named(
+    ssc, kafka, topic, produce, old_settings, decoders, name
+):
+    """Its place and what would take it, so that the user need not search for it."""
+    (sent,) = produce(topic, [b"\xff\xfe"])
+    stream = KafkaUtils.createDirectStream(ssc, [topic], old_settings, **decoders)
+    stream.foreachRDD(lambda rdd: rdd.collect())
+    place = f"{topic}, partition {sent.partition}, offset 0 can't be taken by {name}: "
+    with pytest.raises(StreamError, match=f"the record at {place}.*Give the stream a {name} that"):
+        drain(ssc, stream)
+
+
+def test_a_stopped_session_is_one_sentence(tmp_path):
+    """A notebook's cell that stopped Spark leaves a session that nothing can use."""
+    program = f"""
+from helpers.spark import SessionError, get_spark
+from helpers.streaming import KafkaQuery, new_streaming_context
+spark = get_spark(cores=1)
+spark.stop()
+for use in (lambda: new_streaming_context(spark, 1),
+            lambda: KafkaQuery(spark, ["t"], {{"bootstrap.servers": "h:1"}}, "{tmp_path}")):
+    try:
+        use()
+    except SessionError as error:
+        print(error)
+print(new_streaming_context(get_spark(), 1).sparkContext.range(3).count())
+"""
+    run = run_python("-c", program)
+    told = "this Spark session was stopped: make a new one with get_spark().\n"
+    assert run.stdout == f"{told}{told}3\n", run.stderr[-3000:]

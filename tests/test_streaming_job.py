@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
-from processes import ROOT, run_python, running
+from processes import ROOT, beyond_loopback, run_python, running, watched
 
 from helpers.broker import LocalKafka, python_settings
 from helpers.higgs import FEATURES, generate_events
@@ -91,8 +91,8 @@ def test_a_checkpoint_that_is_further_than_the_output_is_refused(filled, argumen
 def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
     spark, filled, arguments, tmp_path, event_values, engine, other, ending
 ):
-    """Otherwise a deployment would kill a batch, or two jobs score the same events."""
-    with running([sys.executable, str(JOB), *arguments(engine)]) as service:
+    """A signal ends a job after its batch; its output is locked, its ports are on loopback."""
+    with watched([sys.executable, str(JOB), *arguments(engine)]) as (service, seen):
         lines = [service.stdout.readline() for _ in range(2)]
         assert "1,000" in lines[1], lines
         second = run_python(str(JOB), *arguments(other, output=engine), seconds=SECONDS)
@@ -102,8 +102,10 @@ def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
         rest, _ = service.communicate(timeout=SECONDS)
         assert service.returncode == 0, rest
     assert read_scored(spark, str(tmp_path / engine)).count() == len(event_values)
+    assert len(seen) >= 3 and beyond_loopback(seen) == []
 
 
+@pytest.mark.long
 def test_a_trained_model_is_served_as_its_file_says(
     spark, kafka, filled, arguments, tmp_path, event_values, serving_model
 ):
@@ -145,6 +147,7 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
         (["--checkpoint", "c", "--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
         (["--kafka-option", "ssl.key.password=x"], "name that with --kafka-config"),
         (["--kafka-config", "nowhere"], "nowhere: No such file or directory"),
+        (["--output", "s3a://b/c", "--checkpoint", "c"], "packages org.apache.hadoop:hadoop-aws:"),
     ],
 )
 def test_wrong_options_are_refused_with_the_reason(kafka, topic, arguments, reason, tmp_path):

@@ -1,9 +1,34 @@
-"""The style of all code, including the notebooks, and what must not be committed."""
+"""The style of code and English, and what must not be committed."""
 
 import re
 import subprocess
 
+import pytest
 from processes import ROOT, run_python
+
+# The files whose English is checked, as patterns of paths.
+PROSE = ["README.md", "docs/*.md"]
+
+# Patterns of unidiomatic English: the pattern, a sentence that has it, and a better one.
+UNIDIOMATIC = [
+    (r"(?<![Tt]here )\b(is|are) no (?!\w+er\b|more\b|less\b)",
+     "a record that is no event", "a record that is not an event"),
+    (r"\bthat (is|are) none\b", "four records that are none", "four records that are not events"),
+    (r"\b(that|what|which) (is|are|isn't|aren't) (all )?there\b",
+     "columns which aren't there", "columns that are missing"),
+    (r"(^|[.|] )(What|Who) [^.?:|]*\.( |$)",
+     "What is bad goes to a topic.", "Bad records go to a topic."),
+    (r", for (it|they|he|she|we|you|there|nothing|nobody|each|its|their)\b",
+     "it waits, for there is no broker", "it waits, because there is no broker"),
+    (r"\b(an?|one|two|three) \w+ an? (batch|partition|topic|event|record|line|file|task|core)\b",
+     "it prints a row a batch", "it prints a row per batch"),
+    (r"\b(goes|go|going|went) on (after|behind|from|where)\b",
+     "it goes on where it was", "it resumes from there"),
+    (r'"""Have ', '"""Have offsets committed."""', '"""Commit offsets."""'),
+    (r"\b(anew|mend(s|ed|ing)?|lives)\b", "it is made anew", "it is rebuilt"),
+    (r"\b(tells|(is|are) told|holds? for)\b", "Spark tells of its end", "Spark reports its end"),
+    (r", too\b(?! \w)", "it is counted, too", "it is also counted"),
+]  # fmt: skip
 
 
 def test_ruff_finds_nothing():
@@ -45,3 +70,29 @@ def test_only_the_face_of_a_room_is_imported_from_outside():
     programs = [*(ROOT / "examples").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
     for file in programs:
         assert not re.search(r"from helpers\.\w+\.\w+ import", file.read_text()), file
+
+
+@pytest.mark.parametrize(("pattern", "worse", "better"), UNIDIOMATIC)
+def test_a_pattern_finds_unidiomatic_english_only(pattern, worse, better):
+    """Each pattern matches its example and not the improved sentence."""
+    assert re.search(pattern, worse) and not re.search(pattern, better)
+
+
+@pytest.mark.parametrize("glob", PROSE)
+def test_the_english_is_idiomatic(glob):
+    """No paragraph of a file has a pattern of unidiomatic English; code in it may."""
+    found = [
+        f"{file.name}, {match[0]!r} in: {paragraph}"
+        for file in sorted(ROOT.glob(glob))
+        for paragraph in paragraphs(file.read_text())
+        for pattern, *_ in UNIDIOMATIC
+        for match in [re.search(pattern, paragraph)]
+        if match
+    ]
+    assert found == []
+
+
+def paragraphs(text):
+    """Return the paragraphs of a text, each as one line, without code."""
+    prose = re.sub(r"```.*?```|(`+)[^`\n]*\1", "", text, flags=re.DOTALL)
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", prose)]

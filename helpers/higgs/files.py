@@ -79,6 +79,7 @@ def read_events(path: str | os.PathLike[str]) -> pd.DataFrame:
     Examples
     --------
     >>> import tempfile
+    >>> from helpers.higgs import generate_events
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "events.csv.gz")
     ...     generate_events(5, seed=1).to_csv(path, index=False)
@@ -203,7 +204,7 @@ def _checked(events: pd.DataFrame, path: str) -> pd.DataFrame:
     return events[layout]
 
 
-def _layout_of(header: pd.Index, path: str) -> list[str]:
+def _layout_of(header: pd.Index, path: str | os.PathLike[str]) -> list[str]:
     """Return the columns of the smallest layout that contains all of `header`."""
     for bookkeeping in _LAYOUTS:
         layout = [EVENT_ID, *FEATURES, *bookkeeping]

@@ -208,6 +208,7 @@ def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
 
     Examples
     --------
+    >>> from helpers.higgs import generate_events
     >>> events = generate_events(1000, seed=1)
     >>> derive_columns(events).equals(events)
     True

@@ -25,6 +25,7 @@ def figure_of(table: pd.DataFrame, totals: Mapping[str, int]) -> Figure:
         The sums of all batches, as `Monitor.totals` returns them.
     """
     since_first = (table["time"] - table["time"].iloc[0]).dt.total_seconds()
+    done = _done(since_first, table["seconds"])
     figure, (events, share, lag) = plt.subplots(
         3, 1, figsize=(9, 7), sharex=True, layout="constrained", height_ratios=(3, 2, 2)
     )
@@ -33,11 +34,21 @@ def figure_of(table: pd.DataFrame, totals: Mapping[str, int]) -> Figure:
     _plot_events(events, since_first, table)
     earlier = {name: totals[name] - table[name].sum() for name in ("events", "signal")}
     _plot_share(share, since_first, table, earlier)
-    _plot_lag(lag, since_first, table)
+    _plot_lag(lag, done, table)
+    # The panels share their axis, and the last batch may be done long after it was planned.
+    events.set_xlim(right=max(events.get_xlim()[1], 1.02 * done.iloc[-1]))
     shown = f" of the last {len(table):,}" if totals["batches"] > len(table) else ""
     lag.set_xlabel(f"seconds since the first batch{shown}")
     figure.align_ylabels()
     return figure
+
+
+def _done(planned: pd.Series, seconds: pd.Series) -> pd.Series:
+    """Return when each batch was done: a batch begins when it is planned and none is running."""
+    ends = []
+    for begin, duration in zip(planned, seconds, strict=True):
+        ends.append(max(begin, ends[-1] if ends else begin) + duration)
+    return pd.Series(ends, index=planned.index)
 
 
 def _plot_events(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
@@ -67,11 +78,11 @@ def _plot_share(
         axes.set_ylim(share.min() - 2.5, share.max() + 2.5)
 
 
-def _plot_lag(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
-    """Draw the number of records left after each batch, where it is known."""
+def _plot_lag(axes: Axes, done: pd.Series, table: pd.DataFrame) -> None:
+    """Draw the number of records left after each batch, when it was done, where it is known."""
     known = table["lag"].notna()
     lag = table.loc[known, "lag"].astype("int64")
-    axes.plot(since_first[known], lag, color=_GREEN, **_POINTS)
+    axes.plot(done[known], lag, color=_GREEN, **_POINTS)
     axes.set_ylabel("lag, records")
     axes.set_ylim(0, max(1.05 * lag.max(), 1) if len(lag) else 1)
     axes.yaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))

@@ -35,6 +35,7 @@ from helpers.kafka_settings import ANSWER_SECONDS, check_address
 from helpers.spark import (
     CONNECTOR,
     INSTALL_JAVA,
+    JAVA_ERRORS,
     JarsError,
     NoSuchJarError,
     fetch_jars,
@@ -399,7 +400,7 @@ def _check_workers(what: str, context: SparkContext) -> Check:
     try:
         tasks = context.defaultParallelism
         answers = context.parallelize(range(tasks), tasks).mapPartitions(ask).collect()
-    except Py4JError:
+    except (Py4JError, *JAVA_ERRORS):
         found = f"no worker of {context.master} answers within {WORKERS_SECONDS} s as Python "
         return _missing(what, f"{found} {_OWN_PYTHON}", remedy)
     finally:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helpers.model import model_from_bytes, model_to_bytes
+from helpers.model import interface_of, model_on_worker, model_to_bytes
 from helpers.serving.contract import Contract, ServingModel, ServingModelError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
     Examples
     --------
     >>> import keras
+    >>> from helpers.serving import scaled_network
     >>> contract = Contract(
     ...     feature_names=("mass", "energy"), means=(90.0, 40.0), scales=(30.0, 20.0),
     ...     class_names=("background", "signal"), signal_index=1, threshold=0.5,
@@ -192,9 +193,8 @@ def _checked_list(name: str, value: object) -> list:
 def _network_in(content: bytes, path: Path) -> keras.Model:
     """Return the network in the content of a plain ``.keras`` file."""
     try:
-        network = model_from_bytes(content)
-        if not (network.input_shape and network.output_shape):
-            raise ValueError("it has no inputs or no outputs")
+        network = model_on_worker(content)
+        interface_of(network)
     except Exception as error:  # Keras may raise anything for a file made by somebody else
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
@@ -203,13 +203,13 @@ def _network_in(content: bytes, path: Path) -> keras.Model:
 
 def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
     """Return the disagreements between a network and its contract."""
-    inputs, outputs = network.input_shape[1:], network.output_shape[1:]
+    interface = interface_of(network)
     names, classes = contract.feature_names, contract.class_names
     rules = {
-        f"the network has inputs {inputs}, the contract {len(names)} features":
-            inputs == (len(names),),
-        f"the network has outputs {outputs}, the contract {len(classes)} classes":
-            outputs == (len(classes),),
+        f"the network takes {interface.features} features, the contract names {len(names)}":
+            interface.features in (None, len(names)),
+        f"the network tells {interface.classes} classes apart, the contract {len(classes)}":
+            interface.classes == len(classes),
         "the network doesn't scale its inputs with the contract's means and scales (make it with "
         "helpers.serving.scaled_network)": _scales_with(network, contract),
     }  # fmt: skip

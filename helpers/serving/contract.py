@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import DoubleType, LongType, StructType
 
 from helpers.higgs import EVENT_ID
-from helpers.model import model_from_bytes, model_to_bytes
+from helpers.model import worker_copy
 from helpers.records import name_faults, named
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class Contract:
         The mean and scale of each feature: the network's first layer computes
         ``(value - mean) / scale``.
     class_names : tuple of str
-        The names of the network's two outputs, in order.
+        The names of the two classes, in the order of the network's outputs. If it has a single
+        output, from a sigmoid, that is the probability of the second class.
     signal_index : int
         The index of the signal output.
     threshold : float
@@ -172,7 +173,7 @@ def scaled_network(
 
     variance = np.square(scales)
     scaling = keras.layers.Normalization(mean=means, variance=variance, name="scaling")
-    network = model_from_bytes(model_to_bytes(network))  # without an optimizer, if it has one
+    _, network = worker_copy(network)  # without an optimizer, if it has one
     return keras.Sequential([keras.Input((len(means),), name="features"), scaling, network])
 
 

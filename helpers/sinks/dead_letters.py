@@ -14,20 +14,18 @@ from dataclasses import dataclass
 
 import pyarrow
 from py4j.java_gateway import JavaObject
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType
 
 from helpers.kafka_settings import ANSWER_SECONDS
-from helpers.spark import root_cause
+from helpers.spark import JAVA_ERRORS, cause_message, cause_name, summary
 from helpers.streaming import (
     StreamError,
     explained,
     java_map,
     modern_settings,
     settings_of,
-    summary,
     use_added_jars,
     without_secrets,
 )
@@ -200,7 +198,7 @@ class _Admin:
         letters = topic + DEAD_LETTERS
         try:
             found = self._describe(letters) or self._create(letters, topic)
-        except Py4JJavaError as error:
+        except JAVA_ERRORS as error:
             if not _is_refusal(error):
                 raise
             raise _LetterError(
@@ -235,9 +233,9 @@ class _Admin:
             producer = self._jvm.org.apache.kafka.clients.producer.KafkaProducer(
                 java_map(self._spark, settings)
             )
-        except Py4JJavaError as error:
-            message = root_cause(error).getMessage() or ""
-            if _name(error) != "ConfigException" or _NO_ADDRESS in message:
+        except JAVA_ERRORS as error:
+            message = cause_message(error)
+            if cause_name(error) != "ConfigException" or _NO_ADDRESS in message:
                 raise
             raise _LetterError(
                 f"the dead letters of {topic} can't be sent: "
@@ -253,8 +251,8 @@ class _Admin:
         found = self._client.describeTopics(names, options).topicNameValues().get(topic)
         try:
             return self._answer(found)
-        except Py4JJavaError as error:
-            if _name(error) != "UnknownTopicOrPartitionException":
+        except JAVA_ERRORS as error:
+            if cause_name(error) != "UnknownTopicOrPartitionException":
                 raise
             return None
 
@@ -275,11 +273,11 @@ class _Admin:
             new = new.configs(self._jvm.java.util.Map.of("max.message.bytes", limit))
         try:
             self._answer(self._client.createTopics(self._jvm.java.util.List.of(new)).all())
-        except Py4JJavaError as error:
-            if _is_refusal(error) or _name(error) == "TimeoutException":
+        except JAVA_ERRORS as error:
+            if _is_refusal(error) or cause_name(error) == "TimeoutException":
                 raise
-            if _name(error) != "TopicExistsException":  # raised if another process was faster
-                reason = f"{root_cause(error).getMessage()} ({_name(error)})"
+            if cause_name(error) != "TopicExistsException":  # raised if another process was faster
+                reason = f"{cause_message(error)} ({cause_name(error)})"
                 raise StreamError(f"the topic {letters} can't be created: {reason}") from None
         return self._describe_new(letters)
 
@@ -299,7 +297,7 @@ class _Admin:
         found = self._client.describeConfigs(self._jvm.java.util.List.of(resource)).values()
         try:
             entries = self._answer(found.get(resource)).entries()
-        except Py4JJavaError as error:
+        except JAVA_ERRORS as error:
             if not _is_refusal(error):
                 raise
             return {}
@@ -320,7 +318,7 @@ def _asking(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[_Admin
             yield admin
         finally:
             admin.close()
-    except Py4JJavaError as error:
+    except JAVA_ERRORS as error:
         raise explained(error, settings) from None
 
 
@@ -455,15 +453,11 @@ def _reason_for_good(error: Exception) -> str | None:
         return text
     if _NO_ADDRESS in text or not any(name in text for name in _FOR_GOOD):
         return None
-    return summary(text)
+    return summary(error)
 
 
-def _is_refusal(error: Py4JJavaError) -> bool:
-    return _name(error).endswith("AuthorizationException")
-
-
-def _name(error: Py4JJavaError) -> str:
-    return root_cause(error).getClass().getSimpleName()
+def _is_refusal(error: Exception) -> bool:
+    return cause_name(error).endswith("AuthorizationException")
 
 
 def _send(messages: DataFrame, settings: Mapping[str, str]) -> None:

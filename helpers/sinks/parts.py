@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import (
     BinaryType,
@@ -24,13 +23,14 @@ from helpers.records import MODEL_VERSION
 from helpers.sinks.commits import Part
 from helpers.sinks.errors import SinkError
 from helpers.spark import (
+    JAVA_ERRORS,
     exact_reader,
     flush_folder,
     folder_names,
     folder_size,
     java_class,
     remove_folder,
-    root_cause,
+    summary,
 )
 
 # The columns of the files after the event's id. `bad` holds a bad record and the reason. They are
@@ -165,8 +165,8 @@ def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
     for file in files:
         try:
             reader = open_file(of_path(hadoop_path(file), configuration))
-        except Py4JJavaError as error:
-            reason = root_cause(error).getMessage()
+        except JAVA_ERRORS as error:
+            reason = summary(error)
             raise SinkError(f"a file that Spark has just written can't be read: {reason}") from None
         count += reader.getRecordCount()
         reader.close()

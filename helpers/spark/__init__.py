@@ -1,10 +1,11 @@
 """Spark on a laptop and on a cluster: the session, its jars, and files that Spark can reach.
 
 `get_spark` returns the existing session or starts one with the Kafka connector. `jars` fetches jars
-from Maven Central, `files` reads and writes small files on any of Spark's file systems, and
-`scratch` provides the folder for temporary files and the log.
+from Maven Central, `errors` finds the reason in Java's errors, `files` reads and writes small files
+on any of Spark's file systems, and `scratch` provides the folder for temporary files and the log.
 """
 
+from helpers.spark.errors import JAVA_ERRORS, cause_message, cause_name, java_causes, summary
 from helpers.spark.files import (
     JsonFolder,
     exact_path,
@@ -23,10 +24,11 @@ from helpers.spark.jars import (
     INSTALL_JAVA,
     JarsError,
     NoSuchJarError,
+    class_archive,
     fetch_jars,
     java_command,
     spark_and_scala,
     spark_home,
 )
 from helpers.spark.scratch import log_file, protect_folder, scratch_folder
-from helpers.spark.session import SessionError, fetch, get_spark, root_cause
+from helpers.spark.session import SessionError, check_running, fetch, get_spark

@@ -6,8 +6,13 @@ both from the start, and shares the memory. `get_spark` names this module in
 ``spark.python.daemon.module`` on this machine; a cluster's executors use Spark's default.
 """
 
+import gc
+
 import keras  # noqa: F401
 from pyspark.daemon import manager
 
 if __name__ == "__main__":
+    # A worker collects garbage after each task: half a second for the objects of these modules. In
+    # the permanent generation they are left out, and their memory stays shared.
+    gc.freeze()
     manager()

@@ -17,27 +17,32 @@ from pathlib import Path
 from typing import Any
 
 from py4j.java_gateway import JavaClass, JavaObject
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrameReader, SparkSession
+
+from helpers.spark.errors import JAVA_ERRORS, java_causes, summary
+from helpers.spark.jars import JarsError
 
 # What can't be a path on any file system of Hadoop: nothing, a NUL, bytes that are not UTF-8.
 _UNUSABLE = re.compile(r"^$|[\0\ud800-\udfff]")
 # The beginning of a URI, up to its path.
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(//[^/]*)?(?=/)")
+# Which of Hadoop's jars has the file system for a scheme; Spark comes without these.
+_FILE_SYSTEMS = {
+    "org.apache.hadoop:hadoop-aws": ("s3a",),
+    "org.apache.hadoop:hadoop-azure": ("abfs", "abfss", "wasb", "wasbs"),
+    "org.apache.hadoop:hadoop-aliyun": ("oss",),
+    "org.apache.hadoop:hadoop-gcp": ("gs",),
+}
 
 
 class _CannotLinkError(Exception):
     """The file system doesn't support hard links; many network file systems don't."""
 
 
-def _is_taken(error: Py4JJavaError) -> bool:
+def _is_taken(error: Exception) -> bool:
     """Return whether Java's error, or one of its causes (as with HDFS), is that a file exists."""
-    exception = error.java_exception
-    while exception is not None:
-        if exception.getClass().getSimpleName() == "FileAlreadyExistsException":
-            return True
-        exception = exception.getCause()
-    return False
+    names = (cause.getClass().getSimpleName() for cause in java_causes(error))
+    return "FileAlreadyExistsException" in names
 
 
 class JsonFolder:
@@ -112,13 +117,13 @@ class JsonFolder:
             _flush(_local_path(draft))
         try:
             self._publish(draft, self._path(f"{name}.json"))
-        except Py4JJavaError as error:
+        except JAVA_ERRORS as error:
             if not _is_taken(error):
                 raise
             raise FileExistsError(f"{self.uri}/{name}.json exists already") from None
         finally:
             # A leftover draft is harmless, and failing to delete it must not hide an earlier error.
-            with contextlib.suppress(Py4JJavaError):
+            with contextlib.suppress(*JAVA_ERRORS):
                 self._files.delete(draft, False)
         if self._local:
             _flush(self._local)  # the directory entry
@@ -181,7 +186,7 @@ class JsonFolder:
         )
         try:
             files.createLink(paths.of(path.toUri()), paths.of(draft.toUri()))
-        except Py4JJavaError as error:
+        except JAVA_ERRORS as error:
             if _is_taken(error):
                 raise
             raise _CannotLinkError from error
@@ -405,9 +410,38 @@ def _path_error(path: str, fault: str) -> ValueError:
 def _file_system(
     spark: SparkSession, name: str | os.PathLike[str]
 ) -> tuple[JavaObject, JavaObject]:
-    """Return the Hadoop path and file system for a name."""
-    path = java_class(spark, "org.apache.hadoop.fs.Path")(exact_path(spark, name))
-    return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
+    """Return the Hadoop path and file system for a name.
+
+    Raises
+    ------
+    JarsError
+        If Spark lacks the jar of the file system.
+    OSError
+        If the name or its file system can't be used.
+    """
+    name = exact_path(spark, name)
+    try:
+        path = java_class(spark, "org.apache.hadoop.fs.Path")(name)
+        return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
+    except JAVA_ERRORS as error:
+        names = {cause.getClass().getSimpleName() for cause in java_causes(error)}
+        if names & {"ClassNotFoundException", "UnsupportedFileSystemException"}:
+            raise JarsError(_missing_jar(spark, name)) from None
+        raise OSError(f"{name!r} can't be used: {summary(error)}") from None
+
+
+def _missing_jar(spark: SparkSession, name: str) -> str:
+    """Return which jar Spark lacks for a name's file system, and how to add it."""
+    scheme = name.partition(":")[0]
+    artifact = next((jar for jar, schemes in _FILE_SYSTEMS.items() if scheme in schemes), None)
+    if artifact is None:
+        return f"Spark has no file system for {scheme!r}, as in {name!r}: check the path."
+    version = java_class(spark, "org.apache.hadoop.util.VersionInfo").getVersion()
+    jar = f"{artifact}:{version}"
+    return (
+        f"Spark lacks the jar that {scheme}: needs, as in {name!r}: start Spark with it, by "
+        f'get_spark(config={{"spark.jars.packages": "{jar}"}}) or spark-submit --packages {jar}.'
+    )
 
 
 def _qualified(spark: SparkSession, name: str | os.PathLike[str]) -> JavaObject:

@@ -156,6 +156,17 @@ def jars_folder() -> Path:
     return Path(cache) / "kafka-spark-keras" / "jars"
 
 
+def class_archive() -> Path:
+    """Return the file in which ``python -m helpers.spark`` keeps Spark's classes for a fast start.
+
+    Examples
+    --------
+    >>> class_archive().suffix
+    '.jsa'
+    """
+    return jars_folder() / f"spark-{spark_and_scala()[0]}.jsa"
+
+
 def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
     """Fetch the jars with Ivy, and move them to `folder` atomically once all are complete."""
     java_command()

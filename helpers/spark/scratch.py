@@ -10,9 +10,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
+from helpers.spark.errors import JAVA_ERRORS
 from helpers.spark.files import exact_path
 
 _LOGGER = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def protect_folder(spark: SparkSession, path: str) -> None:
         return
     names = [found.getPath().getName() for found in files.listStatus(folder)]
     if all(re.fullmatch(_CHECKPOINT_FILES, name) for name in names):
-        with contextlib.suppress(Py4JJavaError):  # the folder belongs to another user
+        with contextlib.suppress(*JAVA_ERRORS):  # the folder belongs to another user
             files.setPermission(folder, only_mine)
             return
     _LOGGER.warning(

@@ -10,18 +10,20 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from py4j.java_gateway import JavaObject
-from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
+from pyspark.sql.utils import is_remote
+from pyspark.util import default_api_mode
 
 import helpers
 from helpers.kafka_settings import SECRET_SETTINGS
+from helpers.spark.errors import JAVA_ERRORS, summary
 from helpers.spark.jars import (
     CONNECTOR,
     JarsError,
+    class_archive,
     fetch_jars,
     java_command,
     spark_and_scala,
@@ -79,8 +81,8 @@ def get_spark(
     Raises
     ------
     SessionError
-        If Spark doesn't start, or there is no Kafka connector for its version or it can't be
-        fetched.
+        If Spark doesn't start, the session is one of Spark Connect, or there is no Kafka connector
+        for its version or it can't be fetched.
     helpers.spark.JarsError
         If Java or Spark's jars are missing.
 
@@ -90,6 +92,7 @@ def get_spark(
     >>> spark.range(3).count()
     3
     """
+    _refuse_connect()
     if SparkContext._active_spark_context is not None:
         spark = SparkSession.builder.getOrCreate()
         if not _has_connector(spark):
@@ -104,12 +107,15 @@ def get_spark(
     return spark
 
 
-def root_cause(error: Py4JJavaError) -> JavaObject:
-    """Return the innermost Java exception, which the others wrap."""
-    cause = error.java_exception
-    while cause.getCause() is not None:
-        cause = cause.getCause()
-    return cause
+def check_running(spark: SparkSession) -> None:
+    """Raise `SessionError` for a session that was stopped, by another cell for instance.
+
+    Examples
+    --------
+    >>> check_running(spark)
+    """
+    if spark.sparkContext._jsc is None:
+        raise SessionError("this Spark session was stopped: make a new one with get_spark().")
 
 
 def fetch() -> None:
@@ -151,7 +157,7 @@ def _settings(
     if master.startswith("local"):
         settings["spark.driver.memory"] = memory
         settings["spark.local.dir"] = str(scratch_folder())
-        settings["spark.driver.extraJavaOptions"] = f"-Djava.io.tmpdir={scratch_folder()}"
+        settings["spark.driver.extraJavaOptions"] = " ".join(_java_options())
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
         settings["spark.python.daemon.module"] = "helpers.spark.daemon"
         settings["spark.executorEnv.PYTHONPATH"] = str(Path(helpers.__file__).parent.parent)
@@ -160,6 +166,25 @@ def _settings(
         settings["spark.executor.cores"] = str(cores or 1)
         settings["spark.executor.memory"] = memory
     return {**settings, **{key: str(value) for key, value in config.items()}}
+
+
+def _java_options() -> list[str]:
+    """Return the options of Java for a Spark on this machine."""
+    options = [f"-Djava.io.tmpdir={scratch_folder()}"]
+    if class_archive().exists():
+        options.append(f"-XX:SharedArchiveFile={class_archive()}")
+    return options
+
+
+def _refuse_connect() -> None:
+    """Raise `SessionError` where sessions are of Spark Connect, which has no access to Java."""
+    mode = os.environ.get("SPARK_API_MODE") or default_api_mode()
+    if "SPARK_REMOTE" in os.environ or is_remote() or mode == "connect":
+        raise SessionError(
+            "this is Spark Connect, which can't reach Spark's Java, and so neither Kafka's clients "
+            "nor DStreams: unset SPARK_REMOTE (and SPARK_API_MODE), start Python again, and name "
+            "the cluster as master, as in get_spark(master='yarn')."
+        )
 
 
 def _submitted_settings() -> dict[str, str]:
@@ -205,10 +230,10 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         conf.setIfMissing("spark.ui.enabled", "false")
     try:
         spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
-    except Py4JJavaError as error:
-        reason = root_cause(error).getMessage()
+    except JAVA_ERRORS as error:
         raise SessionError(
-            f"Spark did not start on {settings['spark.master']}: {reason} More is in {log_file()}."
+            f"Spark did not start on {settings['spark.master']}: {summary(error)} "
+            f"More is in {log_file()}."
         ) from None
     if not _has_connector(spark):  # the gateway was launched without it
         _add_connector(spark)

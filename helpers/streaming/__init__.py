@@ -33,12 +33,7 @@ from helpers.streaming.context import (
     stop_streaming,
 )
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
-from helpers.streaming.errors import (
-    StreamError,
-    explained,
-    summary,
-    without_secrets,
-)
+from helpers.streaming.errors import StreamError, explained, without_secrets
 from helpers.streaming.kafka_utils import KafkaMessageAndMetadata, KafkaUtils, utf8_decoder
 from helpers.streaming.offsets import Broker, OffsetRange, PlannedBatch, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -17,7 +18,8 @@ from py4j.java_gateway import JavaObject
 from pyspark import RDD, SparkContext
 from pyspark.streaming import StreamingContext
 
-from helpers.streaming.errors import insist, remedy, summary, without_secrets
+from helpers.spark import summary
+from helpers.streaming.errors import StreamError, insist, remedy, without_secrets
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.listener import ContextListener
 from helpers.streaming.offsets import PlannedBatch
@@ -53,24 +55,31 @@ class Batches:
         Knows the streaming context.
     source : Source or None
         What the stream asks Kafka; None until Kafka has answered in this process.
+    group : str or None
+        The consumer group that offsets are committed to.
     error : str or None
         Why the stream has stopped by itself; None while it has not.
     """
 
     def __init__(self, definition: StreamDefinition) -> None:
-        self.definition = definition
-        settings = definition.settings
-        by_hand = settings.get("enable.auto.commit") == "false" and bool(settings.get("group.id"))
-        self.ledger = Ledger(by_hand)
         self.listener = ContextListener(self)
-        self.source: Source | None = None
         self.error: str | None = None
         self._planning = threading.Lock()
         self._finishing = False  # nothing more is to be planned
         self._stopped = threading.Event()  # nothing more is to begin, or to be committed
         self._abandoned = False  # and that is so because somebody asked for it
         self._running = 0  # functions of `foreachBatch`
+        self._has_planned = False
         self._job_group = f"kafka-stream-{definition.stream_id}"
+        self._define(definition)
+
+    def _define(self, definition: StreamDefinition) -> None:
+        """Become the stream of a definition; nothing is planned yet."""
+        self.definition = definition
+        settings = definition.settings
+        self.group = settings.get("group.id") or None
+        self.ledger = Ledger(bool(self.group) and settings.get("enable.auto.commit") == "false")
+        self.source: Source | None = None
         self._recovery = Recovery(definition, self.listener, self._stopped)
 
     def __reduce__(self) -> tuple:
@@ -85,11 +94,13 @@ class Batches:
         StreamError
             If a topic doesn't exist, or Kafka can't be reached, or refuses.
         """
-        for batches in list(_LIVE):
-            if batches.listener.is_over():
-                batches.close()
+        _close_ended()
         self._open()
         self.listener.join(ssc._jssc.ssc())
+        if self.definition.shares:
+            for batches in batches_of(ssc):
+                if batches.definition.shares and batches.group == self.group:
+                    batches._leave_topics_to(self)
         _LIVE.append(self)
 
     @property
@@ -104,11 +115,12 @@ class Batches:
             if not self._stopped.is_set() and not self._finishing:
                 try:
                     insist(self._open, self._stopped)
+                    self._refuse_company()
                     self.source.plan(batch_id_of(batch_time))
                     self.source.commit_when_idle()
                 except Exception as error:
                     # Without its plan an interval's records would be left out of all batches.
-                    self._fail(f"the next batch can't be planned: {summary(str(error))}")
+                    self._fail(f"the next batch can't be planned: {summary(error)}")
                     raise
         return ticks
 
@@ -120,7 +132,7 @@ class Batches:
         try:
             return self.source.read(ranges).rdd.map(to_element)
         except Exception as error:
-            self._fail(f"batch {batch_id_of(batch_time)} can't be read: {error}")
+            self._fail(f"batch {batch_id_of(batch_time)} can't be read: {summary(error)}")
             raise
 
     def run(self, function: Callable[[PlannedBatch], None], batch_time: datetime) -> None:
@@ -167,7 +179,7 @@ class Batches:
         try:
             self.source.commit()
         except Exception as error:
-            self._fail(f"batch {batch_id} can't be committed: {error}")
+            self._fail(f"batch {batch_id} can't be committed: {summary(error)}")
         if times:
             self.source.limit.completed(records, *times)
 
@@ -199,6 +211,37 @@ class Batches:
         if self.source is not None:
             self.source.planner.close()
 
+    def _leave_topics_to(self, other: Batches) -> None:
+        """Read no topic that a later stream of the group reads, and begin again without them."""
+        ids = other.source.planner.topic_ids()
+        known = self.source.planner.topic_ids()
+        topics = [name for name in self.definition.topics if ids.get(name) != known[name]]
+        self.source.planner.close()
+        self._define(replace(self.definition, topics=topics))
+        self._open()
+
+    def _refuse_company(self) -> None:
+        """Raise `StreamError` if another running stream commits offsets of the same partitions."""
+        if self._has_planned or self.group is None:
+            return
+        self._has_planned = True
+        others = [
+            each for each in _LIVE
+            if each is not self and each.group == self.group and each._has_planned
+            and not each._stopped.is_set()
+        ]  # fmt: skip
+        if any(self._partitions() & each._partitions() for each in others):
+            raise StreamError(
+                "another stream of this context reads the same partitions for group "
+                f"{self.group!r}, and each would commit what the other has not done: give one "
+                "stream both outputs, or one of them another group.id."
+            )
+
+    def _partitions(self) -> set[tuple[str, int]]:
+        """Return what the stream reads: ids of topics, which no two clusters share, and numbers."""
+        ids = self.source.planner.topic_ids()
+        return {(ids[part.topic], part.partition) for part in self.source.planner.positions()}
+
     def _open(self) -> None:
         """Connect to Kafka, unless that is done in this process."""
         if self.source is None:
@@ -227,14 +270,22 @@ def batch_id_of(batch_time: datetime) -> int:
     return round(batch_time.timestamp() * 1000)
 
 
+def _close_ended() -> None:
+    """Close the streams whose context somebody has stopped."""
+    for batches in list(_LIVE):
+        if batches.listener.is_over():
+            batches.close()
+
+
 def _recovered(definition: StreamDefinition) -> Batches:
     """Return the batches of a stream that Spark recovers from its checkpoint.
 
     The checkpoint has them in each of the stream's functions; here they are one again.
     """
+    _close_ended()
     for batches in list(_LIVE):
         if batches.definition.stream_id == definition.stream_id:
-            if not batches._stopped.is_set() and not batches.listener.is_over():
+            if not batches._stopped.is_set():
                 return batches
             batches.close()
     batches = Batches(definition)

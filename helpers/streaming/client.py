@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from helpers.kafka_settings import ANSWER_SECONDS
-from helpers.spark import root_cause
+from helpers.spark import JAVA_ERRORS, cause_name
 from helpers.streaming.errors import StreamError, TopicRecreatedError, explained
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import (
@@ -25,6 +24,7 @@ from helpers.streaming.settings import (
     java_map,
     modern_settings,
     settings_of,
+    topic_names,
     use_added_jars,
 )
 
@@ -267,8 +267,8 @@ class KafkaClient:
             groups = self._admin.describeConsumerGroups(self._jvm.java.util.List.of(group))
             try:
                 answer = self._answer(groups.describedGroups().get(group))
-            except Py4JJavaError as error:
-                if root_cause(error).getClass().getSimpleName() == "GroupIdNotFoundException":
+            except JAVA_ERRORS as error:
+                if cause_name(error) == "GroupIdNotFoundException":
                     return []
                 raise
             return sorted(member.clientId() for member in answer.members())
@@ -283,8 +283,8 @@ class KafkaClient:
     def _described(self, name: str, future: Any) -> Any:
         try:
             return self._answer(future)
-        except Py4JJavaError as error:
-            kind = root_cause(error).getClass().getSimpleName()
+        except JAVA_ERRORS as error:
+            kind = cause_name(error)
             if kind not in ("UnknownTopicOrPartitionException", "InvalidTopicException"):
                 raise
             raise StreamError(
@@ -320,7 +320,7 @@ class KafkaClient:
             with self._lock:
                 use_added_jars(self._spark)
                 yield
-        except Py4JJavaError as error:
+        except JAVA_ERRORS as error:
             raise explained(error, self.settings) from None
 
 
@@ -349,7 +349,7 @@ def topic_ids(
     ['events']
     """
     with contextlib.closing(KafkaClient(spark, modern_settings(settings))) as client:
-        return client.topic_ids(topics)
+        return client.topic_ids(topic_names(topics))
 
 
 def _topic_id_in(metadata: str) -> str | None:

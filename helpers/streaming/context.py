@@ -15,9 +15,9 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 from pyspark.streaming import StreamingContext
 
-from helpers.spark import log_file, root_cause
+from helpers.spark import JAVA_ERRORS, check_running, log_file, summary
 from helpers.streaming.batches import Batches, batches_of
-from helpers.streaming.errors import StreamError, summary
+from helpers.streaming.errors import StreamError
 
 # How long Java may take to end, once it has stopped answering.
 END_SECONDS = 10
@@ -36,10 +36,16 @@ def new_streaming_context(spark: SparkSession, batch_seconds: float) -> Streamin
     batch_seconds : float
         The interval of the micro-batches.
 
+    Raises
+    ------
+    SessionError
+        If the session was stopped.
+
     Examples
     --------
     >>> ssc = new_streaming_context(spark, batch_seconds=1)
     """
+    check_running(spark)
     active = StreamingContext.getActive()
     if active is not None:
         stop_streaming(active, gracefully=False)
@@ -88,9 +94,9 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
                     raise TimeoutError(_not_done(streams, timeout))
                 if ssc.awaitTerminationOrTimeout(0.1):
                     raise StreamError("the stream was stopped before it was done.")
-        except (Py4JJavaError, StreamError) as error:
+        except (*JAVA_ERRORS, StreamError) as error:
             reasons = [stream.error for stream in streams if stream.error]
-            reason = reasons[0] if reasons else _cause(error)
+            reason = reasons[0] if reasons else summary(error)
             raise StreamError(f"the stream stopped: {reason}") from None
         finally:
             finished = stop_streaming(ssc, gracefully=bool(done))
@@ -228,10 +234,3 @@ def _not_done(streams: list[Batches], seconds: float) -> str:
         f"the stream was not done after {seconds:.0f} s and was stopped; what it committed is "
         f"kept. {help_}"
     )
-
-
-def _cause(error: Exception) -> str:
-    """Return the line that names an error, also one that came from Python through Java."""
-    if isinstance(error, Py4JJavaError):
-        return summary(root_cause(error).toString())
-    return str(error)

@@ -217,13 +217,28 @@ class KafkaDirectStream(TransformedDStream):
     def _with_ranges(self, func: Callable) -> Callable[[datetime, RDD], Any]:
         """Return a function of time and RDD that calls another with a `KafkaRDD`."""
         batches = self._batches
-        takes_time = len(inspect.signature(func).parameters) == 2
+        takes_time = _takes_time(func)
 
         def call(batch_time: datetime, rdd: RDD) -> Any:
             kafka_rdd = KafkaRDD(rdd, batches.ledger.ranges(batch_id_of(batch_time)))
             return func(batch_time, kafka_rdd) if takes_time else func(kafka_rdd)
 
         return call
+
+
+def _takes_time(func: Callable) -> bool:
+    """Return whether a function is called with a batch's time and RDD, not with the RDD alone.
+
+    As in Spark, it is unless it has exactly one positional parameter; those with a default are
+    positional too. Spark looks at plain functions only; this is the same for bound methods, partial
+    functions and objects, and for wrappers that pass on all that they get.
+    """
+    variadic = inspect.Parameter.VAR_POSITIONAL
+    parameters = inspect.signature(func, follow_wrapped=False).parameters.values()
+    if variadic in (parameter.kind for parameter in parameters):
+        parameters = inspect.signature(func).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in named for parameter in parameters) != 1
 
 
 class _PlannedTicks(TransformedDStream):

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from py4j.protocol import Py4JError, Py4JJavaError
+from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 
 from helpers.kafka_settings import ANSWER_SECONDS, is_secret
-from helpers.spark import root_cause
+from helpers.spark import cause_message, cause_name, java_causes, summary
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def insist(action: Callable[[], Any], stopped: threading.Event) -> Any:
         except PASSING_ERRORS as error:
             if stopped.is_set() or time.monotonic() > deadline:
                 raise
-            _LOGGER.warning("%s The stream tries again.", summary(str(error)))
+            _LOGGER.warning("%s The stream tries again.", summary(error))
             stopped.wait(RETRY_SECONDS)
 
 
@@ -137,28 +137,28 @@ def is_away(text: str) -> bool:
     return _AWAY.search(text) is not None
 
 
-def explained(error: Py4JJavaError, settings: Mapping[str, str]) -> StreamError:
+def explained(error: Exception, settings: Mapping[str, str]) -> StreamError:
     """Return what an exception of Kafka's Java client means for the user.
 
     Parameters
     ----------
-    error : py4j.protocol.Py4JJavaError
-        What a call of the client raised.
+    error : Exception
+        What a call of the client raised, one of `JAVA_ERRORS`.
     settings : mapping
         The client's settings by Kafka's names; what is secret in them is not repeated.
     """
     # KafkaConsumer's constructor wraps the cause in "Failed to construct kafka consumer".
-    exception = root_cause(error)
-    name, message = exception.getClass().getSimpleName(), exception.getMessage() or ""
+    name = cause_name(error)
     servers = settings["bootstrap.servers"]
     if name == "TimeoutException":
         return BrokerAwayError(
             f"Kafka at {servers} gave no answer within {ANSWER_SECONDS} s: check the "
             f"address, that the broker runs, and that the security settings are its own."
         )
-    if "certpath" in exception.getClass().getName():  # Java's reason for not trusting somebody
+    # Java's reason for not trusting somebody.
+    if any("certpath" in cause.getClass().getName() for cause in java_causes(error)):
         name = "SslAuthenticationException"
-    message = without_secrets(message, settings).rstrip(".")
+    message = without_secrets(cause_message(error), settings).rstrip(".")
     return StreamError(f"Kafka at {servers} refuses: {message} ({name}){remedy(name)}.")
 
 
@@ -193,17 +193,3 @@ def _parts(value: str) -> set[str]:
     if "-----BEGIN" in value:
         parts |= {line for line in value.split() if len(line) > _KEY_LINE}
     return {part for part in (value, *parts) if part}
-
-
-def summary(message: str) -> str:
-    """Return the line of a traceback, Python's or Java's, that names the error.
-
-    Examples
-    --------
-    >>> lines = ["Traceback (most recent call last):", "  1 / 0", "ZeroDivisionError: by zero"]
-    >>> summary(chr(10).join(lines))
-    'ZeroDivisionError: by zero'
-    """
-    lines = message.strip().splitlines() or [""]
-    naming = [line for line in lines if re.match(r"(: )?[\w.$]+(Error|Exception)\b", line)]
-    return (naming or lines)[-1].strip(": ")

@@ -19,7 +19,13 @@ from helpers.streaming.errors import BrokerAwayError, StreamError
 from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
 from helpers.streaming.reader import RangeReader
 from helpers.streaming.recovery import StreamDefinition
-from helpers.streaming.settings import NO_ZOOKEEPER, modern_settings, refuse_zookeeper
+from helpers.streaming.settings import (
+    NO_ZOOKEEPER,
+    as_text,
+    modern_settings,
+    refuse_zookeeper,
+    topic_names,
+)
 
 Decoder = Callable[[bytes | None], Any]
 
@@ -77,11 +83,16 @@ class KafkaUtils:
         **It begins at the end.** As ever, a group that is new gets only what arrives from now on:
         ``auto.offset.reset`` is ``largest`` unless `kafkaParams` says ``smallest``.
 
+        **Streams of one group get each record once**, as receivers did: this stream takes over the
+        topics of earlier ones of the same context and group. (A topic's partitions are read by as
+        many Spark tasks anyway; a `union` of several streams, once for several receivers, is no
+        faster than one.)
+
         Parameters
         ----------
         ssc : pyspark.streaming.StreamingContext
             The context that the stream is part of.
-        zkQuorum : str
+        zkQuorum : str or list of str
             The brokers' addresses, ``host:port`` with commas between. It once was ZooKeeper's,
             which Kafka 4 doesn't have.
         groupId : str
@@ -118,12 +129,14 @@ class KafkaUtils:
         """
         if not isinstance(topics, Mapping):
             raise TypeError("topics must be a dict from each topic to a number, as {'events': 1}.")
-        refuse_zookeeper(zkQuorum)
-        settings = {**(kafkaParams or {}), "bootstrap.servers": zkQuorum, "group.id": groupId}
+        brokers = as_text(zkQuorum)
+        refuse_zookeeper(brokers)
+        settings = modern_settings(
+            {**(kafkaParams or {}), "bootstrap.servers": brokers, "group.id": groupId}
+        )
+        to_element = _element_maker(keyDecoder, valueDecoder, None)
         try:
-            return KafkaUtils.createDirectStream(
-                ssc, list(topics), settings, keyDecoder=keyDecoder, valueDecoder=valueDecoder
-            )
+            return _stream(ssc, to_element, topic_names(topics), settings, shares=True)
         except BrokerAwayError as error:
             raise BrokerAwayError(
                 f"{error} It may be ZooKeeper's address. {NO_ZOOKEEPER}"
@@ -146,14 +159,14 @@ class KafkaUtils:
         ----------
         ssc : pyspark.streaming.StreamingContext
             The context that the stream is part of.
-        topics : list of str
-            The topics to read.
+        topics : list of str, or str
+            The topics to read, or the only one.
         kafkaParams : dict
             Settings of `KafkaConsumer` by Kafka's names, security included:
             ``bootstrap.servers`` (required), ``group.id`` (without it nothing is committed),
             ``auto.offset.reset`` (``latest`` by default), ``enable.auto.commit`` (false: only what
             `KafkaDirectStream.commitAsync` is given). The names and values of Kafka 0.8
-            (``metadata.broker.list``, ``smallest``, ``largest``) work too.
+            (``metadata.broker.list``, ``smallest``, ``largest``) work, and a list of brokers.
         fromOffsets : dict of TopicAndPartition to int, optional
             The partitions to read, and where each starts; by default all partitions, from where
             the group is.
@@ -177,10 +190,14 @@ class KafkaUtils:
             If a topic doesn't exist, Kafka can't be reached or refuses, or the group has members.
         ValueError
             If ``bootstrap.servers`` is missing or has no port, ``auto.offset.reset`` is no such
-            thing, Kafka doesn't know a setting, or ``spark.streaming.concurrentJobs`` is above 1.
+            thing, Kafka doesn't know a setting, `fromOffsets` is of other topics, or
+            ``spark.streaming.concurrentJobs`` is above 1.
 
         Notes
         -----
+        Streams that run in one context must not read the same partitions for the same group, since
+        each would commit what the other has not done: the context stops then, with that reason.
+
         How much goes into a batch is for the settings of the Spark session, see `RateLimit`.
 
         Examples
@@ -189,14 +206,10 @@ class KafkaUtils:
         ...     ssc, ["events"], {"bootstrap.servers": kafka.bootstrap_servers})
         >>> stream.map(lambda record: record[1]).pprint()
         """
-        _check_one_at_a_time(ssc)
-        interval = ssc._jssc.ssc().graph().batchDuration().milliseconds() / 1000
-        settings = modern_settings(kafkaParams)
-        definition = StreamDefinition(list(topics), settings, interval, fromOffsets, positions)
-        batches = Batches(definition)
-        batches.connect(ssc)
+        names, settings = topic_names(topics), modern_settings(kafkaParams)
+        _check_from_offsets(names, fromOffsets)
         to_element = _element_maker(keyDecoder, valueDecoder, messageHandler)
-        return KafkaDirectStream(ssc, batches, to_element)
+        return _stream(ssc, to_element, names, settings, fromOffsets, positions)
 
     @staticmethod
     def createRDD(  # noqa: N802
@@ -251,6 +264,37 @@ class KafkaUtils:
         return KafkaRDD(records.map(to_element), offsetRanges)
 
 
+def _stream(
+    ssc: StreamingContext,
+    to_element: Callable[[Row], Any],
+    topics: list[str],
+    settings: Mapping[str, str],
+    from_offsets: Mapping[TopicAndPartition, int] | None = None,
+    positions: Mapping[TopicAndPartition, int] | None = None,
+    shares: bool = False,
+) -> KafkaDirectStream:
+    """Return the stream of a definition."""
+    _check_one_at_a_time(ssc)
+    interval = ssc._jssc.ssc().graph().batchDuration().milliseconds() / 1000
+    batches = Batches(
+        StreamDefinition(topics, settings, interval, from_offsets, positions, shares)
+    )
+    batches.connect(ssc)
+    return KafkaDirectStream(ssc, batches, to_element)
+
+
+def _check_from_offsets(
+    topics: list[str], from_offsets: Mapping[TopicAndPartition, int] | None
+) -> None:
+    """Raise `ValueError` if offsets are of other topics than a stream's."""
+    given = {partition.topic for partition in from_offsets or ()}
+    if given and given != set(topics):
+        raise ValueError(
+            f"fromOffsets is of the topics {sorted(given)}, but topics is {sorted(set(topics))}: "
+            "name the same in both."
+        )
+
+
 def _check_one_at_a_time(ssc: StreamingContext) -> None:
     """Raise `ValueError` if batches can overtake each other: offsets are committed in order."""
     name = "spark.streaming.concurrentJobs"
@@ -270,15 +314,30 @@ def _element_maker(
     """Return the function from a row of Spark's Kafka source to an element of a stream."""
 
     def to_element(row: Row) -> Any:
-        key = key_decoder(None if row.key is None else bytes(row.key))
-        value = value_decoder(None if row.value is None else bytes(row.value))
+        key = _made(key_decoder, "keyDecoder", row, _content(row.key))
+        value = _made(value_decoder, "valueDecoder", row, _content(row.value))
         if message_handler is None:
             return key, value
-        return message_handler(
-            KafkaMessageAndMetadata(row.topic, row.partition, row.offset, key, value)
-        )
+        record = KafkaMessageAndMetadata(row.topic, row.partition, row.offset, key, value)
+        return _made(message_handler, "messageHandler", row, record)
 
     return to_element
+
+
+def _content(content: bytearray | None) -> bytes | None:
+    return None if content is None else bytes(content)
+
+
+def _made(function: Callable[[Any], Any], name: str, row: Row, given: Any) -> Any:
+    """Return what a function of the user makes of a record, or say which record it can't take."""
+    try:
+        return function(given)
+    except Exception as error:
+        raise ValueError(
+            f"the record at {row.topic}, partition {row.partition}, offset {row.offset} can't be "
+            f"taken by {name}: {type(error).__name__}: {error}. Give the stream a {name} that "
+            "takes it."
+        ) from error
 
 
 def _check_ranges(ranges: list[OffsetRange], settings: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from py4j.java_gateway import JavaObject
 from pyspark import SparkContext
 from pyspark.streaming import StreamingListener
 
-from helpers.streaming.errors import summary
+from helpers.spark import summary
 
 if TYPE_CHECKING:
     from helpers.streaming.batches import Batches

@@ -9,6 +9,7 @@ from pyspark.sql import SparkSession
 from helpers.streaming.client import KafkaClient
 from helpers.streaming.errors import StreamError, TopicRecreatedError
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+from helpers.streaming.settings import topic_names
 
 # From how many offsets of each partition are left to how many of them the next batch may take.
 Limit = Callable[[Mapping[TopicAndPartition, int]], Mapping[TopicAndPartition, int]]
@@ -63,7 +64,7 @@ class OffsetPlanner:
         positions: Mapping[TopicAndPartition, int] | None = None,
         topic_ids: Mapping[str, str] | None = None,
     ) -> None:
-        self._topics = sorted(set(topics))
+        self._topics = sorted(set(topic_names(topics)))
         self._fixed_partitions = set(from_offsets or ())
         self._positions: dict[TopicAndPartition, int] = dict(positions or from_offsets or {})
         self._starts = {} if positions else dict(self._positions)

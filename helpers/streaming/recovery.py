@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
 
 from helpers.kafka_settings import is_secret
-from helpers.spark import JsonFolder, get_spark, protect_folder
-from helpers.streaming.errors import PASSING_ERRORS, insist, summary
+from helpers.spark import JsonFolder, get_spark, protect_folder, summary
+from helpers.streaming.errors import PASSING_ERRORS, insist
 from helpers.streaming.listener import ContextListener
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
@@ -41,6 +41,8 @@ class StreamDefinition:
         The partitions to read, and where each starts.
     positions : mapping of TopicAndPartition to int, optional
         Where to resume, as `OffsetPlanner` takes it.
+    shares : bool
+        Whether later streams of the same context and group take topics over.
     stream_id : str
         Names the folder of the stream's plans.
     plans : str or None
@@ -52,6 +54,7 @@ class StreamDefinition:
     interval: float
     from_offsets: Mapping[TopicAndPartition, int] | None = None
     positions: Mapping[TopicAndPartition, int] | None = None
+    shares: bool = False
     stream_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     plans: str | None = None
 
@@ -144,7 +147,7 @@ class Recovery:
             try:
                 self._remove(old - self._listener.remembered())
             except PASSING_ERRORS as error:
-                _LOGGER.warning("old plans can't be removed: %s", summary(str(error)))
+                _LOGGER.warning("old plans can't be removed: %s", summary(error))
 
     def _folder(self) -> str | None:
         """Return the folder of the plans; None without a checkpoint."""

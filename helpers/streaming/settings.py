@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyspark.sql import SparkSession
@@ -15,7 +16,35 @@ NO_ZOOKEEPER = (
     "Kafka 4 has no ZooKeeper: pass the brokers' addresses instead, such as '127.0.0.1:9092'."
 )
 
-_OLD_NAMES = {"metadata.broker.list": "bootstrap.servers"}
+_LOGGER = logging.getLogger(__name__)
+
+# The settings of the consumer of Kafka 0.8 that have another name now; None for those that have no
+# effect: they were about ZooKeeper, about receivers, or about consumers that share out partitions.
+_OLD_NAMES = {
+    "metadata.broker.list": "bootstrap.servers",
+    "auto.commit.enable": "enable.auto.commit",
+    "fetch.message.max.bytes": "max.partition.fetch.bytes",
+    "fetch.wait.max.ms": "fetch.max.wait.ms",
+    "socket.receive.buffer.bytes": "receive.buffer.bytes",
+    "socket.timeout.ms": "request.timeout.ms",
+    "refresh.leader.backoff.ms": "retry.backoff.ms",
+    "zookeeper.connect": None,
+    "zookeeper.connection.timeout.ms": None,
+    "zookeeper.session.timeout.ms": None,
+    "zookeeper.sync.time.ms": None,
+    "consumer.id": None,
+    "consumer.timeout.ms": None,
+    "num.consumer.fetchers": None,
+    "queued.max.message.chunks": None,
+    "partition.assignment.strategy": None,
+    "rebalance.backoff.ms": None,
+    "rebalance.max.retries": None,
+    "offsets.storage": None,
+    "offsets.channel.backoff.ms": None,
+    "offsets.channel.socket.timeout.ms": None,
+    "offsets.commit.max.retries": None,
+    "dual.commit.enabled": None,
+}
 _OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
 _RESETS = ("earliest", "latest", "none")
 
@@ -34,7 +63,8 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
     ----------
     kafka_params : mapping
         Settings of `KafkaConsumer`; those of Kafka 0.8 (``metadata.broker.list``; ``smallest`` and
-        ``largest`` as ``auto.offset.reset``) are translated. None stands for no setting.
+        ``largest`` as ``auto.offset.reset``) are translated, or left out with a warning if nothing
+        replaces them. A value may be a list or bytes; None stands for no setting.
 
     Raises
     ------
@@ -45,13 +75,18 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
     Examples
     --------
     >>> modern_settings({"metadata.broker.list": "127.0.0.1:9092", "auto.offset.reset": "largest"})
-    {'bootstrap.servers': '127.0.0.1:9092', 'auto.offset.reset': 'latest'}
+    {'auto.offset.reset': 'latest', 'bootstrap.servers': '127.0.0.1:9092'}
     """
-    settings = {
-        _OLD_NAMES.get(name, name): _as_text(value)
-        for name, value in kafka_params.items()
-        if value is not None
-    }
+    settings: dict[str, str] = {}
+    for name in sorted(kafka_params, key=_OLD_NAMES.__contains__):  # today's names first
+        today, value = _OLD_NAMES.get(name, name), kafka_params[name]
+        if today is None:
+            _LOGGER.warning(
+                "%s has no effect: the stream needs no ZooKeeper, has no receiver, and assigns its "
+                "partitions itself.", name,
+            )  # fmt: skip
+        elif value is not None:
+            settings.setdefault(today, as_text(value))
     if not settings.get("bootstrap.servers"):
         raise ValueError(
             "kafkaParams has no 'bootstrap.servers': add the brokers' addresses, such as "
@@ -65,6 +100,32 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
             f"'auto.offset.reset' is {reset!r}: it must be 'earliest', 'latest' or 'none'."
         )
     return settings
+
+
+def topic_names(topics: str | bytes | Iterable[str | bytes]) -> list[str]:
+    """Return topics as a list of names; a text is the name of one topic.
+
+    Examples
+    --------
+    >>> topic_names("events"), topic_names([b"events", "others"])
+    (['events'], ['events', 'others'])
+    """
+    return [as_text(name) for name in ([topics] if isinstance(topics, str | bytes) else topics)]
+
+
+def as_text(value: object) -> str:
+    """Return a setting's value as Kafka writes it.
+
+    Examples
+    --------
+    >>> as_text(True), as_text(["one:9092", "two:9092"]), as_text(b"scoring")
+    ('true', 'one:9092,two:9092', 'scoring')
+    """
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list | tuple | set):
+        return ",".join(map(as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_names(spark: SparkSession, settings: Mapping[str, str]) -> None:
@@ -151,8 +212,3 @@ def refuse_zookeeper(addresses: str) -> None:
 def _names(spark: SparkSession, client: str) -> set[str]:
     """Return the names of the settings that a client knows."""
     return set(getattr(spark._jvm, f"org.apache.kafka.clients.{_CONFIGS[client]}").configNames())
-
-
-def _as_text(value: object) -> str:
-    """Return a setting's value as Kafka writes it: true, not True."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

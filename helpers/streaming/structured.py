@@ -17,12 +17,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException, StreamingQueryException
+from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming import StreamingQuery
 
-from helpers.spark import JsonFolder, exact_path, folder_names, full_path, read_file
+from helpers.spark import (
+    JAVA_ERRORS,
+    JsonFolder,
+    check_running,
+    exact_path,
+    folder_names,
+    full_path,
+    read_file,
+    summary,
+)
 from helpers.streaming.client import KafkaClient
 from helpers.streaming.context import FINISH_SECONDS, interrupt_noted, java_watched
 from helpers.streaming.errors import (
@@ -32,13 +40,12 @@ from helpers.streaming.errors import (
     StreamError,
     TopicRecreatedError,
     is_away,
-    summary,
     without_secrets,
 )
 from helpers.streaming.offsets import OffsetRange, PlannedBatch, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import source_options
-from helpers.streaming.settings import modern_settings
+from helpers.streaming.settings import modern_settings, topic_names
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -72,6 +79,8 @@ class KafkaQuery:
     StreamError
         If a topic doesn't exist or was created again since the checkpoint was made, Kafka can't be
         reached, or refuses.
+    SessionError
+        If the session was stopped.
 
     Examples
     --------
@@ -93,7 +102,9 @@ class KafkaQuery:
         positions: Mapping[TopicAndPartition, int] | None = None,
         max_offsets: int | None = None,
     ) -> None:
-        self._spark, self._topics, self._max_offsets = spark, sorted(set(topics)), max_offsets
+        check_running(spark)
+        self._spark, self._max_offsets = spark, max_offsets
+        self._topics = sorted(set(topic_names(topics)))
         self._settings = _without_group(modern_settings(settings))
         self._checkpoint = full_path(spark, checkpoint).rstrip("/")
         self._offsets = CheckpointOffsets(spark, self._checkpoint)
@@ -313,7 +324,7 @@ class KafkaQuery:
         self, error: StreamingQueryException, interrupted: threading.Event
     ) -> None:
         """Return when the broker answers again; raise if it stays away, or isn't the reason."""
-        reason = without_secrets(_reason(error), self._settings)
+        reason = without_secrets(summary(error), self._settings)
         was_away = is_away(str(error))
         if self._away_since is None:  # otherwise no batch was done since it was away before
             self._away_since = time.monotonic()
@@ -425,7 +436,7 @@ class CheckpointOffsets:
     def _lines(self, name: str) -> list[str]:
         try:
             return read_file(self._spark, f"{self._checkpoint}/{name}").strip().splitlines()
-        except (Py4JJavaError, PySparkException):
+        except JAVA_ERRORS:
             raise StreamError(f"the checkpoint {self._checkpoint} has no {name}.") from None
 
 
@@ -465,7 +476,7 @@ def read_stream(
     >>> read_stream(spark, ["events"], settings).isStreaming
     True
     """
-    topics, settings = list(topics), modern_settings(settings)
+    topics, settings = topic_names(topics), modern_settings(settings)
     if starts is None:
         starts = _starts(spark, topics, settings)
     offsets: dict[str, dict[str, int]] = {}
@@ -506,11 +517,6 @@ def _is_true(condition: Callable[[], bool]) -> bool:
 def _has_looked(query: StreamingQuery) -> bool:
     """Return whether a query has finished a trigger; Spark reports one without records later."""
     return query.status["message"] == "Waiting for next trigger"
-
-
-def _reason(error: StreamingQueryException) -> str:
-    """Return the line that names an error; the plan of the query, which Spark adds, doesn't."""
-    return summary(str(error).partition("=== Streaming Query ===")[0])
 
 
 def _without_group(settings: Mapping[str, str]) -> dict[str, str]:

@@ -21,9 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow
 import pyarrow.compute
-from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel, inheritable_thread_target
-from pyspark.errors import PySparkException
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -31,8 +29,7 @@ from pyspark.sql.types import ArrayType, DataType, NumericType
 
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.records import named, vector_entries
-from helpers.spark import root_cause
-from helpers.streaming import summary
+from helpers.spark import JAVA_ERRORS, summary
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 if TYPE_CHECKING:
@@ -43,6 +40,9 @@ _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 _Pass = Callable[..., np.ndarray]  # a pass over the rows; returns a replica's totals
 
+_ALWAYS_SHUFFLED = (
+    "if it is Distributed Keras' `shuffle`, leave it out; rows are shuffled in each epoch."
+)
 _NO_ROWS = "there are no rows to train on."
 _REMEDY = "scale the features, or lower the optimizer's learning rate."
 
@@ -106,7 +106,9 @@ class Trainer(ABC):
         self._history: list[dict[str, float]] = []
         self._seconds = 0.0
 
-    def train(self, df: DataFrame, validation: DataFrame | None = None) -> keras.Model:
+    def train(
+        self, df: DataFrame, validation: DataFrame | None = None, **others: object
+    ) -> keras.Model:
         """Return a trained copy of the network; print a line after each epoch.
 
         Parameters
@@ -115,9 +117,13 @@ class Trainer(ABC):
             The rows to train on; each epoch uses all of them.
         validation : pyspark.sql.DataFrame, optional
             Rows on which to evaluate loss and accuracy after each epoch.
+        **others
+            Refused: Distributed Keras had `shuffle`.
 
         Raises
         ------
+        TypeError
+            If there are other arguments.
         ValueError
             If a column is missing or doesn't fit the network, or a number in it is not finite.
         TrainingError
@@ -125,6 +131,8 @@ class Trainer(ABC):
         """
         import keras
 
+        if others:
+            raise TypeError(f"train takes no {', '.join(others)}: {_ALWAYS_SHUFFLED}")
         began, self._history = time.monotonic(), []
         rows = self._rows(df).withColumn("validates", F.lit(False))
         if validation is not None:
@@ -155,8 +163,7 @@ class Trainer(ABC):
     def _rows(self, df: DataFrame) -> DataFrame:
         if not isinstance(df, DataFrame):
             raise ValueError(
-                f"{df!r} is not a DataFrame. If it is Distributed Keras' `shuffle`, leave it out: "
-                "rows are shuffled in each epoch."
+                f"{df!r} is not a DataFrame: {_ALWAYS_SHUFFLED}"
             )
         features, label = _entries(df, self._features_col), _entries(df, self._label_col)
         return df.select(features.alias("features"), label.alias("label"))
@@ -365,11 +372,8 @@ def _is_in_round(number: int, rounds: int) -> Column:
 def _collect(df: DataFrame) -> pyarrow.Table:
     try:
         return df.toArrow()
-    except Py4JJavaError as error:
-        reason = str(root_cause(error).getMessage()).partition("\n")[0]
-    except PySparkException as error:
-        reason = summary(str(error))
-    raise TrainingError(f"Spark could not train: {reason}")
+    except JAVA_ERRORS as error:
+        raise TrainingError(f"Spark could not train: {summary(error)}") from None
 
 
 def _interruptible(spark: SparkSession, work: Callable[[], Any]) -> Any:

@@ -1,0 +1,111 @@
+"""Java's errors: the exceptions that they are in Python, and the reason that they give."""
+
+from __future__ import annotations
+
+import re
+
+from py4j.java_gateway import JavaObject
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+
+# What a call to Java may raise: PySpark replaces some of py4j's errors with its own, once a session
+# exists.
+JAVA_ERRORS = (Py4JJavaError, PySparkException)
+
+# What stands before an exception in the text of an error. Java's exceptions and Python's can wrap
+# each other several times; where Spark can't send a task's exception, only its text is left.
+_BEFORE_AN_EXCEPTION = re.compile(
+    r"^Caused by: |^: |Traceback \(most recent call last\):\n(?:[ \t].*\n)+"
+    r"|Lost task \S+ in stage \S+ \(TID \d+\) \([^)]*\): ",
+    re.MULTILINE,
+)
+
+# Exceptions that only pass on another one: a class of Java's without a message, and py4j's.
+_SAYS_NOTHING = re.compile(
+    r"((\w+\.)+[\w$]+(: null)?|.*An error occurred while calling \S+"
+    r"|.*An exception was raised by (the )?Python.*)?"
+)
+
+
+def java_causes(error: Exception) -> list[JavaObject]:
+    """Return the Java exceptions of an error, the innermost last; none if it isn't from Java.
+
+    Examples
+    --------
+    >>> try:
+    ...     spark._jvm.java.lang.Integer.parseInt("ten")
+    ... except JAVA_ERRORS as error:
+    ...     len(java_causes(error))
+    1
+    """
+    cause = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
+    causes = []
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.getCause()
+    return causes
+
+
+def cause_name(error: Exception) -> str:
+    """Return the simple class name of the innermost Java exception; '' if there is none.
+
+    Examples
+    --------
+    >>> try:
+    ...     spark._jvm.java.lang.Integer.parseInt("ten")
+    ... except JAVA_ERRORS as error:
+    ...     cause_name(error)
+    'NumberFormatException'
+    """
+    causes = java_causes(error)
+    return causes[-1].getClass().getSimpleName() if causes else ""
+
+
+def cause_message(error: Exception) -> str:
+    """Return the message of the innermost Java exception that has one; '' if there is none.
+
+    Examples
+    --------
+    >>> try:
+    ...     spark._jvm.java.lang.Integer.parseInt("ten")
+    ... except JAVA_ERRORS as error:
+    ...     cause_message(error)
+    'For input string: "ten"'
+    """
+    messages = (cause.getMessage() for cause in reversed(java_causes(error)))
+    return next(filter(None, messages), "")
+
+
+def summary(error: Exception | str) -> str:
+    """Return the reason that an error gives: the line of the innermost exception with a message.
+
+    Parameters
+    ----------
+    error : Exception or str
+        An exception, or the text of one, with the stack traces of Java and Python in it.
+
+    Examples
+    --------
+    >>> lines = ["Traceback (most recent call last):", "  1 / 0", "ZeroDivisionError: by zero"]
+    >>> summary(chr(10).join(lines))
+    'ZeroDivisionError: by zero'
+    >>> summary(OSError("the disk is full"))
+    'the disk is full'
+    """
+    # PySpark's exceptions leave out Java's causes, but keep the text that has them.
+    text = error if isinstance(error, str) else getattr(error, "_stackTrace", None) or str(error)
+    starts = [0, *(found.end() for found in _BEFORE_AN_EXCEPTION.finditer(text))]
+    ends = [*starts[1:], len(text)]
+    exceptions = [_reason(text[start:end]) for start, end in zip(starts, ends, strict=True)]
+    return next(
+        (each for each in reversed(exceptions) if not _SAYS_NOTHING.fullmatch(each)),
+        exceptions[-1],
+    )
+
+
+def _reason(exception: str) -> str:
+    """Return the line of an exception's text that has the reason."""
+    # Spark's Kafka source tells of lost data in general first.
+    _, _, given = exception.partition("\nReason:\n")
+    first_line, _, _ = (given or exception).strip().partition("\n")
+    return first_line.rstrip("; ")
