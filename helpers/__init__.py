@@ -4,10 +4,10 @@ The table lists them bottom-up: a room imports only from the rooms above it.
 
 | room | what it holds |
 |---|---|
-| `higgs` | the events: their columns, their files, a generator |
-| `model` | the network: build it, send it to workers as bytes, call it |
 | `kafka_settings` | settings for Kafka clients, and which of them are secret |
 | `spark` | the Spark session, jars, files on Spark's file systems |
+| `higgs` | the events: their columns, their files, a generator |
+| `model` | the network: build it, send it to workers as bytes, call it |
 | `broker` | a real Kafka broker on this machine |
 | `preflight` | the requirements of a run, each with the command that provides it |
 | `streaming` | Kafka as a DStream and as a Structured Streaming query |

@@ -17,7 +17,7 @@ its topic, partition and offset. `json_to_dataframe_row` parses a single record 
 ones as `parse_events`.
 
 For your own events, pass another schema: the first column is the integer that identifies an event,
-the others are its features.
+the others are its features, all of them numbers. `check_schema` says which schemas can't be used.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import json
 import operator
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,10 +46,21 @@ COUNTS_SECONDS = 10
 
 MODEL_VERSION = "model_version"  # the column with the version of the model that scored an event
 
+# The columns that scoring adds to a table of features.
+_RESULTS = ("prediction", "predicted_index", MODEL_VERSION)
+# All columns that stand beside an event's id: those of Kafka's source, those of the column `event`,
+# and those of a sink's files.
+_BESIDE_THE_ID = frozenset((
+    "key", "value", "headers", "topic", "partition", "offset", "timestamp", "timestamptype",
+    "event", "features", "reason", "unused", *_RESULTS, "probability_0", "probability_1",
+    "event_time", "batch", "bad", "bounds", "outside",
+))  # fmt: skip
+
 _DENSE = 1  # how VectorUDT marks a dense vector
 _NUMBERS = frozenset((int, float))  # not bool, which Python treats as an int
 _LARGEST = float(np.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
+_FLOATS = ("float", "double")
 _EXACT = 2**53  # up to here, a 64-bit float holds every integer
 _QUOTED = 40  # maximum number of characters that a reason quotes from a bad record
 # Limits on the number and length of the unused field names that an Arrow batch reports to the
@@ -61,6 +73,105 @@ class BadRecordError(ValueError):
     """The record is not an event; the message is the reason."""
 
 
+def check_schema(schema: StructType) -> None:
+    """Raise `ValueError` if a schema can't be used: once, and not for each record.
+
+    Parameters
+    ----------
+    schema : pyspark.sql.types.StructType
+        The event's id, an integer, then its features: integers, floats or doubles. Their names may
+        have any characters, but must differ by more than case, as Spark ignores it.
+
+    Examples
+    --------
+    >>> check_schema(StructType().add("reading", LongType()).add("mass", StringType()))
+    Traceback (most recent call last):
+    ...
+    ValueError: this schema can't be used: the feature 'mass' is a string, not a number: leave it
+    out, or send it as a number.
+    """
+    if not isinstance(schema, StructType) or len(schema) < 2:
+        raise ValueError(
+            "a schema must be a StructType of the event's id and at least one feature, such as "
+            'StructType().add("reading", LongType()).add("temperature", DoubleType()).'
+        )
+    event_id, *features = schema.fields
+    faults = [
+        f"the feature {field.name!r} is a {field.dataType.simpleString()}, not a number: leave it "
+        "out, or send it as a number"
+        for field in features
+        if field.dataType.typeName() not in (*_INTEGER_BITS, *_FLOATS)
+    ]
+    if event_id.dataType.typeName() not in _INTEGER_BITS:
+        faults.append(
+            f"its first field, the id {event_id.name!r}, is a {event_id.dataType.simpleString()}: "
+            "begin with a field that is an integer, such as LongType()"
+        )
+    faults += name_faults(event_id.name, schema.names[1:])
+    if faults:
+        raise ValueError(f"this schema can't be used: {'; '.join(faults)}.")
+
+
+def check_names(event_id: str, features: Sequence[str] = ()) -> None:
+    """Raise `ValueError` if an event's fields have names that can't be used.
+
+    Examples
+    --------
+    >>> check_names("offset")
+    Traceback (most recent call last):
+    ...
+    ValueError: the id 'offset' has the name of a column of Kafka or of the results: rename it, such
+    as to 'offset_id'.
+    """
+    if faults := name_faults(event_id, features):
+        raise ValueError(f"{'; '.join(faults)}.")
+
+
+def name_faults(event_id: str, features: Sequence[str]) -> list[str]:
+    """Return what is wrong with the names of an event's fields, as clauses; none if all is well.
+
+    Spark ignores case in names unless a session says otherwise, and the next session may not.
+
+    Examples
+    --------
+    >>> name_faults("reading", ["mass", "Mass", "prediction"])
+    ['features are named twice: Mass, mass',
+     "the feature 'prediction' has the name of a column of the results: rename it"]
+    """
+    if not all(isinstance(name, str) and name for name in (event_id, *features)):
+        return ["a field has no name"]
+    id_folded, folded = event_id.lower(), [name.lower() for name in features]
+    counts = Counter(folded)
+    repeated = {name for name, key in zip(features, folded, strict=True) if counts[key] > 1}
+    faults = [f"features are named twice: {', '.join(sorted(repeated))}"] if repeated else []
+    if id_folded in counts:
+        faults.append(f"the field of the id, {event_id!r}, is a feature")
+    if id_folded in _BESIDE_THE_ID:
+        faults.append(
+            f"the id {event_id!r} has the name of a column of Kafka or of the results: rename it, "
+            f"such as to {event_id + '_id'!r}"
+        )
+    return faults + [
+        f"the feature {name!r} has the name of a column of the results: rename it"
+        for name, key in zip(features, folded, strict=True)
+        if key in _RESULTS
+    ]
+
+
+def named(name: str) -> Column:
+    """Return the column of exactly this name, whatever characters the name has.
+
+    To `pyspark.sql.functions.col`, a dot stands before a field of a struct.
+
+    Examples
+    --------
+    >>> spark.createDataFrame([(7,)], ["a.b`c"]).select(named("a.b`c")).first()[0]
+    7
+    """
+    escaped = name.replace("`", "``")
+    return F.col(f"`{escaped}`")
+
+
 def json_to_dataframe_row(text: str | bytes, schema: StructType = SCHEMA) -> Row:
     """Return the event in a record as a row, with its columns in the schema's order.
 
@@ -71,7 +182,7 @@ def json_to_dataframe_row(text: str | bytes, schema: StructType = SCHEMA) -> Row
     text : str or bytes
         The record's value.
     schema : pyspark.sql.types.StructType
-        The event's id, then its features.
+        The event's id, then its features; see `check_schema`.
 
     Returns
     -------
@@ -107,7 +218,7 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     records : pyspark.sql.DataFrame
         Records with the binary column ``value``, as Spark's Kafka source returns them.
     schema : pyspark.sql.types.StructType
-        The event's id, then its features.
+        The event's id, then its features; see `check_schema`.
 
     Returns
     -------
@@ -124,6 +235,7 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     >>> [row.reason for row in parse_events(records).select("event.reason").collect()]
     ['EventId is missing', 'it is an array, not a JSON object']
     """
+    check_schema(schema)
     schema_json = schema.json()
     parse = F.arrow_udf(
         lambda values: _parser(schema_json).events(values), event_type(schema)
@@ -149,9 +261,10 @@ def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     >>> rows_to_events(rows).first().event.EventId
     100000
     """
+    check_schema(schema)
     event_id, *features = schema.names
-    numbers = [F.col(name).cast("double") for name in features]
-    fields = [F.col(event_id), F.array(*numbers).alias("features")]
+    numbers = [named(name).cast("double") for name in features]
+    fields = [named(event_id), F.array(*numbers).alias("features")]
     fields += [F.lit(None).alias("reason"), F.lit(None).alias("unused")]
     event = F.struct(*fields).cast(event_type(schema))
     return rows.select(event.alias("event", metadata=_metadata(schema)))
@@ -177,13 +290,13 @@ def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     >>> to_columns(spark.createDataFrame([(b"{}",)], "value binary")).first().EventId is None
     True
     """
+    events = parse_events(records, schema)
     event_id, *features = schema.fields
-    name = event_id.name
-    columns = [F.col(f"event.{name}").cast(event_id.dataType).alias(name)]
+    columns = [F.col("event")[event_id.name].cast(event_id.dataType).alias(event_id.name)]
     for index, field in enumerate(features):
         value = F.col("event.features")[index]
         columns.append(value.cast(field.dataType).alias(field.name))
-    return parse_events(records, schema).select(*columns)
+    return events.select(*columns)
 
 
 def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
@@ -218,11 +331,11 @@ def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
     (7, None, 'EventId is missing')
     """
     event_id = scored.schema[event_col].dataType.names[0]
-    event = F.col(event_col)
+    event = named(event_col)
     content = F.struct("key", "value", event["reason"].alias("reason"))
     bad = F.when(event["reason"].isNotNull(), content)
     replaced = (event_col, "key", "value", "timestampType")
-    others = [name for name in scored.columns if name not in replaced]
+    others = [named(name) for name in scored.columns if name not in replaced]
     return scored.select(
         event[event_id].alias(event_id), *others, bad.alias("bad"), event["unused"].alias("unused")
     )
@@ -528,7 +641,9 @@ def _higgs_parser() -> _Parser:
 @functools.lru_cache(maxsize=8)
 def _parser(schema_json: str) -> _Parser:
     """Return the parser of a schema, cached because creating it takes longer than an event."""
-    return _Parser(StructType.fromJson(json.loads(schema_json)))
+    schema = StructType.fromJson(json.loads(schema_json))
+    check_schema(schema)
+    return _Parser(schema)
 
 
 def _json_object(value: bytes | None) -> Mapping[str, Any]:

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import gc
 import hashlib
+import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -21,19 +23,16 @@ from pyspark.ml.linalg import VectorUDT
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.param.shared import HasFeaturesCol, HasInputCol, HasOutputCol
 from pyspark.ml.util import (
-    DefaultParamsReadable,
     DefaultParamsReader,
-    DefaultParamsWritable,
     DefaultParamsWriter,
     MLReadable,
-    MLReader,
     MLWritable,
-    MLWriter,
 )
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
     ArrayType,
+    BinaryType,
     DataType,
     DoubleType,
     NumericType,
@@ -49,7 +48,8 @@ from helpers.model import (
     scoring_function,
     servable_model,
 )
-from helpers.records import list_array, matrix_of, vector_entries
+from helpers.records import list_array, matrix_of, named, vector_entries
+from helpers.spark import exact_path, exact_reader
 
 if TYPE_CHECKING:
     import keras
@@ -59,6 +59,28 @@ _SCORES = ArrayType(DoubleType())
 NO_PREDICTION = "the model has no finite prediction for its features"
 
 Network = TypeVar("Network")
+
+
+class _ExactWriter(DefaultParamsWriter):
+    """Saves a stage as Spark does, at exactly the path that it is given."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save the stage."""
+        super().save(exact_path(self.sparkSession, path))
+
+
+class _ExactReader(DefaultParamsReader):
+    """Loads a stage as Spark does, from exactly the path that it is given."""
+
+    def load(self, path: str | os.PathLike[str]) -> Any:
+        """Return the saved stage."""
+        path = exact_path(self.sparkSession, path)
+        saved = exact_reader(self.sparkSession).text(f"{path}/metadata").first()
+        metadata = json.loads(saved.value)
+        stage = self.cls()
+        stage._resetUid(metadata["uid"])
+        self.getAndSetParams(stage, metadata)
+        return stage
 
 
 class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLReadable):
@@ -131,14 +153,14 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         """Return `transform(dataset)`, under the name that Distributed Keras used."""
         return self.transform(dataset)
 
-    def write(self) -> MLWriter:
+    def write(self) -> _ExactWriter:
         """Return a writer that saves the parameters as Spark does, and the model next to them."""
         return _ModelPredictorWriter(self)
 
     @classmethod
-    def read(cls) -> MLReader:
+    def read(cls) -> _ExactReader:
         """Return a reader that loads a saved stage."""
-        return _ModelPredictorReader()
+        return _ModelPredictorReader(cls)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
         context, (model, interface) = dataset.sparkSession.sparkContext, self._checked_model()
@@ -149,9 +171,8 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
                 _check_features(dataset, name, names)
             _check_width(dataset, name, interface)
             scored_type = _with_output(dataset.schema[name].dataType, output)
-            event = _network_function(context, model, scored_type)(dataset[name])
-            scored = dataset.withColumn(name, event)
-            scores = scored[name][output]
+            event = _network_function(context, model, scored_type)(named(name))
+            scored, scores = dataset.withColumn(name, event), named(name)[output]
         else:
             features = _array_of(dataset, names) if names else _entries(dataset, name, interface)
             scored, scores = dataset, _network_function(context, model, _SCORES)(features)
@@ -163,38 +184,31 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         return self._model
 
 
-class _ModelPredictorWriter(MLWriter):
+class _ModelPredictorWriter(_ExactWriter):
     """Saves a `ModelPredictor` wherever Spark can write: the model is a table with one cell."""
-
-    def __init__(self, predictor: ModelPredictor) -> None:
-        super().__init__()
-        self._predictor = predictor
 
     def saveImpl(self, path: str) -> None:  # noqa: N802 (Spark's name)
         """Save the stage; Spark calls this."""
-        model = [(bytearray(self._predictor._checked_model().content),)]
-        DefaultParamsWriter.saveMetadata(self._predictor, path, self.sparkSession)
-        table = self.sparkSession.createDataFrame(model, "model binary").coalesce(1)
+        model = [(bytearray(self.instance._checked_model().content),)]
+        super().saveImpl(path)
+        schema = StructType().add("model", BinaryType())
+        table = self.sparkSession.createDataFrame(model, schema).coalesce(1)
         table.write.parquet(f"{path}/model")
 
 
-class _ModelPredictorReader(MLReader):
+class _ModelPredictorReader(_ExactReader):
     """Loads what `_ModelPredictorWriter` saved."""
 
-    def load(self, path: str) -> ModelPredictor:
+    def load(self, path: str | os.PathLike[str]) -> ModelPredictor:
         """Return the saved stage."""
-        metadata = DefaultParamsReader.loadMetadata(path, self.sparkSession)
-        predictor = ModelPredictor()
-        predictor._resetUid(metadata["uid"])
-        DefaultParamsReader.getAndSetParams(predictor, metadata)
-        model = self.sparkSession.read.parquet(f"{path}/model").first().model
-        predictor._model = servable_model(model_from_bytes(bytes(model)))
+        predictor = super().load(path)
+        folder = f"{exact_path(self.sparkSession, path)}/model"
+        saved = exact_reader(self.sparkSession).parquet(folder).first()
+        predictor._model = servable_model(model_from_bytes(bytes(saved.model)))
         return predictor
 
 
-class LabelIndexTransformer(
-    Transformer, HasInputCol, HasOutputCol, DefaultParamsWritable, DefaultParamsReadable
-):
+class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, MLReadable):
     """Add the index of the class chosen from a prediction.
 
     The first class whose value reaches `activation_threshold` is chosen; otherwise the class with
@@ -252,13 +266,22 @@ class LabelIndexTransformer(
             defaultIndex=default_index, activationThreshold=activation_threshold,
         )
 
+    def write(self) -> _ExactWriter:
+        """Return a writer that saves the parameters as Spark does."""
+        return _ExactWriter(self)
+
+    @classmethod
+    def read(cls) -> _ExactReader:
+        """Return a reader that loads a saved stage."""
+        return _ExactReader(cls)
+
     def _transform(self, dataset: DataFrame) -> DataFrame:
         name, classes = self.getInputCol(), self.getOrDefault(self.outputDim)
         _check_vector_column(dataset, name)
         found = _width_in_metadata(dataset, name)
         if found not in (None, classes):
             raise ValueError(_wrong_output_dim(found, classes))
-        return dataset.withColumn(self.getOutputCol(), self._index(dataset[name]))
+        return dataset.withColumn(self.getOutputCol(), self._index(named(name)))
 
     def _index(self, prediction: Column) -> Column:
         """Return the chosen index, as an expression on a vector column."""
@@ -380,7 +403,7 @@ def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
 
 def _with_vector(dataset: DataFrame, name: str, width: int) -> DataFrame:
     """Return a table with a column of lists converted to vectors; null stays null."""
-    vector = F.when(dataset[name].isNotNull(), array_to_vector(dataset[name]))
+    vector = F.when(named(name).isNotNull(), array_to_vector(named(name)))
     # Spark ML's own way to say how long the vectors are.
     metadata = {"ml_attr": {"num_attrs": width}}
     return dataset.withColumn(name, vector.alias(name, metadata=metadata))
@@ -391,7 +414,7 @@ def _entries(dataset: DataFrame, name: str, interface: Interface) -> Column:
     _check_vector_column(dataset, name)
     _check_width(dataset, name, interface)
     reason = f"a row has no features (column {name!r} is null): filter such rows out."
-    return F.coalesce(vector_entries(dataset[name]), F.raise_error(F.lit(reason)))
+    return F.coalesce(vector_entries(named(name)), F.raise_error(F.lit(reason)))
 
 
 def _check_width(dataset: DataFrame, name: str, interface: Interface) -> None:
@@ -458,7 +481,7 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
             raise ValueError(
                 f"column {name!r} must hold numbers, not {found.simpleString()}: cast it."
             )
-    columns = [F.col(f"`{name}`").cast("double") for name in names]
+    columns = [named(name).cast("double") for name in names]
     known = [column.isNotNull() & ~F.isnan(column) for column in columns]
     # As with records, an event that lacks a feature has no prediction.
     return F.when(functools.reduce(Column.__and__, known), F.array(*columns))

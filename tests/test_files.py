@@ -1,10 +1,90 @@
-"""JSON files on Spark's file systems: written once, and either complete or absent."""
+"""Paths mean what they say; JSON files are written once, and are either complete or absent."""
 
+import os
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
+from processes import run_python
 
-from helpers.spark import JsonFolder
+from helpers.spark import JsonFolder, exact_path, exact_reader, file_size, folder_names, full_path
+
+# Names with characters that mean something to Hadoop, to Spark or to a URI.
+ODD_NAMES = [
+    "results[1]", "{a}", "x*", "q?", "b\\c", "a,b", "p%20q", "h#i", "c:d", "e f", " g", "Prüf-日本",
+    "'q\"", "${user.name}", "all [1]{a,b}*?\\,%20#:ü",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(spark, tmp_path_factory):
+    """A folder with a Parquet file of seven rows."""
+    folder = tmp_path_factory.mktemp("table") / "seven"
+    spark.range(7).coalesce(1).write.parquet(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_path_is_exactly_that_path(spark, tmp_path, table, name):
+    """Python, Hadoop and Spark use the same folder, with or without a scheme, and no neighbour."""
+    for neighbour in ("xy", "qq", "a", "b", "results1", "bc"):
+        shutil.copytree(table, tmp_path / neighbour / "data")
+    folder = exact_path(spark, tmp_path / name)
+    spark.range(4).coalesce(1).write.parquet(f"{folder}/data")
+    assert exact_reader(spark).parquet(f"file:{folder}/data").count() == 4
+    assert set(folder_names(spark, f"{folder}/data")) <= set(os.listdir(tmp_path / name / "data"))
+    JsonFolder(spark, f"file:{folder}/notes").write("one", name)
+    assert JsonFolder(spark, tmp_path / name / "notes").read("one") == name
+    note = tmp_path / name / "notes" / "one.json"
+    assert file_size(spark, note) == note.stat().st_size
+
+
+def test_a_relative_path_is_relative_to_this_process(spark, tmp_path, monkeypatch):
+    """A relative path is relative to Python's current folder, which Java doesn't follow."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("scored", "a:b", "a:b/c", Path("a:b")):
+        assert exact_path(spark, path) == f"{tmp_path}/{path}"
+    assert full_path(spark, Path("scored")) == f"file:{tmp_path}/scored"
+    assert exact_path(spark, f"/{tmp_path}") == str(tmp_path)  # not the host `tmp`
+
+
+@pytest.mark.parametrize(
+    "path, fault",
+    [
+        ("", "the path '' is empty"),
+        ("/tmp/a\0b", "a NUL"),
+        (b"/tmp/\xff", "bytes that are not UTF-8: choose another name"),
+        (Path("hdfs://host/scored"), "is a URI, which pathlib changes: give it as a string"),
+        ("hdfs://host:8020/a:b", "has a colon, which HDFS doesn't allow: choose another name"),
+    ],
+)
+def test_a_path_that_hadoop_cannot_use_is_refused(spark, path, fault):
+    """A path that Hadoop would change or can't use is refused, with the remedy."""
+    with pytest.raises(ValueError, match=fault):
+        exact_path(spark, path)
+
+
+IN_ANOTHER_LOCALE = """
+import sys
+from pathlib import Path
+from helpers.sinks import ParquetSink
+from helpers.spark import get_spark
+spark = get_spark(cores=1)
+try:
+    ParquetSink(spark, Path(sys.argv[1]), signal_index=0).__enter__()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_path_that_the_locale_cannot_write_is_refused(tmp_path):
+    """In a locale without the path's characters, it is refused before anything is written."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    run = run_python("-c", IN_ANOTHER_LOCALE, str(tmp_path / "Prüf"), env=environment)
+    assert "can't be written in ANSI_X3.4-1968" in run.stdout, run.stderr
+    assert "LC_ALL=C.UTF-8" in run.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

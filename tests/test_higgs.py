@@ -1,11 +1,15 @@
 """The Higgs events that the tutorial sends, scores and plots."""
 
+import gzip
+import io
+import lzma
+import zipfile
+from functools import partial
+
 import keras
 import numpy as np
 import pandas as pd
 import pytest
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import SparkRuntimeException
 
 from helpers import higgs
 
@@ -306,42 +310,122 @@ def test_a_network_tells_the_classes_apart_as_well_as_on_published_events(events
     assert 0.85 < auc < 0.95
 
 
-@pytest.mark.parametrize("columns", [33, 35])
-def test_spark_reads_both_layouts(spark, tmp_path, columns):
-    """Spark reads both published layouts, with the same values as pandas."""
-    events = higgs.generate_events(20, seed=1)
-    events.insert(32 - 1, "Weight", 0.5)
-    events = events.assign(KaggleSet="t", KaggleWeight=1.5) if columns == 35 else events
-    path = tmp_path / "events.csv.gz"
-    events.to_csv(path, index=False)
-    found = higgs.read_events_in_spark(spark, str(path))
-    assert len(found.columns) == columns
+HEADER = ",".join(["EventId", *higgs.FEATURES, "Label"])
+ROW = ",".join(["100000", *["1.5"] * 22, "2", *["0.1"] * 7, "s"])
+TEXT = f"{HEADER}\n{ROW}\n"
+
+
+def with_value(column, value):
+    """Return a file of two events, one with another value."""
+    row = ROW.split(",")
+    row[HEADER.split(",").index(column)] = value
+    return f"{TEXT}{','.join(row)}\n"
+
+
+def zipped(*texts):
+    """Return a ZIP archive with a file for each text."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for number, text in enumerate(texts):
+            archive.writestr(f"{number}.csv", text)
+    return content.getvalue()
+
+
+CERN = higgs.generate_events(12_000, seed=1).assign(KaggleSet="t", KaggleWeight=1.5)
+CERN.insert(31, "Weight", 0.5)
+CERN_TEXT = CERN.to_csv(index=False)
+
+ACCEPTED = {
+    "plain": ("events.csv", CERN_TEXT),
+    "gzip": ("events.csv.gz", gzip.compress(CERN_TEXT.encode())),
+    "zip": ("events.ZIP", zipped(TEXT)),
+    "xz": ("events.csv.xz", lzma.compress(TEXT.encode())),
+    "Kaggle": ("events.csv", CERN[:9][CERN.columns[:33]].to_csv(index=False)),
+    "another order": ("events.csv", CERN[CERN.columns[::-1]].head(5).to_csv(index=False)),
+    "an odd path": ("a [1]{b}*?\\,%20#:ü.csv", TEXT),
+    "a hidden file": ("_events.csv", TEXT),
+    "a header alone": ("events.csv", HEADER),
+    "a float id": ("events.csv", with_value("EventId", "100001.0")),
+    "an exponent": ("events.csv", with_value("EventId", "1e5")),
+    "a large id": ("events.csv", with_value("EventId", str(2**63 - 1))),
+    "a byte-order mark": ("events.csv", f"\ufeff{TEXT}"),
+    "quotes": ("events.csv", "".join(f'"{field}",' for field in HEADER.split(","))[:-1]
+               + "\n" + "".join(f'"{field}",' for field in ROW.split(","))[:-1]),
+    "CRLF": ("events.csv", TEXT.replace("\n", "\r\n")),
+    "blank lines": ("events.csv", "\n\n" + TEXT.replace("\n", "\n\n")),
+    "blanks": ("events.csv", with_value("PRI_met", " 7.5")),
+    "seventeen digits": ("events.csv", with_value("PRI_met", "0.30000000000000004")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content", ACCEPTED.values(), ids=ACCEPTED)
+def test_pandas_and_spark_read_the_same_files(spark, tmp_path, name, content):
+    """Both readers accept the same files, and give the same values in the same order."""
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    in_pandas, in_spark = higgs.read_events(path), higgs.read_events_in_spark(spark, path)
+    assert in_pandas["EventId"].dtype == "int64"
+    assert dict(in_spark.dtypes)["EventId"] == "bigint"
     pd.testing.assert_frame_equal(
-        found.toPandas(), higgs.read_events(path), check_dtype=False, check_column_type=False
+        in_spark.toPandas(), in_pandas, check_dtype=False, check_exact=True
     )
 
 
-def test_spark_refuses_files_that_are_others(spark, tmp_path):
-    """Spark refuses files with missing or reordered columns, or with invalid values."""
+def test_numbers_are_read_exactly(tmp_path):
+    """An id keeps all its digits, and a feature is the float that is nearest to its text."""
     path = tmp_path / "events.csv"
-    events = higgs.generate_events(2, seed=1)
-    events.drop(columns="PRI_met").to_csv(path, index=False)
-    with pytest.raises(ValueError, match="lacks the column 'PRI_met'"):
-        higgs.read_events_in_spark(spark, str(path))
-    events.astype({"PRI_met": str}).assign(PRI_met="much").to_csv(path, index=False)
-    with pytest.raises(Py4JJavaError, match="much"):
-        higgs.read_events_in_spark(spark, str(path)).collect()
-    events.assign(PRI_met=float("nan")).to_csv(path, index=False)
-    with pytest.raises(SparkRuntimeException, match="values that are no numbers in the column"):
-        higgs.read_events_in_spark(spark, str(path)).collect()
-    events.assign(Label="t").to_csv(path, index=False)
-    with pytest.raises(SparkRuntimeException, match="values other than s and b in the column"):
-        higgs.read_events_in_spark(spark, str(path)).collect()
-    turned = tmp_path / "turned.csv"
-    events.to_csv(path, index=False)
-    events[events.columns[::-1]].to_csv(turned, index=False)
-    with pytest.raises(Py4JJavaError, match="CSV header does not conform to the schema"):
-        higgs.read_events_in_spark(spark, str(tmp_path)).collect()
+    path.write_text(with_value("EventId", str(2**63 - 1)))
+    assert higgs.read_events(path)["EventId"].tolist() == [100_000, 2**63 - 1]
+    path.write_text(with_value("PRI_met", "0.30000000000000004"))
+    assert higgs.read_events(path)["PRI_met"].tolist() == [1.5, 0.30000000000000004]
+
+
+REFUSED = {
+    "nothing": ("events.csv", "", "is empty: download it again from CERN Open Data"),
+    "blank lines": ("events.csv", "\n \n\n", "is empty: download it again"),
+    "no header": ("events.csv", ROW, "has the unknown column '100000'"),
+    "a missing column": ("events.csv", "EventId,Label\n1,s\n", "lacks the column 'DER_mass_MMC'"),
+    "another column": ("events.csv", f"{HEADER},speed\n{ROW},1\n", "the unknown column 'speed'"),
+    "a column twice": ("events.csv", f"{HEADER},Label\n{ROW},s\n", "unknown column 'Label.1'"),
+    "too few values": ("events.csv", f"{TEXT}1,2,3\n", "not numbers in the column 'DER_mass_vis'"),
+    "too many values": ("events.csv", f"{TEXT}{ROW},1\n", r"can't be read as CSV \(.*saw 33\)"),
+    "all too long": ("events.csv", f"{HEADER}\n{ROW},1\n", "rows with more values than columns"),
+    "a word": ("events.csv", with_value("PRI_met", "high"), "not numbers in the column 'PRI_met'"),
+    "true": ("events.csv", f"{HEADER}\n{ROW.replace('0.1', 'True')}\n", "not numbers in the"),
+    "infinity": ("events.csv", with_value("PRI_met", "inf"), "not numbers in the column 'PRI_met'"),
+    "no value": ("events.csv", with_value("PRI_met", ""), "not numbers in the column 'PRI_met'"),
+    "a fraction": ("events.csv", with_value("PRI_jet_num", "2.5"), "fractions in the column 'PRI_"),
+    "a large count": ("events.csv", with_value("PRI_jet_num", str(2**31)), "numbers of 2147483648"),
+    "a huge id": ("events.csv", with_value("EventId", str(2**63)), "numbers of 92233720368547758"),
+    "an inexact id": ("events.csv", with_value("EventId", f"{2**53}.0"), "of 9007199254740992 or"),
+    "another class": ("events.csv", with_value("Label", "t"), "other than s and b in the column"),
+    "no zip": ("events.zip", TEXT, r"can't be read as CSV \(File is not a zip file\): download"),
+    "two in a zip": ("events.zip", zipped(TEXT, TEXT), "Only one file per ZIP"),
+    "no gzip": ("events.csv.gz", TEXT, "can't be read as CSV .Not a gzipped file"),
+    "half a gzip": ("events.csv.gz", gzip.compress(TEXT.encode())[:-9], "can't be read as CSV"),
+    "UTF-16": ("events.csv", TEXT.encode("utf-16"), "can't be read as CSV .'utf-8' codec"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", REFUSED.values(), ids=REFUSED)
+def test_pandas_and_spark_refuse_the_same_files(spark, tmp_path, name, content, message):
+    """What one reader refuses, the other refuses with the same sentence."""
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=message) as in_pandas:
+        higgs.read_events(path)
+    with pytest.raises(ValueError, match=message) as in_spark:
+        higgs.read_events_in_spark(spark, path)
+    assert str(in_spark.value) == str(in_pandas.value)
+    assert str(path) in str(in_spark.value) and "\n" not in str(in_spark.value)
+
+
+@pytest.mark.parametrize("name", ["events.csv", "."])
+def test_pandas_and_spark_want_a_file(spark, tmp_path, name):
+    """A missing file and a folder are refused with the same sentence."""
+    for read in (higgs.read_events, partial(higgs.read_events_in_spark, spark)):
+        with pytest.raises(FileNotFoundError, match=r"There is no file .*generate_events"):
+            read(tmp_path / name)
 
 
 def test_significance_is_the_challenges(tmp_path):

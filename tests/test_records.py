@@ -9,12 +9,17 @@ import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
+    ArrayType,
+    BooleanType,
+    DecimalType,
     DoubleType,
     FloatType,
     IntegerType,
     LongType,
+    StringType,
     StructField,
     StructType,
 )
@@ -390,6 +395,51 @@ def test_both_ways_give_the_same_integers(spark, number):
         assert found == (None, None, None)
         with pytest.raises(BadRecordError, match=r"not an integer between -2\*\*53 and 2\*\*53"):
             json_to_dataframe_row(value, schema)
+
+
+def with_id(*fields):
+    """Return a schema of an id and some fields."""
+    fields = [StructField(*field) for field in (("id", LongType()), *fields)]
+    return StructType(fields)
+
+
+UNUSABLE = [
+    ("id long, x double", "must be a StructType of the event's id and at least one feature"),
+    (StructType(), "at least one feature, such as StructType"),
+    (with_id(), "at least one feature, such as StructType"),
+    (StructType().add("id", StringType()).add("x", DoubleType()), "'id', is a string: begin with"),
+    (StructType().add("id", DoubleType()).add("x", DoubleType()), "'id', is a double: begin with"),
+    (with_id(("x", BooleanType())), "feature 'x' is a boolean, not a number"),
+    (with_id(("x", StringType())), "feature 'x' is a string, not a number"),
+    (with_id(("x", SCHEMA)), "feature 'x' is a struct<.*>, not a number"),
+    (with_id(("x", ArrayType(DoubleType()))), "'x' is a array<double>, not"),
+    (with_id(("x", DecimalType())), r"'x' is a decimal\(10,0\), not a number"),
+    (with_id(("x", VectorUDT())), "'x' is a vector, not a number"),
+    (with_id(("id", DoubleType())), "the field of the id, 'id', is a feature"),
+    (with_id(("ID", DoubleType())), "the field of the id, 'id', is a feature"),
+    (with_id(("x", LongType()), ("X", LongType())), "named twice: X, x"),
+    (with_id(("", DoubleType())), "a field has no name"),
+    (with_id(("Prediction", DoubleType())), "'Prediction' has the name of a"),
+    *[
+        (StructType().add(name, LongType()).add("x", DoubleType()), f"the id '{name}' has the name")
+        for name in (
+            "key", "Offset", "TIMESTAMP", "topic", "reason", "prediction", "batch", "bad", "event",
+            "unused", "features", "event_time", "probability_0", "model_version",
+        )
+    ],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema, reason", UNUSABLE)
+def test_a_schema_that_cannot_be_used_is_refused_when_it_is_given(spark, schema, reason):
+    """An unusable schema is refused at once, in the same words wherever it is given."""
+    records = spark.createDataFrame([(b"{}",)], "value binary")
+    for use in (parse_events, to_columns, rows_to_events):
+        with pytest.raises(ValueError, match=reason):
+            use(records, schema)
+    if isinstance(schema, StructType):
+        with pytest.raises(ValueError, match=reason):
+            json_to_dataframe_row("{}", schema)
 
 
 @pytest.mark.parametrize("character", ["\x1b[2J", "\n", "\r", "\x7f", "\x9b", "\u202e", "\u2028"])

@@ -84,6 +84,18 @@ def test_a_query_resumes_where_its_checkpoint_ends(query_of, one, produce, setti
         query.ranges_of(2)
 
 
+def test_a_checkpoint_is_at_exactly_its_path(spark, one, produce, settings, tmp_path):
+    """A query resumes from a checkpoint whose path is a pattern to Spark, given as a `Path`."""
+    values, checkpoint = Values(), tmp_path / "all [1]{a,b}*?\\,%20#:ü"
+    for count in (5, 3):
+        produce(one, [b"%d" % number for number in range(count)])
+        with KafkaQuery(spark, [one], settings, checkpoint) as query:
+            query.foreachBatch(values)
+            query.run(timeout=600)
+    assert values.all() == [b"0", b"1", b"2", b"3", b"4", b"0", b"1", b"2"]
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
 def test_a_service_runs_until_it_is_told_to_stop(query_of, one, produce, settings):
     """A query with an interval takes what arrives, and finishes the batch that it is at."""
     values, sent = Values(), []

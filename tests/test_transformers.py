@@ -413,6 +413,22 @@ def test_a_pipeline_is_saved_and_loaded(spark, model, vectors, tmp_path):
     assert loaded.transform(few).collect() == fitted.transform(few).collect()
 
 
+@pytest.mark.parametrize("name", ["model[1]", "all [1]{a,b}*?\\,%20#:ü"])
+def test_stages_are_saved_at_exactly_their_path(model, vectors, tmp_path, name):
+    """A stage is saved and loaded at a path that Spark would take for a pattern."""
+    stages = ModelPredictor(keras_model=model), LabelIndexTransformer(default_index=1)
+    found = vectors.limit(10)
+    expected = vectors.limit(10)
+    for number, stage in enumerate(stages):
+        path = tmp_path / name / str(number)
+        stage.save(path)
+        stage.write().overwrite().save(str(path))
+        loaded = type(stage).load(path)
+        assert loaded.uid == stage.uid
+        found, expected = loaded.transform(found), stage.transform(expected)
+    assert found.collect() == expected.collect()
+
+
 def test_evaluators_of_spark_ml_take_the_prediction(model, vectors):
     """Spark ML's evaluators accept the prediction and the index."""
     scored = ModelPredictor(keras_model=model).predict(vectors)

@@ -1,14 +1,23 @@
-"""Read the published event files into pandas or Spark."""
+"""Read the published event files into pandas or Spark.
+
+Both ways share one parser, pandas', so they accept the same files and return the same values.
+"""
 
 from __future__ import annotations
 
-from os import PathLike
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from pyspark.sql import Column, DataFrame, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import (
+    ArrayType,
+    BinaryType,
+    LongType,
     StringType,
     StructField,
     StructType,
@@ -25,19 +34,29 @@ from helpers.higgs.columns import (
     SOURCE,
     spark_type,
 )
+from helpers.spark import exact_path, exact_reader, file_size, full_path
 
 # Kaggle's test file, the generator's events, Kaggle's training file, CERN's file.
 _LAYOUTS = ((), (LABEL,), ("Weight", LABEL), BOOKKEEPING)
 
+_TEXTS = (LABEL, "KaggleSet")
+_COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
+_ROWS = 10_000  # that are parsed at a time
+# Names of local files that Hadoop can't open, because of a colon, or that Spark hides.
+_UNREADABLE = re.compile(r"^[._]|:")
+_CONTENT = StructType().add("content", BinaryType())
+_VERDICT = StructType().add("columns", ArrayType(StringType())).add("fault", StringType())
 
-def read_events(path: str | PathLike[str]) -> pd.DataFrame:
+
+def read_events(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read a file of the Higgs boson challenge.
 
     Parameters
     ----------
     path : str or path-like
-        A CSV file, plain or compressed (``.csv.gz``), with the columns of CERN's file (35),
-        Kaggle's training file (33), Kaggle's test file (31, no classes) or `generate_events` (32).
+        A CSV file in UTF-8, plain or compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``, or a
+        ``.zip`` with one file), with the columns of CERN's file (35), Kaggle's training file (33),
+        Kaggle's test file (31, no classes) or `generate_events` (32), in any order.
 
     Returns
     -------
@@ -51,7 +70,7 @@ def read_events(path: str | PathLike[str]) -> pd.DataFrame:
     FileNotFoundError
         If `path` is not a file.
     ValueError
-        If a column is missing, unknown, or contains invalid values.
+        If the file is no CSV file, or if a column is missing, unknown, or contains invalid values.
 
     References
     ----------
@@ -68,79 +87,124 @@ def read_events(path: str | PathLike[str]) -> pd.DataFrame:
     (5, 32)
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"There is no file {path}: download one from {SOURCE}, or write one with "
-            "generate_events."
-        )
+        raise _no_file(path)
+    return pd.concat(_parsed(Path(path).read_bytes(), os.fspath(path)), ignore_index=True)
+
+
+def read_events_in_spark(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
+    """Read a file of the Higgs boson challenge with Spark, from any file system Spark supports.
+
+    The file is checked at once, in a Spark job, and parsed again by each action: cache the events,
+    or write them to Parquet, if several actions use them. They are in one partition.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session to read with.
+    path : str or path-like
+        See `read_events`.
+
+    Returns
+    -------
+    pyspark.sql.DataFrame
+        The columns that `read_events` returns.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        See `read_events`.
+
+    Examples
+    --------
+    >>> path = getfixture("tmp_path") / "events.csv.gz"
+    >>> generate_events(5, seed=1).to_csv(path, index=False)
+    >>> read_events_in_spark(spark, path).select("EventId", "Label").first()
+    Row(EventId=100000, Label='b')
+    """
+    name, size = os.fspath(path), file_size(spark, path)
+    if size is None:
+        raise _no_file(path)
+    if size == 0:  # Spark has no row for it
+        raise _empty(name)
+    content = _content(spark, path)
+    verdict = content.mapInPandas(lambda parts: _verdicts(parts, name), _VERDICT).first()
+    if verdict.fault:
+        raise ValueError(verdict.fault)
+    types = [StringType() if column in _TEXTS else spark_type(column) for column in verdict.columns]
+    fields = map(StructField, verdict.columns, types)
+    return content.mapInPandas(lambda parts: _events(parts, name), StructType(list(fields)))
+
+
+def _content(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
+    """Return a file's content as the only row and column of a table."""
+    scheme, _, name = full_path(spark, path).partition(":")
+    if scheme == "file" and _UNREADABLE.search(Path(name).name):
+        return spark.createDataFrame([(Path(name).read_bytes(),)], _CONTENT)
+    files = exact_reader(spark).format("binaryFile").load(exact_path(spark, path))
+    return files.select(*_CONTENT.names)
+
+
+def _events(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame]:
+    """Return the events in a file's content, on a worker."""
+    for part in parts:
+        for content in part["content"]:
+            yield from _parsed(content, path)
+
+
+def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame]:
+    """Return a file's columns, or why it can't be used, on a worker."""
+    for part in parts:  # the file's; other partitions have none
+        columns, fault = None, None
+        try:
+            for events in _events([part], path):
+                columns = list(events.columns)
+        except ValueError as error:
+            fault = str(error)
+        yield pd.DataFrame({"columns": [columns], "fault": [fault]})
+
+
+def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
+    """Return the events in a file's content, a number of rows at a time."""
     try:
-        events = pd.read_csv(path)
+        with pd.read_csv(
+            io.BytesIO(content), compression=_COMPRESSION.get(Path(path).suffix.lower()),
+            dtype=dict.fromkeys(_TEXTS, str), float_precision="round_trip", low_memory=False,
+            chunksize=_ROWS,
+        ) as chunks:  # fmt: skip
+            for chunk in chunks:
+                yield _checked(chunk, path)
+    except _RefusedError:
+        raise
     except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty: download it again from {SOURCE}.") from error
-    layout = _layout_of(events.columns, path)
-    for column in (EVENT_ID, *FEATURES):
-        events[column] = _numbers(events[column], path)
-    if LABEL in layout and not events[LABEL].isin(LABELS).all():
+        raise _empty(path) from error
+    except Exception as error:  # pandas and the codecs raise many kinds
+        reason = str(error).strip().rstrip(".")
         raise ValueError(
+            f"{path} can't be read as CSV ({reason}): download it again from {SOURCE}."
+        ) from error
+
+
+class _RefusedError(ValueError):
+    """A file's columns or values are not those of the challenge."""
+
+
+def _checked(events: pd.DataFrame, path: str) -> pd.DataFrame:
+    """Return events with their types and in the published order; refuse invalid values."""
+    layout = _layout_of(events.columns, path)
+    if not isinstance(events.index, pd.RangeIndex):  # pandas takes the first value for a row's name
+        raise _RefusedError(f"{path} has rows with more values than columns: remove the surplus.")
+    for column in layout:
+        if column not in _TEXTS:
+            events[column] = _numbers(events[column], path)
+    if LABEL in layout and not events[LABEL].isin(LABELS).all():
+        raise _RefusedError(
             f"{path} has values other than s and b in the column {LABEL!r}: write s for signal "
             "and b for background."
         )
     return events[layout]
 
 
-def read_events_in_spark(spark: SparkSession, path: str) -> DataFrame:
-    """Read a file of the Higgs boson challenge with Spark, from any file system Spark supports.
-
-    Parameters
-    ----------
-    spark : pyspark.sql.SparkSession
-        The session to read with.
-    path : str
-        See `read_events`.
-
-    Returns
-    -------
-    pyspark.sql.DataFrame
-        The columns that `read_events` returns. An action fails if it uses an invalid value.
-
-    Raises
-    ------
-    ValueError
-        If a column is missing or unknown.
-
-    Examples
-    --------
-    >>> from helpers.higgs import generate_events
-    >>> path = str(getfixture("tmp_path") / "events.csv.gz")
-    >>> generate_events(5, seed=1).to_csv(path, index=False)
-    >>> read_events_in_spark(spark, path).select("EventId", "Label").first()
-    Row(EventId=100000, Label='b')
-    """
-    header = spark.read.csv(path, header=True).columns
-    layout = _layout_of(pd.Index(header), path)
-    texts = (LABEL, "KaggleSet")
-    types = [StringType() if name in texts else spark_type(name) for name in header]
-    schema = StructType([StructField(*column) for column in zip(header, types, strict=True)])
-    # Compare each file's header with the schema, because the path may be a folder of several files.
-    events = spark.read.csv(
-        path, header=True, schema=schema, mode="FAILFAST", enforceSchema=False
-    )
-    return events.select(*[_checked(name, path).alias(name) for name in layout])
-
-
-def _checked(name: str, path: str) -> Column:
-    """Return a column that fails on values that `read_events` rejects."""
-    column = F.col(name)
-    if name == LABEL:
-        fault, holds = "values other than s and b", column.isin(*LABELS)
-    elif name in (EVENT_ID, *FEATURES):
-        fault, holds = "values that are no numbers", column.isNotNull() & ~F.isnan(column)
-    else:
-        return column
-    error = F.raise_error(F.lit(f"{path} has {fault} in the column {name!r}."))
-    return F.when(holds, column).otherwise(error)
-
-
-def _layout_of(header: pd.Index, path: str | PathLike[str]) -> list[str]:
+def _layout_of(header: pd.Index, path: str | os.PathLike[str]) -> list[str]:
     """Return the columns of the smallest layout that contains all of `header`."""
     for bookkeeping in _LAYOUTS:
         layout = [EVENT_ID, *FEATURES, *bookkeeping]
@@ -148,27 +212,45 @@ def _layout_of(header: pd.Index, path: str | PathLike[str]) -> list[str]:
             break
     unknown = [name for name in header if name not in layout]
     if unknown:
-        raise ValueError(f"{path} has the unknown column {unknown[0]!r}: remove or rename it.")
+        raise _RefusedError(f"{path} has the unknown column {unknown[0]!r}: remove or rename it.")
     missing = [name for name in layout if name not in header]
     if missing:
-        raise ValueError(
+        raise _RefusedError(
             f"{path} lacks the column {missing[0]!r}: use a file with the columns of {SOURCE}."
         )
     return layout
 
 
-def _numbers(values: pd.Series, path: str | PathLike[str]) -> pd.Series:
+def _numbers(values: pd.Series, path: str) -> pd.Series:
     """Return `values` as int64 or float64, depending on the column."""
     numbers = pd.to_numeric(values, errors="coerce")
-    if numbers.isna().any():
-        raise ValueError(
+    if values.dtype == bool or not np.isfinite(numbers).all():
+        raise _RefusedError(
             f"{path} has values that are not numbers in the column {values.name!r}: "
             f"write {MISSING} where a value is missing."
         )
     if values.name not in INTEGERS:
         return numbers.astype("float64")
     if (numbers % 1 != 0).any():
-        raise ValueError(
+        raise _RefusedError(
             f"{path} has fractions in the column {values.name!r}: write whole numbers there."
         )
+    limit = 2**63 if spark_type(values.name) == LongType() else 2**31
+    if numbers.dtype == "float64":
+        limit = min(limit, 2**53)  # beyond, a float may be another integer, rounded
+    if not ((numbers > -limit) & (numbers < limit)).all():
+        raise _RefusedError(
+            f"{path} has numbers of {limit} or more in the column {values.name!r}: write smaller "
+            "ones, and all without a point."
+        )
     return numbers.astype("int64")
+
+
+def _empty(path: str) -> ValueError:
+    return ValueError(f"{path} is empty: download it again from {SOURCE}.")
+
+
+def _no_file(path: str | os.PathLike[str]) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"There is no file {path}: download one from {SOURCE}, or write one with generate_events."
+    )

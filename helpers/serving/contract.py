@@ -17,6 +17,7 @@ from pyspark.sql.types import DoubleType, LongType, StructType
 
 from helpers.higgs import EVENT_ID
 from helpers.model import worker_copy
+from helpers.records import name_faults, named
 
 if TYPE_CHECKING:
     import keras
@@ -46,7 +47,7 @@ def fingerprint(df: DataFrame) -> str:
     True
     """
     names = sorted(df.columns)
-    columns = [F.col(f"`{name}`") for name in names]
+    columns = list(map(named, names))
     # The hash ignores nulls, whatever their column.
     hashes = F.xxhash64(*columns, *[column.isNull() for column in columns]).cast("decimal(20, 0)")
     rows, total = df.select(F.count(F.lit(1)), F.sum(hashes)).first()
@@ -106,8 +107,6 @@ class Contract:
         numbers = {"means": self.means, "scales": self.scales}
         texts = (*names, *classes, self.event_id, *self.metrics)
         rules = {
-            f"features are named twice: {_repeated(names)}": len(set(names)) == count,
-            f"the field of the id, {self.event_id!r}, is a feature": self.event_id not in names,
             f"it has {len(classes)} classes, not two": len(set(classes)) == len(classes) == 2,
             f"signal_index is {self.signal_index!r}": repr(self.signal_index) in ("0", "1"),
             f"threshold is {self.threshold}, not between 0 and 1": 0 < self.threshold < 1,
@@ -118,7 +117,8 @@ class Contract:
         for name, values in numbers.items():
             rules[f"it has {len(values)} {name} for {count} features"] = len(values) == count
             rules[f"{name} are not all finite"] = all(map(math.isfinite, values))
-        return [fault for fault, holds in rules.items() if not holds]
+        faults = name_faults(self.event_id, names)
+        return faults + [fault for fault, holds in rules.items() if not holds]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,3 @@ def _library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # TensorFlow is installed under one of two names
             continue
     return versions
-
-
-def _repeated(names: Sequence[str]) -> str:
-    return ", ".join(sorted({name for name in names if names.count(name) > 1}))

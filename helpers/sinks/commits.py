@@ -34,9 +34,6 @@ KEPT_SECONDS = 3600
 MANIFESTS_KEPT = 20
 
 _MEANING = ("event_id", "signal_index")
-_OLD_MANIFEST = (
-    "batch bigint, event_id string, folder string, files array<string>, events bigint, bad bigint"
-)
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ class CommitLog:
     """
 
     def __init__(self, spark: SparkSession, path: str) -> None:
-        self._spark, self._path = spark, path
+        self._path = path
         self._files = JsonFolder(spark, f"{path}/commits")
 
     def last(self) -> State:
@@ -247,12 +244,10 @@ class CommitLog:
 
     def _old(self) -> list[Part]:
         """Return the files in manifests of older versions, each of which lists only its batch's."""
-        manifests = self._spark.read.schema(_OLD_MANIFEST).json(self._files.uri).collect()
-        parts = [
-            Part(found.batch, 0, found.folder, found.files, found.events + found.bad, size=0)
-            for found in manifests
+        return [
+            Part(old["batch"], 0, old["folder"], old["files"], old["events"] + old["bad"], size=0)
+            for old in map(self._files.read, self._files.names())
         ]
-        return sorted(parts, key=_first)
 
 
 def _longest_run(group: list[Part]) -> list[Part]:

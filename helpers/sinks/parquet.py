@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,9 +28,10 @@ from typing import Any, NamedTuple
 
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import LongType, MapType, StringType, StructField, StructType
 
 from helpers.higgs import EVENT_ID
-from helpers.records import MODEL_VERSION, observed, vector_entries
+from helpers.records import MODEL_VERSION, check_names, named, observed, vector_entries
 from helpers.sinks.bad_records import policy_for
 from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
 from helpers.sinks.errors import SinkError
@@ -37,14 +39,17 @@ from helpers.sinks.lease import Lease
 from helpers.sinks.parts import finished_part, merge, read_parts, with_size
 from helpers.sinks.progress import Progress, check_ranges
 from helpers.sinks.starts import StartLog
-from helpers.spark import folder_names, remove_folder
+from helpers.spark import exact_path, folder_names, remove_folder
 from helpers.streaming import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
 
 # A batch's offset ranges by "topic/partition": the first offset, the first one not yet stored, and
 # the end; and the batch's number.
-_BOUNDS = "map<string, struct<first: bigint, left: bigint, end: bigint, batch: bigint>>"
+_BOUNDS = MapType(
+    StringType(),
+    StructType([StructField(name, LongType()) for name in ("first", "left", "end", "batch")]),
+)
 
 
 class Counts(NamedTuple):
@@ -74,7 +79,7 @@ class ParquetSink:
     ----------
     spark : pyspark.sql.SparkSession
         The session that the stream runs in.
-    path : str
+    path : str or path-like
         The folder's path or URI, on any file system that Spark's Hadoop client supports. The output
         of an earlier sink there is continued.
     signal_index : int
@@ -98,7 +103,8 @@ class ParquetSink:
         If another sink is open on the path, the results there have another `event_id` or
         `signal_index`, or a topic was recreated.
     ValueError
-        If `on_bad_record` is invalid, or there are no settings for dead letters.
+        If `on_bad_record` is invalid, there are no settings for dead letters, `event_id` is the
+        name of another column, or Hadoop can't use the path.
 
     Examples
     --------
@@ -116,7 +122,7 @@ class ParquetSink:
     def __init__(
         self,
         spark: SparkSession,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         signal_index: int,
         on_bad_record: str = "stop",
@@ -124,7 +130,8 @@ class ParquetSink:
         event_id: str = EVENT_ID,
         from_beginning: bool = False,
     ) -> None:
-        self._spark, self.path = spark, path.rstrip("/")
+        check_names(event_id)
+        self._spark, self.path = spark, exact_path(spark, path).rstrip("/")
         self._treat_bad_records = policy_for(on_bad_record, settings)
         self._on_bad_record = on_bad_record
         self._meaning = {"event_id": event_id, "signal_index": signal_index}
@@ -363,7 +370,8 @@ class ParquetSink:
         scored = scored.withColumn("bounds", F.try_element_at(known, key))
         if left == ranges:
             return scored
-        return scored.where("bounds IS NULL OR offset >= bounds.left")
+        is_left = F.col("offset") >= F.col("bounds.left")
+        return scored.where(F.col("bounds").isNull() | is_left)
 
     def _write_files(self, scored: DataFrame, folder: str) -> tuple[int, Counts]:
         """Write a batch's files; return the number of rows, and the counts."""
@@ -372,9 +380,11 @@ class ParquetSink:
         place = F.concat_ws(
             " ", "topic", F.lit("partition"), "partition", F.lit("offset"), "offset"
         )
+        offset, first, end = map(F.col, ("offset", "bounds.first", "bounds.end"))
+        is_inside = F.coalesce((offset >= first) & (offset < end), F.lit(False))
         version = F.col(MODEL_VERSION) if MODEL_VERSION in scored.columns else F.lit(None)
         stored = scored.select(
-            self._meaning["event_id"],
+            named(self._meaning["event_id"]),
             prediction[0].alias("probability_0"),
             prediction[1].alias("probability_1"),
             F.col("predicted_index").cast("int"),
@@ -386,9 +396,7 @@ class ParquetSink:
             F.col("bounds.batch").alias("batch"),
             "bad",
             "unused",
-            F.expr("NOT ifnull(offset >= bounds.first AND offset < bounds.end, false)").alias(
-                "outside"
-            ),
+            (~is_inside).alias("outside"),
         ).observe(
             counts,
             F.count(F.lit(1)).alias("rows"),
@@ -418,7 +426,7 @@ class ParquetSink:
     def _bad(self, part: Part) -> DataFrame:
         """Return the bad records in a batch's files."""
         files = read_parts(self._spark, self.path, [part], self._meaning["event_id"])
-        return files.where("bad IS NOT NULL")
+        return files.where(F.col("bad").isNotNull())
 
     def _commit(self, part: Part, ranges: list[OffsetRange], counts: Mapping[str, Any]) -> None:
         """Commit a batch by writing its manifest."""
@@ -476,14 +484,14 @@ class ParquetSink:
         remove_folder(self._spark, f"{self.path}/data/{folder}")
 
 
-def read_scored(spark: SparkSession, path: str) -> DataFrame:
+def read_scored(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
     """Return the committed scored events of a `ParquetSink`.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session to read with.
-    path : str
+    path : str or path-like
         The sink's path; a sink may be writing to it at the same time.
 
     Returns
@@ -499,17 +507,17 @@ def read_scored(spark: SparkSession, path: str) -> DataFrame:
     SinkError
         If there is no sink at the path.
     """
-    return _read_committed(spark, path).where("bad IS NULL").drop("bad")
+    return _read_committed(spark, path).where(F.col("bad").isNull()).drop("bad")
 
 
-def read_bad_records(spark: SparkSession, path: str) -> DataFrame:
+def read_bad_records(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
     """Return the records of a `ParquetSink` that are not events.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session to read with.
-    path : str
+    path : str or path-like
         The sink's path.
 
     Returns
@@ -523,13 +531,13 @@ def read_bad_records(spark: SparkSession, path: str) -> DataFrame:
     SinkError
         If there is no sink at the path.
     """
-    bad = _read_committed(spark, path).where("bad IS NOT NULL")
+    bad = _read_committed(spark, path).where(F.col("bad").isNotNull())
     return bad.select("topic", "partition", "offset", "event_time", "batch", "bad.*")
 
 
-def _read_committed(spark: SparkSession, path: str) -> DataFrame:
+def _read_committed(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
     """Return the records in the files that the last manifest lists."""
-    path = path.rstrip("/")
+    path = exact_path(spark, path).rstrip("/")
     if "commits" not in folder_names(spark, path):
         raise SinkError(f"{path} is not the folder of a ParquetSink: check the path.")
     state = CommitLog(spark, path).last()

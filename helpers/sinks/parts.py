@@ -8,11 +8,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.types import (
+    BinaryType,
+    DoubleType,
+    IntegerType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+    TimestampType,
+)
 
+from helpers.records import MODEL_VERSION
 from helpers.sinks.commits import Part
 from helpers.sinks.errors import SinkError
 from helpers.spark import (
     JAVA_ERRORS,
+    exact_reader,
     flush_folder,
     folder_names,
     folder_size,
@@ -21,13 +33,21 @@ from helpers.spark import (
     summary,
 )
 
-# The schema of the files. `bad` holds a bad record and the reason.
-_STORED = (
-    "{event_id} bigint, probability_0 double, probability_1 double, predicted_index int, "
-    "model_version string, "
-    "topic string, partition int, offset bigint, event_time timestamp, batch bigint, "
-    "bad struct<key: binary, value: binary, reason: string>"
-)
+# The columns of the files after the event's id. `bad` holds a bad record and the reason. They are
+# not a string in DDL, where a session's settings decide which type `timestamp` is.
+_BAD = StructType().add("key", BinaryType()).add("value", BinaryType()).add("reason", StringType())
+_COLUMNS = {
+    "probability_0": DoubleType(),
+    "probability_1": DoubleType(),
+    "predicted_index": IntegerType(),
+    MODEL_VERSION: StringType(),
+    "topic": StringType(),
+    "partition": IntegerType(),
+    "offset": LongType(),
+    "event_time": TimestampType(),
+    "batch": LongType(),
+    "bad": _BAD,
+}
 
 # Target size of a merged file.
 _FILE_SIZE = 64 * 1024**2
@@ -47,12 +67,13 @@ def read_parts(spark: SparkSession, path: str, parts: Iterable[Part], event_id: 
     event_id : str
         The column that identifies an event.
     """
-    stored = _STORED.format(event_id=event_id)
+    columns = {event_id: LongType(), **_COLUMNS}
+    stored = StructType([StructField(*column) for column in columns.items()])
     files = [f"{path}/data/{part.folder}/{name}" for part in parts for name in part.files]
     if not files:
         return spark.createDataFrame([], stored)
     with _listed_by_the_driver(spark):
-        return spark.read.schema(stored).parquet(*files)
+        return exact_reader(spark).schema(stored).parquet(*files)
 
 
 def finished_part(spark: SparkSession, path: str, folder: str, rows: int, first: int) -> Part:

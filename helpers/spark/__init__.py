@@ -8,6 +8,9 @@ on any of Spark's file systems, and `scratch` provides the folder for temporary 
 from helpers.spark.errors import JAVA_ERRORS, cause_message, cause_name, java_causes, summary
 from helpers.spark.files import (
     JsonFolder,
+    exact_path,
+    exact_reader,
+    file_size,
     flush_folder,
     folder_names,
     folder_size,

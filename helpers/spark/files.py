@@ -1,6 +1,8 @@
-"""Small files, written atomically on any file system that Spark's Hadoop client supports.
+"""Paths, and small files written atomically, on any file system of Spark's Hadoop client.
 
-On the local file system they are also flushed to disk, so that they survive a power cut.
+Hadoop and Spark read more into a path than its name: patterns, a scheme, a host. `exact_path` and
+`exact_reader` are the two places that prevent this. Small files are flushed to disk on the local
+file system, so that they survive a power cut.
 """
 
 from __future__ import annotations
@@ -8,17 +10,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from py4j.java_gateway import JavaClass, JavaObject
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrameReader, SparkSession
 
 from helpers.spark.errors import JAVA_ERRORS, java_causes, summary
 from helpers.spark.jars import JarsError
 
+# What can't be a path on any file system of Hadoop: nothing, a NUL, bytes that are not UTF-8.
+_UNUSABLE = re.compile(r"^$|[\0\ud800-\udfff]")
+# The beginning of a URI, up to its path.
+_URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(//[^/]*)?(?=/)")
 # Which of Hadoop's jars has the file system for a scheme; Spark comes without these.
 _FILE_SYSTEMS = {
     "org.apache.hadoop:hadoop-aws": ("s3a",),
@@ -48,7 +55,7 @@ class JsonFolder:
     ----------
     spark : pyspark.sql.SparkSession
         The session whose Hadoop client is used.
-    folder : str
+    folder : str or path-like
         The folder's path or URI (``file:``, ``hdfs:``); it is created if it is missing.
 
     Attributes
@@ -64,7 +71,7 @@ class JsonFolder:
     (['first'], {'events': 10})
     """
 
-    def __init__(self, spark: SparkSession, folder: str) -> None:
+    def __init__(self, spark: SparkSession, folder: str | os.PathLike[str]) -> None:
         self._jvm, self._gateway = spark._jvm, spark.sparkContext._gateway
         self._spark = spark
         path, self._files = _file_system(spark, folder)
@@ -201,6 +208,69 @@ def java_class(spark: SparkSession, name: str) -> JavaClass:
     return JavaClass(name, spark.sparkContext._gateway._gateway_client)
 
 
+def exact_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
+    """Return a path as Hadoop must be given it to use exactly this path.
+
+    A relative path on the local file system is made absolute, because Java may have another current
+    folder than this process, and because Hadoop takes the text before a colon for a file system.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client uses the path.
+    path : str or path-like
+        A path, or a URI such as ``hdfs:///tmp/scored`` as a string.
+
+    Raises
+    ------
+    ValueError
+        If Hadoop can't use the path; the message says what to do.
+
+    Examples
+    --------
+    >>> exact_path(spark, Path("/tmp/scored[1]"))
+    '/tmp/scored[1]'
+    """
+    text = os.fsdecode(path)
+    uri = _URI.match(text)
+    if _UNUSABLE.search(text):
+        raise _path_error(
+            text, "is empty, or has a NUL or bytes that are not UTF-8: choose another name"
+        )
+    if uri and isinstance(path, os.PathLike):
+        raise _path_error(text, "is a URI, which pathlib changes: give it as a string")
+    if not uri:
+        text = re.sub("^//+", "/", text)  # to Hadoop, two slashes begin the name of a host
+    name = text[uri.end() :] if uri else text
+    if name.startswith("/") and name.isascii() and ":" not in name:
+        return text  # without a question to Java
+    scheme = uri["scheme"].lower() if uri else _default_scheme(spark)
+    if scheme == "file":
+        text = text if uri else os.path.abspath(text)
+        _check_encoding(spark, text)
+    elif "hdfs" in scheme and ":" in name:
+        raise _path_error(text, "has a colon, which HDFS doesn't allow: choose another name")
+    return text
+
+
+def exact_reader(spark: SparkSession) -> DataFrameReader:
+    """Return a reader that takes paths from `exact_path` as they are, not as patterns.
+
+    Spark alone would read ``scored*`` as every path that begins with ``scored``, and would not find
+    ``scored[1]``.
+
+    Examples
+    --------
+    >>> folder = str(getfixture("tmp_path") / "scored[1]")
+    >>> spark.range(3).write.parquet(folder)
+    >>> exact_reader(spark).parquet(folder).count()
+    3
+    """
+    # Spark sets this option (DataSource.GLOB_PATHS_KEY) for files that it has listed. Escaping the
+    # pattern doesn't replace it, because Hadoop's patterns can't have a colon.
+    return spark.read.option("__globPaths__", "false")
+
+
 def full_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
     """Return a path with its file system, as Structured Streaming needs it for a checkpoint.
 
@@ -216,7 +286,7 @@ def full_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
     >>> full_path(spark, "/tmp/scored")
     'file:/tmp/scored'
     """
-    return _qualified(spark, os.fspath(path)).toString()
+    return _qualified(spark, path).toString()
 
 
 def folder_names(spark: SparkSession, folder: str) -> list[str]:
@@ -236,6 +306,21 @@ def folder_names(spark: SparkSession, folder: str) -> list[str]:
     wrapped = java_class(spark, "scala.Predef").genericWrapArray(found)
     paths = wrapped.mkString("\0").split("\0")
     return sorted(path.rpartition("/")[2] for path in paths if path)
+
+
+def file_size(spark: SparkSession, path: str | os.PathLike[str]) -> int | None:
+    """Return the size of a file in bytes; None if the path is not a file.
+
+    Examples
+    --------
+    >>> file_size(spark, getfixture("tmp_path")) is None
+    True
+    """
+    path, files = _file_system(spark, path)
+    if not files.exists(path):
+        return None
+    status = files.getFileStatus(path)
+    return status.getLen() if status.isFile() else None
 
 
 def flush_folder(spark: SparkSession, folder: str, inside: str) -> None:
@@ -300,7 +385,31 @@ def remove_folder(spark: SparkSession, folder: str) -> None:
     files.delete(path, True)
 
 
-def _file_system(spark: SparkSession, name: str) -> tuple[JavaObject, JavaObject]:
+def _default_scheme(spark: SparkSession) -> str:
+    """Return the scheme of the file system of paths without one."""
+    file_system = java_class(spark, "org.apache.hadoop.fs.FileSystem")
+    return file_system.getDefaultUri(spark._jsc.hadoopConfiguration()).getScheme()
+
+
+def _check_encoding(spark: SparkSession, path: str) -> None:
+    """Raise `ValueError` if Java can't write a local path in the encoding of its locale."""
+    encoding = java_class(spark, "java.lang.System").getProperty("sun.jnu.encoding")
+    charset = java_class(spark, "java.nio.charset.Charset").forName(encoding)
+    if charset.decode(charset.encode(path)).toString() != path:  # it puts ? for what it can't write
+        raise _path_error(
+            path,
+            f"can't be written in {encoding}, the encoding of Java's locale: start Python with the "
+            "environment variable LC_ALL=C.UTF-8, or choose a path in ASCII",
+        )
+
+
+def _path_error(path: str, fault: str) -> ValueError:
+    return ValueError(f"the path {path!r} {fault}.")
+
+
+def _file_system(
+    spark: SparkSession, name: str | os.PathLike[str]
+) -> tuple[JavaObject, JavaObject]:
     """Return the Hadoop path and file system for a name.
 
     Raises
@@ -310,6 +419,7 @@ def _file_system(spark: SparkSession, name: str) -> tuple[JavaObject, JavaObject
     OSError
         If the name or its file system can't be used.
     """
+    name = exact_path(spark, name)
     try:
         path = java_class(spark, "org.apache.hadoop.fs.Path")(name)
         return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
@@ -334,7 +444,7 @@ def _missing_jar(spark: SparkSession, name: str) -> str:
     )
 
 
-def _qualified(spark: SparkSession, name: str) -> JavaObject:
+def _qualified(spark: SparkSession, name: str | os.PathLike[str]) -> JavaObject:
     """Return the fully qualified Hadoop path for a name."""
     path, files = _file_system(spark, name)
     return files.makeQualified(path)

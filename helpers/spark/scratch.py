@@ -13,6 +13,7 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from helpers.spark.errors import JAVA_ERRORS
+from helpers.spark.files import exact_path
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def protect_folder(spark: SparkSession, path: str) -> None:
     '0o40700'
     """
     hadoop = spark._jvm.org.apache.hadoop.fs
-    folder, only_mine = hadoop.Path(path), hadoop.permission.FsPermission("700")
+    folder, only_mine = hadoop.Path(exact_path(spark, path)), hadoop.permission.FsPermission("700")
     files = folder.getFileSystem(spark._jsc.hadoopConfiguration())
     if not files.exists(folder):
         files.mkdirs(folder)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from helpers.spark import (
     JAVA_ERRORS,
     JsonFolder,
     check_running,
+    exact_path,
     folder_names,
     full_path,
     read_file,
@@ -63,7 +65,7 @@ class KafkaQuery:
         Settings of `KafkaConsumer` by Kafka's names. Spark keeps the offsets in the checkpoint, so
         a ``group.id`` has no effect; ``auto.offset.reset`` says where a query with a new checkpoint
         begins, and with ``none`` deleted offsets are an error.
-    checkpoint : str
+    checkpoint : str or path-like
         The folder where Spark keeps how far the query is.
     positions : mapping of TopicAndPartition to int, optional
         Where a query with a new checkpoint begins, as `ParquetSink.positions` returns it;
@@ -96,7 +98,7 @@ class KafkaQuery:
         spark: SparkSession,
         topics: Iterable[str],
         settings: Mapping[str, str],
-        checkpoint: str,
+        checkpoint: str | os.PathLike[str],
         positions: Mapping[TopicAndPartition, int] | None = None,
         max_offsets: int | None = None,
     ) -> None:
@@ -358,7 +360,7 @@ class CheckpointOffsets:
     ----------
     spark : pyspark.sql.SparkSession
         The session that the query runs in.
-    checkpoint : str
+    checkpoint : str or path-like
         The query's ``checkpointLocation``.
 
     Examples
@@ -373,8 +375,8 @@ class CheckpointOffsets:
     [OffsetRange(topic='events', partition=0, fromOffset=0, untilOffset=100)]
     """
 
-    def __init__(self, spark: SparkSession, checkpoint: str) -> None:
-        self._spark, self._checkpoint = spark, checkpoint.rstrip("/")
+    def __init__(self, spark: SparkSession, checkpoint: str | os.PathLike[str]) -> None:
+        self._spark, self._checkpoint = spark, exact_path(spark, checkpoint).rstrip("/")
 
     def ranges_of(self, batch_id: int) -> list[OffsetRange]:
         """Return the ranges of a batch that Spark has planned.

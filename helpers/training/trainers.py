@@ -28,7 +28,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, DataType, NumericType
 
 from helpers.model import model_from_bytes, model_to_bytes
-from helpers.records import vector_entries
+from helpers.records import named, vector_entries
 from helpers.spark import JAVA_ERRORS, summary
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
@@ -406,7 +406,7 @@ def _entries(df: DataFrame, name: str) -> Column:
         )
     if name not in df.columns:
         raise ValueError(f"there is no column {name!r}; the columns are {df.columns}.")
-    found, column = df.schema[name].dataType, F.col(f"`{name}`")
+    found, column = df.schema[name].dataType, named(name)
     if isinstance(found, VectorUDT):
         return vector_entries(column).cast("array<float>")
     if isinstance(found, ArrayType) and isinstance(found.elementType, NumericType):
