@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 import pyarrow
+from pyspark import SparkContext
 from pyspark.ml.functions import vector_to_array
 from pyspark.sql import Column, DataFrame, Observation, Row
 from pyspark.sql import functions as F
@@ -236,12 +237,17 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     ['EventId is missing', 'it is an array, not a JSON object']
     """
     check_schema(schema)
-    schema_json = schema.json()
-    parse = F.arrow_udf(
-        lambda values: _parser(schema_json).events(values), event_type(schema)
-    )
+    event = _event_column(records.sparkSession.sparkContext, schema.json())
+    return records.withColumn("event", event)
+
+
+@functools.lru_cache(maxsize=8)
+def _event_column(context: SparkContext, schema_json: str) -> Column:
+    """Return the column `event`; it is made once for a context, because pickling takes 5 ms."""
+    schema = StructType.fromJson(json.loads(schema_json))
+    parse = F.arrow_udf(lambda values: _parser(schema_json).events(values), event_type(schema))
     event = parse(F.col("value").cast("binary"))
-    return records.withColumn("event", event.alias("event", metadata=_metadata(schema)))
+    return event.alias("event", metadata=_metadata(schema))
 
 
 def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:

@@ -17,7 +17,6 @@ separate manifest. The original files are kept for an hour.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -28,11 +27,11 @@ from typing import Any, NamedTuple
 
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import LongType, MapType, StringType, StructField, StructType
 
 from helpers.higgs import EVENT_ID
-from helpers.records import MODEL_VERSION, check_names, named, observed, vector_entries
+from helpers.records import MODEL_VERSION, check_names, observed
 from helpers.sinks.bad_records import policy_for
+from helpers.sinks.columns import bounded, metrics, stored_columns
 from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
 from helpers.sinks.errors import SinkError
 from helpers.sinks.lease import Lease
@@ -43,13 +42,6 @@ from helpers.spark import exact_path, folder_names, remove_folder
 from helpers.streaming import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
-
-# A batch's offset ranges by "topic/partition": the first offset, the first one not yet stored, and
-# the end; and the batch's number.
-_BOUNDS = MapType(
-    StringType(),
-    StructType([StructField(name, LongType()) for name in ("first", "left", "end", "batch")]),
-)
 
 
 class Counts(NamedTuple):
@@ -270,7 +262,7 @@ class ParquetSink:
             self._report_gaps(left)
             folder = self._state.new_folder()
             try:
-                rows, counts = self._write_files(self._bounded(scored, ranges, left), folder)  # 1
+                rows, counts = self._write_files(scored, ranges, left, folder)  # 1
                 part = self._finished(folder, rows)  # 2
                 unsent = self._treat_bad_records(self._bad(part), ranges) if counts.bad else 0  # 3
                 before_commit()  # 4
@@ -349,65 +341,17 @@ class ParquetSink:
                     expected, part.fromOffset - 1, part.topic, part.partition, self.path,
                 )  # fmt: skip
 
-    def _bounded(
-        self, scored: DataFrame, ranges: list[OffsetRange], left: list[OffsetRange]
-    ) -> DataFrame:
-        """Return the records of a batch that are not stored yet, with their partition's bounds."""
+    def _write_files(
+        self, scored: DataFrame, ranges: list[OffsetRange], left: list[OffsetRange], folder: str
+    ) -> tuple[int, Counts]:
+        """Write what is left of a batch into files; return the number of rows, and the counts."""
+        counts, context = Observation(), self._spark.sparkContext
         starts = {part.topicAndPartition(): part.fromOffset for part in left}
-        bounds = {
-            f"{part.topic}/{part.partition}": {
-                "first": part.fromOffset,
-                "left": starts.get(part.topicAndPartition(), part.untilOffset),
-                "end": part.untilOffset,
-                "batch": self._state.number + 1,
-            }
-            for part in ranges
-        }
-        # As a map, because numbers would become part of the code that Spark generates, which Java
-        # would have to compile again for each batch.
-        known = F.from_json(F.lit(json.dumps(bounds)), _BOUNDS)
-        key = F.concat_ws("/", "topic", "partition")
-        scored = scored.withColumn("bounds", F.try_element_at(known, key))
-        if left == ranges:
-            return scored
-        is_left = F.col("offset") >= F.col("bounds.left")
-        return scored.where(F.col("bounds").isNull() | is_left)
-
-    def _write_files(self, scored: DataFrame, folder: str) -> tuple[int, Counts]:
-        """Write a batch's files; return the number of rows, and the counts."""
-        counts = Observation()
-        prediction = vector_entries(F.col("prediction"))
-        place = F.concat_ws(
-            " ", "topic", F.lit("partition"), "partition", F.lit("offset"), "offset"
-        )
-        offset, first, end = map(F.col, ("offset", "bounds.first", "bounds.end"))
-        is_inside = F.coalesce((offset >= first) & (offset < end), F.lit(False))
-        version = F.col(MODEL_VERSION) if MODEL_VERSION in scored.columns else F.lit(None)
-        stored = scored.select(
-            named(self._meaning["event_id"]),
-            prediction[0].alias("probability_0"),
-            prediction[1].alias("probability_1"),
-            F.col("predicted_index").cast("int"),
-            version.cast("string").alias(MODEL_VERSION),
-            "topic",
-            "partition",
-            "offset",
-            F.col("timestamp").alias("event_time"),
-            F.col("bounds.batch").alias("batch"),
-            "bad",
-            "unused",
-            (~is_inside).alias("outside"),
-        ).observe(
-            counts,
-            F.count(F.lit(1)).alias("rows"),
-            F.count("predicted_index").alias("events"),
-            F.count_if(F.col("predicted_index") == self._meaning["signal_index"]).alias("signal"),
-            F.count("bad").alias("bad"),
-            F.collect_set("unused").alias("unused"),
-            F.count_if("outside").alias("outside"),
-            F.min(F.when(F.col("outside"), place)).alias("one_outside"),
-        )
-        stored.drop("unused", "outside").write.parquet(f"{self.path}/data/{folder}")
+        records = bounded(scored, ranges, starts, self._state.number + 1)
+        has_version = MODEL_VERSION in scored.columns
+        columns = stored_columns(context, self._meaning["event_id"], has_version)
+        counted = records.observe(counts, *metrics(context, self._meaning["signal_index"]))
+        counted.select(*columns).write.parquet(f"{self.path}/data/{folder}")
         found = observed(counts)
         if found is None:
             raise SinkError("Spark has written a batch without counting it, so it is not stored.")

@@ -8,18 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.types import (
-    BinaryType,
-    DoubleType,
-    IntegerType,
-    LongType,
-    StringType,
-    StructField,
-    StructType,
-    TimestampType,
-)
 
-from helpers.records import MODEL_VERSION
+from helpers.sinks.columns import stored_schema
 from helpers.sinks.commits import Part
 from helpers.sinks.errors import SinkError
 from helpers.spark import (
@@ -32,22 +22,6 @@ from helpers.spark import (
     remove_folder,
     summary,
 )
-
-# The columns of the files after the event's id. `bad` holds a bad record and the reason. They are
-# not a string in DDL, where a session's settings decide which type `timestamp` is.
-_BAD = StructType().add("key", BinaryType()).add("value", BinaryType()).add("reason", StringType())
-_COLUMNS = {
-    "probability_0": DoubleType(),
-    "probability_1": DoubleType(),
-    "predicted_index": IntegerType(),
-    MODEL_VERSION: StringType(),
-    "topic": StringType(),
-    "partition": IntegerType(),
-    "offset": LongType(),
-    "event_time": TimestampType(),
-    "batch": LongType(),
-    "bad": _BAD,
-}
 
 # Target size of a merged file.
 _FILE_SIZE = 64 * 1024**2
@@ -67,8 +41,7 @@ def read_parts(spark: SparkSession, path: str, parts: Iterable[Part], event_id: 
     event_id : str
         The column that identifies an event.
     """
-    columns = {event_id: LongType(), **_COLUMNS}
-    stored = StructType([StructField(*column) for column in columns.items()])
+    stored = stored_schema(event_id)
     files = [f"{path}/data/{part.folder}/{name}" for part in parts for name in part.files]
     if not files:
         return spark.createDataFrame([], stored)

@@ -23,6 +23,7 @@ from helpers.streaming.errors import StreamError, insist, remedy, without_secret
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.listener import ContextListener
 from helpers.streaming.offsets import PlannedBatch
+from helpers.streaming.reader import few_tasks
 from helpers.streaming.recovery import Recovery, StreamDefinition
 from helpers.streaming.source import Source
 
@@ -146,7 +147,8 @@ class Batches:
         try:
             for is_last_try in (False, True):
                 try:
-                    function(PlannedBatch(batch_id, ranges, self.source.read(ranges)))
+                    records = few_tasks(self.source.read(ranges), ranges)
+                    function(PlannedBatch(batch_id, ranges, records))
                     return
                 except Exception:
                     if is_last_try:

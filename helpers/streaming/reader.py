@@ -32,6 +32,9 @@ _READER_SETTINGS = {
 # Of the group that a reader's consumers are in. They neither join it nor commit to it.
 _GROUP_PREFIX = "spark-kafka-reader"
 
+# What a task should have, at least, to be worth its start.
+RECORDS_PER_TASK = 1_000
+
 # How long a task waits for records of a broker that is away, before it fails and is tried again.
 POLL_SECONDS = 30
 
@@ -113,3 +116,27 @@ class RangeReader:
             .option("endingOffsets", json.dumps(ends))
             .load()
         )
+
+
+def few_tasks(records: DataFrame, ranges: Iterable[OffsetRange]) -> DataFrame:
+    """Return a batch's records in no more tasks than it deserves.
+
+    Spark reads each Kafka partition in a task of its own. A task costs 0.05 s or more, mostly in
+    Python, whether it has one record or a thousand.
+
+    Parameters
+    ----------
+    records : pyspark.sql.DataFrame
+        The records of the ranges.
+    ranges : iterable of OffsetRange
+        The batch's ranges.
+
+    Examples
+    --------
+    >>> ranges = [OffsetRange("events", partition, 0, 100) for partition in range(4)]
+    >>> few_tasks(spark.range(400, numPartitions=4), ranges).rdd.getNumPartitions()
+    1
+    """
+    counts = [part.count() for part in ranges]
+    tasks = -(-sum(counts) // RECORDS_PER_TASK)
+    return records.coalesce(tasks) if 0 < tasks < len(counts) else records

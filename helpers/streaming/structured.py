@@ -44,7 +44,7 @@ from helpers.streaming.errors import (
 )
 from helpers.streaming.offsets import OffsetRange, PlannedBatch, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
-from helpers.streaming.reader import source_options
+from helpers.streaming.reader import few_tasks, source_options
 from helpers.streaming.settings import modern_settings, topic_names
 
 _LOGGER = logging.getLogger(__name__)
@@ -290,7 +290,7 @@ class KafkaQuery:
         ranges = self.ranges_of(batch_id)
         self._client.topic_ids(self._topics, self._topic_ids)
         if ranges:  # Spark has batches without records: the first one of an empty topic
-            self._call(PlannedBatch(batch_id, ranges, df))
+            self._call(PlannedBatch(batch_id, ranges, few_tasks(df, ranges)))
         self._away_since = None
 
     def _call(self, batch: PlannedBatch) -> None:
