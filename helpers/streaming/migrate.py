@@ -108,9 +108,9 @@ _CHANGES = [
         "StringIO": "io", "ConfigParser": "configparser", "Queue": "queue"}.items()],
 ]  # fmt: skip
 
-# What differs in calls that stay, for files that import the old module. Rules that say 'the same'
-# are reported once per file.
-_STAYS = [
+# What differs in the calls of a stream, for files that import the old module. Where a rule says
+# 'the same', the call stays as it is, and the file's first one is enough.
+_STREAM_CHANGES = [
     (r"\bSparkContext\(", "get_spark(config={...}).sparkContext",
      "from helpers.spark; or the same, with PYSPARK_PYTHON set to this Python"),
     (r"\bStreamingContext\(", "the same, or new_streaming_context(spark, seconds)", ""),
@@ -144,9 +144,10 @@ _OLD_MODULE = re.compile(r"\bpyspark\.streaming(?:\.| import (?:.*\W)?)kafka\b")
 
 _OLD_NUMBER = re.compile(r"(?<![\w.-])(?=(?:0[xX][\da-fA-F]+|\d+)[lL]\b|0[0-7])")
 _MAGIC = re.compile(r"\s*(?:!|%{1,2}[a-z])")
-_SHELL = re.compile(r"\s*%%(?!time|capture|prun)")
+_OTHER_CELL = re.compile(r"\s*%%(?!time|capture|prun)")  # a shell's, or HTML
 _STRING = re.compile(r"""\w*('{3}|"{3}|['"])(.*)\1""", re.DOTALL)
 _F_STRING = getattr(tokenize, "FSTRING_MIDDLE", None)  # since Python 3.12
+# Strings that the rules see; in others, such as messages, a name means nothing.
 _SETTING = re.compile(r"[\w.,:/-]*|.*spark-streaming-kafka.*")
 _ONLY_STRINGS = re.compile(r'(?: ?"[^"]*")*')
 
@@ -187,7 +188,7 @@ def changes(cells: Sequence[str]) -> list[tuple[int, int, str]]:
             raise tokenize.TokenError(reason, (number, line)) from None
     is_old = any(_OLD_MODULE.search(statement.code) for _, statement in statements)
     found = set()
-    for pattern, new, why in [*_CHANGES, *(_STAYS if is_old else ())]:
+    for pattern, new, why in [*_CHANGES, *(_STREAM_CHANGES if is_old else ())]:
         places = {
             (number, lines[match.start(_old(match))], _advice(match, text, new, why))
             for number, (text, code, lines) in statements
@@ -257,9 +258,9 @@ def _read(file: str) -> list[str]:
 
 def _without_magics(source: str) -> str:
     """Return a cell with its shell commands and other magics as strings."""
-    is_shell = _SHELL.match(source)
+    is_other = _OTHER_CELL.match(source)
     return "\n".join(
-        f"_({json.dumps(line)})" if is_shell or _MAGIC.match(line) else line
+        f"_({json.dumps(line)})" if is_other or _MAGIC.match(line) else line
         for line in source.split("\n")
     )
 
