@@ -22,7 +22,7 @@ From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `
 `reader`, `rates` (how much a batch may have), `ledger`, `listener` (what Spark reports), `recovery`
 (what a checkpoint needs), `source` (what a stream asks Kafka), `batches`, `dstream`, `kafka_utils`
 (the old API), `context` (a context from its start to its end), `structured` (`KafkaQuery`: the same
-promises on Structured Streaming).
+promises on Structured Streaming). `migrate` is a program: it prints what to change in old code.
 """
 
 from helpers.streaming.client import topic_ids

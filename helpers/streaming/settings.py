@@ -20,7 +20,7 @@ _LOGGER = logging.getLogger(__name__)
 
 # The settings of the consumer of Kafka 0.8 that have another name now; None for those that have no
 # effect: they were about ZooKeeper, about receivers, or about consumers that share out partitions.
-_OLD_NAMES = {
+OLD_NAMES = {
     "metadata.broker.list": "bootstrap.servers",
     "auto.commit.enable": "enable.auto.commit",
     "fetch.message.max.bytes": "max.partition.fetch.bytes",
@@ -45,7 +45,7 @@ _OLD_NAMES = {
     "offsets.commit.max.retries": None,
     "dual.commit.enabled": None,
 }
-_OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
+OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
 _RESETS = ("earliest", "latest", "none")
 
 # Where Kafka keeps which settings each of its clients knows.
@@ -78,8 +78,8 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
     {'auto.offset.reset': 'latest', 'bootstrap.servers': '127.0.0.1:9092'}
     """
     settings: dict[str, str] = {}
-    for name in sorted(kafka_params, key=_OLD_NAMES.__contains__):  # today's names first
-        today, value = _OLD_NAMES.get(name, name), kafka_params[name]
+    for name in sorted(kafka_params, key=OLD_NAMES.__contains__):  # today's names first
+        today, value = OLD_NAMES.get(name, name), kafka_params[name]
         if today is None:
             _LOGGER.warning(
                 "%s has no effect: the stream needs no ZooKeeper, has no receiver, and assigns its "
@@ -94,7 +94,7 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
         )
     check_address(settings["bootstrap.servers"])
     reset = settings.get("auto.offset.reset", "latest")
-    settings["auto.offset.reset"] = _OLD_RESETS.get(reset, reset)
+    settings["auto.offset.reset"] = OLD_RESETS.get(reset, reset)
     if settings["auto.offset.reset"] not in _RESETS:
         raise ValueError(
             f"'auto.offset.reset' is {reset!r}: it must be 'earliest', 'latest' or 'none'."
