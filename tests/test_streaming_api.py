@@ -124,8 +124,8 @@ def test_rdd_knows_its_offset_ranges(spark, words, old_settings):
 @pytest.mark.parametrize(
     "part, reason",
     [
-        ((0, 19), "ends at offset 18, so there is nothing yet up to 19"),
-        ((20, 21), "is to be read from offset 20, but ends at 18"),
+        ((0, 19), "ends at offset 18, before 19: give a range"),
+        ((20, 21), "ends at offset 18, before 21: give a range"),
     ],
 )
 def test_an_rdd_of_offsets_that_are_not_there_is_refused(spark, words, old_settings, part, reason):
@@ -369,7 +369,7 @@ def test_topics_and_brokers_in_other_types(ssc, kafka, words, of_topic):
 def test_offsets_of_another_topic_are_refused(ssc, words, old_settings):
     """The old API refused them too."""
     start = {TopicAndPartition("another", 0): 8}
-    with pytest.raises(ValueError, match=r"fromOffsets is of the topics \['another'\], but topics"):
+    with pytest.raises(ValueError, match=r"fromOffsets has the topics \['another'\], but topics"):
         KafkaUtils.createDirectStream(ssc, [words], old_settings, start)
 
 
@@ -503,7 +503,7 @@ def test_a_record_that_cannot_be_decoded_is_named(
     (sent,) = produce(topic, [b"\xff\xfe"])
     stream = KafkaUtils.createDirectStream(ssc, [topic], old_settings, **decoders)
     stream.foreachRDD(lambda rdd: rdd.collect())
-    place = f"{topic}, partition {sent.partition}, offset 0 can't be taken by {name}: "
+    place = f"{topic}, partition {sent.partition}, offset 0 can't be processed by {name}: "
     with pytest.raises(StreamError, match=f"the record at {place}.*Give the stream a {name} that"):
         drain(ssc, stream)
 

@@ -115,7 +115,7 @@ def test_with_none_a_loss_is_an_error(ssc, half_deleted, settings):
 
 def test_with_none_a_group_without_offsets_is_an_error(ssc, one, settings):
     """Otherwise the stream would begin somewhere, and nobody has said where."""
-    with pytest.raises(StreamError, match=r"group 'group-.*' has committed no offset of one-"):
+    with pytest.raises(StreamError, match=r"group 'group-.*' has no committed offset for one-"):
         KafkaUtils.createDirectStream(ssc, [one], {**settings, "auto.offset.reset": "none"})
 
 

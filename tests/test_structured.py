@@ -302,7 +302,7 @@ def test_a_query_with_two_sources_has_no_ranges(spark, kafka, produce, settings,
     query = one.union(other).agg(F.count("*")).writeStream.outputMode("complete").format("noop")
     query = query.option("checkpointLocation", checkpoint).trigger(availableNow=True).start()
     assert query.awaitTermination(600)
-    with pytest.raises(StreamError, match=r"has 2 sources.*read all topics in one source"):
+    with pytest.raises(StreamError, match=r"has 2 sources.*read all topics with one KafkaQuery"):
         CheckpointOffsets(spark, checkpoint).ranges_of(0)
 
 

@@ -2,14 +2,6 @@
 
 The DStream has the names of `pyspark.streaming.kafka` (Spark 1.3 to 2.4).
 
-One class asks: `KafkaClient` talks to Kafka through the JVM's own consumer and administrator. One
-plans: `OffsetPlanner` decides which offsets belong to a batch, and knows nothing of Spark's
-streams. One reads: `RangeReader` reads given offsets with Spark's Kafka source, and knows nothing
-of consumer groups. A `Ledger` keeps the books: what is planned, done and committed. `Recovery`
-keeps the plans for the time after a crash. `Batches` joins them: each interval it plans a batch,
-hands the batch on, and commits the batch's offsets when the whole batch has succeeded.
-`KafkaDirectStream` is its face as a DStream.
-
     stream = KafkaUtils.createDirectStream(ssc, ["Machine_Learning"], {
         "bootstrap.servers": "127.0.0.1:9092",
         "group.id": "walkthrough",
@@ -18,11 +10,15 @@ hands the batch on, and commits the batch's offsets when the whole batch has suc
     stream.foreachBatch(lambda df, batch_id: df.write.mode("append").parquet("events"))
     run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
 
-From the bottom up: `offsets` (what a batch is made of), `errors`, `settings`, `client`, `planner`,
-`reader`, `rates` (how much a batch may have), `ledger`, `listener` (what Spark reports), `recovery`
-(what a checkpoint needs), `source` (what a stream asks Kafka), `batches`, `dstream`, `kafka_utils`
-(the old API), `context` (a context from its start to its end), `structured` (`KafkaQuery`: the same
-promises on Structured Streaming). `migrate` is a program: it prints what to change in old code.
+From the bottom up: `offsets` (ranges, which batches consist of), `errors`, `settings`, `client`
+(talks to Kafka through the JVM's consumer and admin client), `planner` (decides which offsets
+belong to a batch, independently of any stream), `reader` (reads offset ranges with Spark's Kafka
+source, independently of any consumer group), `rates` (limits the size of batches), `ledger` (tracks
+what is planned, done and committed), `listener` (what Spark reports), `recovery` (keeps plans in a
+checkpoint), `source` (plans, reads and commits for one stream), `batches` (hands each interval's
+batch on, and commits it when the whole batch has succeeded), `dstream`, `kafka_utils` (the old
+API), `context` (starts and stops a context), `structured` (`KafkaQuery`: the same promises on
+Structured Streaming). `migrate` is a program that prints what to change in old code.
 """
 
 from helpers.streaming.client import topic_ids

@@ -1,7 +1,7 @@
-"""The batches of a stream: planned each interval, handed on, committed in order when they are done.
+"""The batches of a stream: planned each interval, processed, and committed in order.
 
-Plans survive the driver where the context has a checkpoint: a plan is written down before its use,
-and Spark keeps in its checkpoint what makes a `Batches` again.
+If the context has a checkpoint, plans survive the driver: each plan is written before it is used,
+and Spark's checkpoint keeps what recreates a `Batches`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from py4j.java_gateway import JavaObject
 from pyspark import RDD, SparkContext
 from pyspark.streaming import StreamingContext
 
@@ -32,50 +31,50 @@ _LOGGER = logging.getLogger(__name__)
 # How long a stop waits for the running batch's function, once its jobs are cancelled.
 ABANDON_SECONDS = 10
 
-# The streams of this process that aren't closed.
+# The open streams of this process.
 _LIVE: list[Batches] = []
 
 
 class Batches:
-    """Plans the batches of a stream, hands on their records, and commits them.
+    """Plans the batches of a stream, passes on their records, and commits them.
 
-    1. `plan` enters an interval's offsets in the ledger.
-    2. `run` and `elements` hand a batch's records on.
+    1. `plan` records an interval's offsets in the ledger.
+    2. `run` and `elements` pass on a batch's records.
     3. `completed` commits a batch that has succeeded, or stops the stream.
 
     Parameters
     ----------
     definition : StreamDefinition
-        What the stream is made from.
+        What defines the stream.
 
     Attributes
     ----------
     ledger : Ledger
-        What is planned, done and committed.
+        Tracks what is planned, done and committed.
     listener : ContextListener
         Knows the streaming context.
     source : Source or None
-        What the stream asks Kafka; None until Kafka has answered in this process.
+        Plans, reads and commits; None until Kafka has answered in this process.
     group : str or None
         The consumer group that offsets are committed to.
     error : str or None
-        Why the stream has stopped by itself; None while it has not.
+        Why the stream stopped, if it failed; None otherwise.
     """
 
     def __init__(self, definition: StreamDefinition) -> None:
         self.listener = ContextListener(self)
         self.error: str | None = None
         self._planning = threading.Lock()
-        self._finishing = False  # nothing more is to be planned
-        self._stopped = threading.Event()  # nothing more is to begin, or to be committed
-        self._abandoned = False  # and that is so because somebody asked for it
-        self._running = 0  # functions of `foreachBatch`
+        self._finishing = False  # no more batches are planned
+        self._stopped = threading.Event()  # no more batches begin or are committed
+        self._abandoned = False  # stopped on request, not by an error
+        self._running = 0  # calls of batch functions in progress
         self._has_planned = False
         self._job_group = f"kafka-stream-{definition.stream_id}"
         self._define(definition)
 
     def _define(self, definition: StreamDefinition) -> None:
-        """Become the stream of a definition; nothing is planned yet."""
+        """Become the stream of a definition, with nothing planned yet."""
         self.definition = definition
         settings = definition.settings
         self.group = settings.get("group.id") or None
@@ -84,16 +83,16 @@ class Batches:
         self._recovery = Recovery(definition, self.listener, self._stopped)
 
     def __reduce__(self) -> tuple:
-        """Return what Spark's checkpoint keeps: all that is needed to resume the stream."""
+        """Return what Spark's checkpoint keeps: everything needed to resume the stream."""
         return _recovered, (self._recovery.definition(),)
 
     def connect(self, ssc: StreamingContext) -> None:
-        """Talk to Kafka for the first time, as a part of a context that hasn't started yet.
+        """Connect to Kafka, and join a streaming context that has not started yet.
 
         Raises
         ------
         StreamError
-            If a topic doesn't exist, or Kafka can't be reached, or refuses.
+            If a topic doesn't exist, or Kafka can't be reached or refuses access.
         """
         _close_ended()
         self._open()
@@ -106,7 +105,7 @@ class Batches:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the broker is away, and the stream waits for it, for 60 s at most."""
+        """Whether the stream waits for a broker that is away, which it does for at most 60 s."""
         is_away = self.source is not None and self.source.away_since is not None
         return is_away and not self._stopped.is_set()
 
@@ -116,11 +115,11 @@ class Batches:
             if not self._stopped.is_set() and not self._finishing:
                 try:
                     insist(self._open, self._stopped)
-                    self._refuse_company()
+                    self._check_conflicts()
                     self.source.plan(batch_id_of(batch_time))
                     self.source.commit_when_idle()
                 except Exception as error:
-                    # Without its plan an interval's records would be left out of all batches.
+                    # Without a plan, an interval's records would be missing from all batches.
                     self._fail(f"the next batch can't be planned: {summary(error)}")
                     raise
         return ticks
@@ -137,7 +136,7 @@ class Batches:
             raise
 
     def run(self, function: Callable[[PlannedBatch], None], batch_time: datetime) -> None:
-        """Call a function with a batch; if it fails, once more; then let no later batch begin."""
+        """Call a function with a batch; retry it once; if that fails, begin no later batch."""
         batch_id = batch_id_of(batch_time)
         ranges = self.ledger.ranges(batch_id)
         if not ranges or self._stopped.is_set():
@@ -155,12 +154,12 @@ class Batches:
                         self._stopped.set()
                     if self._stopped.is_set():
                         raise
-                    _LOGGER.warning("batch %s failed and is tried again", batch_id, exc_info=True)
+                    _LOGGER.warning("batch %s failed and is retried", batch_id, exc_info=True)
         finally:
             self._running -= 1
 
     def completed(self, batch_id: int, failure: str | None, *times: int) -> None:
-        """Commit what can be committed now that a batch has ended.
+        """Commit a batch that has succeeded, or stop the stream if it failed.
 
         Parameters
         ----------
@@ -169,8 +168,8 @@ class Batches:
         failure : str or None
             Why one of its outputs failed.
         *times : int
-            When it ended, how long it took and how long it waited, as `RateLimit.completed` takes
-            them, if these are known.
+            If known: when it ended, how long it took and how long it waited, as for
+            `RateLimit.completed`.
         """
         if self._abandoned or (self._stopped.is_set() and failure is None):
             return
@@ -186,7 +185,7 @@ class Batches:
             self.source.limit.completed(records, *times)
 
     def finish(self, seconds: float) -> bool:
-        """Plan no more, wait until the planned batches are committed, and return if they are."""
+        """Stop planning, wait for planned batches to be committed, and return whether they are."""
         with self._planning:
             self._finishing = True
         deadline = time.monotonic() + seconds
@@ -196,10 +195,10 @@ class Batches:
         return self.ledger.is_settled()
 
     def abandon(self) -> None:
-        """Begin no further batch, commit nothing more, and end the jobs of the batch that runs."""
+        """Begin and commit no more batches, and cancel the jobs of the running one."""
         self._abandoned = True
         self._stopped.set()
-        # Again and again, because the batch's function may be about to start its next job.
+        # Repeatedly, because the batch's function may be about to start its next job.
         deadline = time.monotonic() + ABANDON_SECONDS
         while self._running and time.monotonic() < deadline:
             SparkContext._active_spark_context.cancelJobGroup(self._job_group)
@@ -214,7 +213,7 @@ class Batches:
             self.source.planner.close()
 
     def _leave_topics_to(self, other: Batches) -> None:
-        """Read no topic that a later stream of the group reads, and begin again without them."""
+        """Leave the topics that a later stream of the group reads, and begin again without them."""
         ids = other.source.planner.topic_ids()
         known = self.source.planner.topic_ids()
         topics = [name for name in self.definition.topics if ids.get(name) != known[name]]
@@ -222,7 +221,7 @@ class Batches:
         self._define(replace(self.definition, topics=topics))
         self._open()
 
-    def _refuse_company(self) -> None:
+    def _check_conflicts(self) -> None:
         """Raise `StreamError` if another running stream commits offsets of the same partitions."""
         if self._has_planned or self.group is None:
             return
@@ -235,55 +234,52 @@ class Batches:
         if any(self._partitions() & each._partitions() for each in others):
             raise StreamError(
                 "another stream of this context reads the same partitions for group "
-                f"{self.group!r}, and each would commit what the other has not done: give one "
-                "stream both outputs, or one of them another group.id."
+                f"{self.group!r}, so each would commit offsets that the other has not processed: "
+                "give one stream both outputs, or one of them another group.id."
             )
 
     def _partitions(self) -> set[tuple[str, int]]:
-        """Return what the stream reads: ids of topics, which no two clusters share, and numbers."""
+        """Return the partitions that are read, by topic id, which no two clusters share."""
         ids = self.source.planner.topic_ids()
         return {(ids[part.topic], part.partition) for part in self.source.planner.positions()}
 
     def _open(self) -> None:
-        """Connect to Kafka, unless that is done in this process."""
+        """Connect to Kafka, unless this process has already done so."""
         if self.source is None:
             self.source = Source(self.definition, self.ledger, self._recovery, self._stopped)
             if self.definition.plans is not None:
                 self.listener.join_when_active()
 
     def _fail(self, reason: str) -> None:
-        """Stop the context for a reason that `awaitTermination` and `run_stream` then raise."""
+        """Stop the context with a reason, which `awaitTermination` and `run_stream` raise."""
         if self.error is None:
             self.error = without_secrets(reason, self.definition.settings)
             self._stopped.set()
             _LOGGER.error("the stream stops: %s", self.error)
-            # What runs is abandoned, because its tasks may wait for a broker.
+            # The running batch is abandoned, because its tasks may be waiting for a broker.
             self.listener.stop(self.error, self.abandon)
 
 
 def batches_of(ssc: StreamingContext) -> list[Batches]:
-    """Return the batches of a context's Kafka streams that aren't closed."""
-    context: JavaObject = ssc._jssc.ssc()
+    """Return the batches of a context's open Kafka streams."""
+    context = ssc._jssc.ssc()
     return [batches for batches in _LIVE if batches.listener.is_of(context)]
 
 
 def batch_id_of(batch_time: datetime) -> int:
-    """Return a batch's time in milliseconds; a local time would come twice when clocks go back."""
+    """Return a batch's time in milliseconds since 1970; local time repeats when clocks go back."""
     return round(batch_time.timestamp() * 1000)
 
 
 def _close_ended() -> None:
-    """Close the streams whose context somebody has stopped."""
+    """Close the streams whose context was stopped."""
     for batches in list(_LIVE):
         if batches.listener.is_over():
             batches.close()
 
 
 def _recovered(definition: StreamDefinition) -> Batches:
-    """Return the batches of a stream that Spark recovers from its checkpoint.
-
-    The checkpoint has them in each of the stream's functions; here they are one again.
-    """
+    """Return the one `Batches` of a stream; its functions in a checkpoint have a copy each."""
     _close_ended()
     for batches in list(_LIVE):
         if batches.definition.stream_id == definition.stream_id:

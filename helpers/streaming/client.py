@@ -1,7 +1,7 @@
-"""What the kit asks Kafka: a consumer and an administrator in the driver's Java, called by py4j.
+"""Talks to Kafka through a consumer and an admin client in the driver's JVM, called by py4j.
 
 They take the same settings as Spark's Kafka source, security included. The consumer reads no
-records: it knows offsets, and commits them.
+records; it looks up offsets and commits them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from helpers.streaming.settings import (
 
 _LOGGER = logging.getLogger(__name__)
 
-# What the client settles itself, whatever the user's settings say: it reads no records, it never
-# makes a topic by asking for it, and offsets are committed by the stream alone.
+# These override the user's settings: the client reads no records and never creates a topic by
+# asking for it, and only the stream commits offsets.
 CLIENT_SETTINGS = {
     "key.deserializer": "org.apache.kafka.common.serialization.ByteArrayDeserializer",
     "value.deserializer": "org.apache.kafka.common.serialization.ByteArrayDeserializer",
@@ -39,20 +39,20 @@ CLIENT_SETTINGS = {
     "allow.auto.create.topics": "false",
 }
 
-# What a committed offset's metadata begins with: the id of the topic follows.
+# The prefix of a committed offset's metadata; the id of the topic follows.
 _TOPIC_ID = "topic-id:"
 
 
 @dataclass(frozen=True)
 class Topic:
-    """What Kafka says of a topic.
+    """A topic, as Kafka describes it.
 
     Attributes
     ----------
     topic_id : str
-        Differs from that of a topic of the same name that was deleted before.
+        Its id, which differs from that of a deleted topic of the same name.
     partitions : list of TopicAndPartition
-        All of them.
+        All its partitions.
     """
 
     topic_id: str
@@ -61,14 +61,14 @@ class Topic:
 
 @dataclass(frozen=True)
 class Committed:
-    """What a consumer group has committed for a partition.
+    """A consumer group's committed offset for a partition.
 
     Attributes
     ----------
     offset : int
         The next offset to read.
     topic_id : str or None
-        The id of the topic that the offset is of; None if another program committed it.
+        The id of the topic that the offset belongs to; None if another program committed it.
     """
 
     offset: int
@@ -78,7 +78,8 @@ class Committed:
 class KafkaClient:
     """Asks Kafka about topics, offsets and consumer groups, and commits offsets.
 
-    Each question is answered within 15 s, or raises `BrokerAwayError`. Several threads may ask.
+    Each request is answered within 15 s, or raises `BrokerAwayError`. Several threads may use a
+    client.
 
     Parameters
     ----------
@@ -90,7 +91,7 @@ class KafkaClient:
     Raises
     ------
     StreamError
-        If Kafka can't be reached, or refuses.
+        If Kafka can't be reached or refuses access.
     ValueError
         If Kafka doesn't know one of the settings.
 
@@ -108,7 +109,7 @@ class KafkaClient:
         self._spark, self._jvm = spark, spark._jvm
         self.settings = {"auto.offset.reset": "latest", **settings}
         self._java_partitions: dict[TopicAndPartition, Any] = {}
-        self._lock = threading.RLock()  # a KafkaConsumer is for one thread at a time
+        self._lock = threading.RLock()  # a KafkaConsumer allows one thread at a time
         self._answer_time = self._jvm.java.time.Duration.ofSeconds(ANSWER_SECONDS)
         with self._asking():
             check_names(spark, self.settings)
@@ -124,21 +125,18 @@ class KafkaClient:
     def topics(
         self, names: Iterable[str], known_ids: Mapping[str, str] | None = None
     ) -> dict[str, Topic]:
-        """Return what Kafka says of topics, by their names; compare ids with those known before.
+        """Return topics by name, after comparing their ids with those known before.
 
         Raises
         ------
         StreamError
-            If one of them doesn't exist.
+            If a topic doesn't exist.
         TopicRecreatedError
-            If one of them has another id than before.
+            If a topic has another id than before.
         """
         names, found = list(names), {}
         with self._asking():
-            wanted = self._jvm.java.util.ArrayList()
-            for name in names:
-                wanted.add(name)
-            futures = self._admin.describeTopics(wanted).topicNameValues()
+            futures = self._admin.describeTopics(names).topicNameValues()
             for name in names:
                 description = self._described(name, futures.get(name))
                 partitions = [
@@ -154,31 +152,31 @@ class KafkaClient:
     def topic_ids(
         self, names: Iterable[str], known_ids: Mapping[str, str] | None = None
     ) -> dict[str, str]:
-        """Return Kafka's ids of topics, by their names; compare them as `topics` does."""
+        """Return the ids of topics by name, after comparing them as `topics` does."""
         return {name: topic.topic_id for name, topic in self.topics(names, known_ids).items()}
 
     def begins(self, partitions: Iterable[TopicAndPartition]) -> dict[TopicAndPartition, int]:
-        """Return the first offset that each partition still has."""
+        """Return the first available offset of each partition."""
         with self._asking():
             return self._offsets(self._consumer.beginningOffsets, partitions)
 
     def ends(self, partitions: Iterable[TopicAndPartition]) -> dict[TopicAndPartition, int]:
-        """Return the offset after the last one that may be read in each partition."""
+        """Return the offset after the last readable record of each partition."""
         with self._asking():
             return self._offsets(self._consumer.endOffsets, partitions)
 
     def without_deleted(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
-        """Return planned ranges without the offsets that were deleted since, after a warning.
+        """Return planned ranges without offsets deleted since, after a warning about those.
 
         Parameters
         ----------
         ranges : iterable of OffsetRange
-            What was planned.
+            The planned ranges.
 
         Raises
         ------
         StreamError
-            If something was deleted, and ``auto.offset.reset`` is ``none``.
+            If offsets were deleted, and ``auto.offset.reset`` is ``none``.
 
         Examples
         --------
@@ -199,31 +197,29 @@ class KafkaClient:
         return kept
 
     def report_deleted(self, partition: TopicAndPartition, first: int, after: int) -> None:
-        """Warn of offsets that were deleted before they were read.
+        """Warn about offsets that were deleted before they were read.
 
         Raises
         ------
         StreamError
-            If ``auto.offset.reset`` is ``none``: then a loss is an error.
+            If ``auto.offset.reset`` is ``none``, which makes a loss an error.
         """
-        what = (
+        loss = (
             f"{after - first} events of {partition.topic}, partition {partition.partition} "
-            f"(offsets {first} to {after - 1})"
+            f"(offsets {first} to {after - 1}) are lost: the topic's retention deleted them before "
+            "they were read."
         )
         if self.settings["auto.offset.reset"] == "none":
             raise StreamError(
-                f"{what} are lost: the topic's retention has deleted records before they were "
-                "read. Raise its retention.ms; to go on after the loss, set auto.offset.reset to "
-                "earliest."
+                f"{loss} Raise its retention.ms; to resume after the loss, set auto.offset.reset "
+                "to earliest."
             )
-        _LOGGER.warning(
-            "%s are lost: the topic's retention has deleted records before they were read.", what
-        )
+        _LOGGER.warning("%s", loss)
 
     def committed(
         self, partitions: Iterable[TopicAndPartition]
     ) -> dict[TopicAndPartition, Committed]:
-        """Return what the group has committed; nothing of partitions that it has no offset for."""
+        """Return the group's committed offsets; partitions without one are left out."""
         if not self.settings.get("group.id"):
             return {}
         with self._asking():
@@ -237,14 +233,14 @@ class KafkaClient:
     def commit(
         self, offsets: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]
     ) -> None:
-        """Commit to the consumer group where each partition is to be read from next.
+        """Commit the next offset of each partition to the consumer group.
 
         Parameters
         ----------
         offsets : mapping of TopicAndPartition to int
-            The next offset of each partition. Without a ``group.id`` nothing happens.
+            The offsets. Without a ``group.id``, nothing is committed.
         topic_ids : mapping of str to str
-            The ids of their topics, which are kept with them.
+            The ids of the topics, which are stored with the offsets.
         """
         if not self.settings.get("group.id") or not offsets:
             return
@@ -259,7 +255,7 @@ class KafkaClient:
             self._consumer.commitSync(java_offsets, self._answer_time)
 
     def members(self) -> list[str]:
-        """Return the client ids of the group's live members; none if there is no such group."""
+        """Return the client ids of the group's live members; an empty list if there is no group."""
         group = self.settings.get("group.id")
         if not group:
             return []
@@ -293,13 +289,13 @@ class KafkaClient:
             ) from None
 
     def _answer(self, future: Any) -> Any:
-        """Wait for what the administrator was asked."""
+        """Wait for an answer of the admin client."""
         return future.get(ANSWER_SECONDS, self._jvm.java.util.concurrent.TimeUnit.SECONDS)
 
     def _offsets(
         self, ask: Callable[[Any, Any], Any], partitions: Iterable[TopicAndPartition]
     ) -> dict[TopicAndPartition, Any]:
-        """Ask the consumer one of its questions about offsets."""
+        """Look up offsets with one of the consumer's methods."""
         question = self._jvm.java.util.HashSet()
         for partition in partitions:
             question.add(self._java_partition(partition))
@@ -315,7 +311,7 @@ class KafkaClient:
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
-        """Talk to Kafka: one thread at a time, and each of Java's exceptions as one sentence."""
+        """Let one thread at a time talk to Kafka, and explain Java's exceptions."""
         try:
             with self._lock:
                 use_added_jars(self._spark)
@@ -327,7 +323,7 @@ class KafkaClient:
 def topic_ids(
     spark: SparkSession, topics: Iterable[str], settings: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return Kafka's ids of topics: another one each time a topic of that name is created.
+    """Return the ids of topics by name; a topic that is created again has a new one.
 
     Parameters
     ----------
@@ -341,7 +337,7 @@ def topic_ids(
     Raises
     ------
     StreamError
-        If a topic doesn't exist, or Kafka can't be reached, or refuses.
+        If a topic doesn't exist, or Kafka can't be reached or refuses access.
 
     Examples
     --------
@@ -353,5 +349,5 @@ def topic_ids(
 
 
 def _topic_id_in(metadata: str) -> str | None:
-    """Return the topic's id that a committed offset's metadata holds."""
+    """Return the topic's id in a committed offset's metadata; None if it has none."""
     return metadata.removeprefix(_TOPIC_ID) if metadata.startswith(_TOPIC_ID) else None

@@ -1,4 +1,4 @@
-"""A streaming context from its start to its end: by a condition, a deadline, or an error."""
+"""Creates, runs and stops a streaming context."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from helpers.spark import JAVA_ERRORS, check_running, log_file, summary
 from helpers.streaming.batches import Batches, batches_of
 from helpers.streaming.errors import StreamError
 
-# How long Java may take to end, once it has stopped answering.
+# How long Java may take to exit, once it has stopped answering.
 END_SECONDS = 10
 
-# How long a graceful stop waits for the batches that are planned.
+# How long a graceful stop waits for the planned batches.
 FINISH_SECONDS = 60
 
 
 def new_streaming_context(spark: SparkSession, batch_seconds: float) -> StreamingContext:
-    """Return a streaming context; one that is still running from an earlier cell is stopped.
+    """Return a streaming context; stop one that an earlier cell left running.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def new_streaming_context(spark: SparkSession, batch_seconds: float) -> Streamin
     if active is not None:
         stop_streaming(active, gracefully=False)
     with warnings.catch_warnings():
-        # That DStreams are Spark's older streaming is for the text to say, not for a warning.
+        # The notebooks say that DStreams are Spark's older streaming; no warning is needed.
         warnings.simplefilter("ignore", FutureWarning)
         return StreamingContext(spark.sparkContext, batch_seconds)
 
@@ -59,21 +59,21 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
     """Start a streaming context, and stop it when a condition is true.
 
     However this ends (also by Ctrl-C or a kernel's interrupt), the context is stopped, and Spark
-    goes on.
+    keeps running.
 
     Parameters
     ----------
     ssc : pyspark.streaming.StreamingContext
         A context whose outputs are set up.
     until : callable
-        Is asked a few times a second; the stream ends when it returns true.
+        Called a few times per second; the stream ends when it returns true.
     timeout : float
-        Seconds that this may take.
+        The most seconds that this may take.
 
     Raises
     ------
     TimeoutError
-        If the condition isn't true in time, or the last batch isn't done 60 s after that.
+        If the condition isn't true in time, or the last batch isn't done within 60 s after that.
     StreamError
         If a batch failed, or the stream was stopped from elsewhere.
 
@@ -120,16 +120,16 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
     ssc : pyspark.streaming.StreamingContext
         The context; it may have been stopped already.
     gracefully : bool
-        Whether batches that are planned are finished and committed first, for 60 s at most.
+        Whether planned batches are finished and committed first, within 60 s.
 
     Returns
     -------
     bool
-        Whether they were.
+        Whether they were finished.
     """
     streams = batches_of(ssc)
     if gracefully:
-        # Spark tells of a batch's end a little later, and once stopped not at all.
+        # Spark reports a batch's end with a delay, and not at all once it is stopped.
         finished = [stream.finish(FINISH_SECONDS) for stream in streams]
         gracefully = all(finished)
     if not gracefully:
@@ -145,7 +145,7 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
 def java_watched() -> Iterator[None]:
     """Raise `StreamError` with the reason if Java dies within a ``with`` block.
 
-    Python notices only that a connection is refused.
+    Python itself notices only a refused connection.
 
     Examples
     --------
@@ -155,24 +155,25 @@ def java_watched() -> Iterator[None]:
     try:
         yield
     except (Py4JError, ConnectionError, StreamError) as error:
-        # A batch that failed has its own reason, unless Java was about to die of it.
+        # A failed batch has its own reason, unless Java was already dying.
         has_reason = isinstance(error, (Py4JJavaError, StreamError))
-        if (has_reason and not _has_lacked_memory()) or not _java_has_ended():
+        if (has_reason and not _ran_out_of_memory()) or not _java_has_ended():
             raise
         raise StreamError(_how_java_ended()) from None
 
 
 @contextlib.contextmanager
 def interrupt_noted() -> Iterator[threading.Event]:
-    """Set an event at the first Ctrl-C, which must not break into an exchange with Java.
+    """Set an event at the first Ctrl-C, which must not interrupt a call to Java.
 
-    PySpark's own reaction does: it cancels the jobs from within whatever call is under way, and
-    leaves the connection unusable. A second Ctrl-C interrupts as usual. A program that has its own
-    reaction to Ctrl-C keeps it.
+    PySpark's handler does: it cancels the jobs from within the current call, and leaves the
+    connection unusable. A second Ctrl-C interrupts as usual. If the program has installed a
+    handler, that stays.
     """
     interrupted = threading.Event()
     usual = signal.getsignal(signal.SIGINT) or signal.default_int_handler
-    is_default = usual is signal.default_int_handler or _is_of_pyspark(usual)
+    is_of_pyspark = getattr(usual, "__module__", "").startswith("pyspark.")
+    is_default = usual is signal.default_int_handler or is_of_pyspark
     if threading.current_thread() is not threading.main_thread() or not is_default:
         yield interrupted
         return
@@ -189,9 +190,9 @@ def interrupt_noted() -> Iterator[threading.Event]:
 
 
 def _java_has_ended() -> bool:
-    """Return whether the Java that this process has started is gone."""
+    """Return whether the JVM that this process started has exited."""
     process = getattr(SparkContext._gateway, "proc", None)
-    if process is None:  # spark-submit started it, and this process after it
+    if process is None:  # spark-submit started the JVM, which started this process
         return False
     try:
         process.wait(END_SECONDS)
@@ -200,37 +201,33 @@ def _java_has_ended() -> bool:
     return True
 
 
-def _has_lacked_memory() -> bool:
-    """Return whether Java's log says that memory was missing."""
+def _ran_out_of_memory() -> bool:
+    """Return whether Java's log reports that memory ran out."""
     file = log_file()
     return file.exists() and "OutOfMemoryError" in file.read_text(errors="replace")
 
 
 def _how_java_ended() -> str:
-    """Return why Java ended, as far as its log says, and what helps."""
-    if _has_lacked_memory():
+    """Return why Java exited, as far as its log says, and what to do."""
+    if _ran_out_of_memory():
         return (
-            "Java ran out of memory and ended; what was committed is kept. Give it more, by "
-            'get_spark(memory="4g") or spark-submit --driver-memory 4g, or smaller batches, by '
-            "spark.streaming.kafka.maxRatePerPartition or max.poll.records. "
+            "Java ran out of memory and exited; committed batches are kept. Give it more memory "
+            'with get_spark(memory="4g") or spark-submit --driver-memory 4g, or make batches '
+            "smaller with spark.streaming.kafka.maxRatePerPartition or max.poll.records. "
             f"Its log is {log_file()}."
         )
     return (
-        f"Java ended by itself; what was committed is kept. Its log, {log_file()}, has the reason; "
-        "where it has none, the system may have ended it to free memory."
+        f"Java exited unexpectedly; committed batches are kept. Its log, {log_file()}, may have "
+        "the reason; if not, the system may have killed it to free memory."
     )
 
 
-def _is_of_pyspark(handler: object) -> bool:
-    return getattr(handler, "__module__", "").startswith("pyspark.")
-
-
 def _not_done(streams: list[Batches], seconds: float) -> str:
-    """Return that streams were not done in time, and what may help."""
+    """Return the message that streams were not done in time, with what to do."""
     help_ = "Give it more time, or look at Spark's log."
     if any(stream.is_waiting for stream in streams):
-        help_ = "Its broker gives no answer: check that it runs, then start the stream again."
+        help_ = "Its broker gives no answer: check that it is running, then start the stream again."
     return (
-        f"the stream was not done after {seconds:.0f} s and was stopped; what it committed is "
+        f"the stream was not done after {seconds:.0f} s and was stopped; committed batches are "
         f"kept. {help_}"
     )

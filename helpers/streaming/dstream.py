@@ -20,8 +20,8 @@ from helpers.streaming.offsets import OffsetRange, PlannedBatch, TopicAndPartiti
 class KafkaRDD(RDD):
     """An RDD of Kafka records that knows its offset ranges.
 
-    It is what functions given to `transform` and `foreachRDD` of a Kafka stream get; an RDD that is
-    made of it, by `map` for instance, no longer knows them.
+    The functions passed to `transform` and `foreachRDD` of a Kafka stream get one; an RDD derived
+    from it, for example by `map`, no longer knows the ranges.
     """
 
     def __init__(self, rdd: RDD, ranges: Iterable[OffsetRange]) -> None:
@@ -44,20 +44,20 @@ class KafkaRDD(RDD):
 
 
 class KafkaDirectStream(TransformedDStream):
-    """A DStream of the records of Kafka topics; `KafkaUtils.createDirectStream` makes it.
+    """A DStream of the records of Kafka topics, created by `KafkaUtils.createDirectStream`.
 
-    As a DStream it holds what the `messageHandler` returns, ``(key, value)`` by default, made in
-    Python. `foreachBatch` hands on DataFrames, which stay in the JVM.
+    Its elements are what the `messageHandler` returns, by default ``(key, value)``, and are made in
+    Python. `foreachBatch` passes on DataFrames, which stay in the JVM.
 
-    Each batch is the offset ranges that were planned for its interval. When all outputs of a batch
-    have succeeded, its ranges are committed to the consumer group, in the order of the batches.
-    When one has failed (in `foreachBatch`: twice), the stream stops, and neither that batch nor a
-    later one is committed: the next stream of the group begins with the batch that failed.
+    Each batch consists of the offset ranges that were planned for its interval. When all outputs of
+    a batch have succeeded, its ranges are committed to the consumer group, in the order of the
+    batches. When an output fails (in `foreachBatch`: twice), the stream stops, and neither that
+    batch nor a later one is committed: the next stream of the group begins with the failed batch.
 
-    With a checkpoint (`StreamingContext.getOrCreate`), the ranges of each batch are written down
-    beside it before they are used. A driver that is started again repeats the batches that were
-    under way with the same ranges, and goes on after them, with or without a group. The settings,
-    passwords included, are in the checkpoint: keep its folder from others.
+    With a checkpoint (`StreamingContext.getOrCreate`), the ranges of each batch are stored there
+    before they are used. A restarted driver repeats the unfinished batches with the same ranges,
+    and resumes after them, with or without a group. The checkpoint holds the settings, passwords
+    included: let no one else read its folder.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class KafkaDirectStream(TransformedDStream):
 
     @property
     def error(self) -> str | None:
-        """Why the stream has stopped by itself; None while it has not."""
+        """Why the stream stopped, if it failed; None otherwise."""
         return self._batches.error
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the broker is away, and the stream waits for it, for 60 s at most."""
+        """Whether the stream waits for a broker that is away, which it does for at most 60 s."""
         return self._batches.is_waiting
 
     def foreachBatch(  # noqa: N802 (named as in Structured Streaming)
@@ -84,15 +84,15 @@ class KafkaDirectStream(TransformedDStream):
     ) -> None:
         """Call a function with each batch that has records.
 
-        If it raises, it is called once more with the same records. If it raises again, the stream
+        If it raises, it is retried once with the same records. If it raises again, the stream
         stops, `awaitTermination` raises, and the batch is not committed.
 
         Parameters
         ----------
         function : callable
             Takes ``(df, batch_id)``: a DataFrame with the columns of Spark's Kafka source, and the
-            batch's time in milliseconds since 1970. It runs on the driver, one batch after the
-            other; run one Spark action in it, for each action reads and computes everything anew.
+            batch's time in milliseconds since 1970. It runs on the driver, one batch at a time. Run
+            a single Spark action in it, because each action reads and computes everything again.
 
         Examples
         --------
@@ -130,7 +130,7 @@ class KafkaDirectStream(TransformedDStream):
         super().foreachRDD(self._with_ranges(func))
 
     def transform(self, func: Callable) -> TransformedDStream:
-        """Return a DStream of what a function makes of each batch's `KafkaRDD`.
+        """Return a DStream of a function's results for the `KafkaRDD` of each batch.
 
         Parameters
         ----------
@@ -144,12 +144,12 @@ class KafkaDirectStream(TransformedDStream):
         return super().transform(self._with_ranges(func))
 
     def commitAsync(self, ranges: Iterable[OffsetRange]) -> None:  # noqa: N802 (Spark's name)
-        """Have offset ranges committed when the batch that is running has succeeded.
+        """Commit offset ranges once the running batch has succeeded.
 
         Parameters
         ----------
         ranges : iterable of OffsetRange
-            What `KafkaRDD.offsetRanges` returned; no commit goes back behind an earlier one.
+            As returned by `KafkaRDD.offsetRanges`; a commit never moves the group back.
 
         Raises
         ------
@@ -166,7 +166,7 @@ class KafkaDirectStream(TransformedDStream):
         self._batches.ledger.ask(ranges)
 
     def topic_ids(self) -> dict[str, str]:
-        """Ask Kafka for the ids of the stream's topics, by their names.
+        """Ask Kafka for the ids of the stream's topics, by name.
 
         Examples
         --------
@@ -186,7 +186,7 @@ class KafkaDirectStream(TransformedDStream):
         return self._batches.source.planner.positions()
 
     def lag(self) -> int:
-        """Return how many offsets that the topics had at the last interval are not done yet.
+        """Return how many of the offsets available at the last interval are not done yet.
 
         Examples
         --------
@@ -196,9 +196,9 @@ class KafkaDirectStream(TransformedDStream):
         return self._batches.ledger.lag()
 
     def lag_after(self, batch_id: int) -> int:
-        """Return what `lag` will be when a batch and those before it are done.
+        """Return the `lag` that remains when a batch and all before it are done.
 
-        The batch's own function can ask this, when the batch is not committed yet.
+        The batch's function can call this, before the batch is committed.
 
         Parameters
         ----------
@@ -229,9 +229,8 @@ class KafkaDirectStream(TransformedDStream):
 def _takes_time(func: Callable) -> bool:
     """Return whether a function is called with a batch's time and RDD, not with the RDD alone.
 
-    As in Spark, it is unless it has exactly one positional parameter; those with a default are
-    positional too. Spark looks at plain functions only; this is the same for bound methods, partial
-    functions and objects, and for wrappers that pass on all that they get.
+    As in Spark, exactly one positional parameter, with or without a default, means the RDD alone.
+    Unlike Spark, this inspects any callable, and wrappers that pass on all their arguments.
     """
     variadic = inspect.Parameter.VAR_POSITIONAL
     parameters = inspect.signature(func, follow_wrapped=False).parameters.values()
@@ -244,14 +243,14 @@ def _takes_time(func: Callable) -> bool:
 class _PlannedTicks(TransformedDStream):
     """A DStream without records that plans a batch each interval, exactly once.
 
-    It is a class of its own because PySpark merges consecutive plain `TransformedDStream`s into
-    one, which would plan once for each output.
+    It is a separate class because PySpark merges consecutive plain `TransformedDStream`s into one,
+    which would plan once for each output.
     """
 
 
 def _ticks(ssc: StreamingContext) -> DStream:
-    """Return a DStream with an empty RDD each interval: the lines of new files, in no folder.
+    """Return a DStream with an empty RDD each interval: the new files of a missing folder.
 
-    Spark looks for the folder each time, so a context that is made anew on another machine ticks.
+    Spark checks the folder at each interval, so this also works after recovery on another machine.
     """
     return ssc.textFileStream(f"file://{scratch_folder()}/no-files")

@@ -1,4 +1,4 @@
-"""What can go wrong between a stream and Kafka, each as one sentence with the remedy."""
+"""Errors between a stream and Kafka, each as one sentence with its remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOGGER = logging.getLogger(__name__)
 # How long the broker, or the checkpoint's file system, may be away while a stream runs.
 AWAY_SECONDS = 60
 
-# How long to wait before the next try.
+# How long to wait before a retry.
 RETRY_SECONDS = 0.5
 
 _REMEDIES = {
@@ -28,14 +28,14 @@ _REMEDIES = {
     "GroupAuthorizationException": "the ACL READ on the consumer group is needed",
     "SaslAuthenticationException": "check sasl.mechanism, and user and password in "
     "sasl.jaas.config",
-    "SslAuthenticationException": "the broker's certificate isn't trusted; name the file with its "
-    "certificate, or its authority's, as ssl.truststore.location",
+    "SslAuthenticationException": "the broker's certificate isn't trusted; set "
+    "ssl.truststore.location to a file with its certificate, or its authority's",
     "CommitFailedException": "another consumer has joined the group; stop it, or use another "
     "group.id",
-    "TimeoutException": "check that the broker runs and that the executors reach it",
+    "TimeoutException": "check that the broker is running and that the executors can reach it",
 }
 
-# What Kafka's clients, and Spark's source, say when a broker gives no answer.
+# Messages of Kafka's clients and Spark's source when a broker does not answer.
 _AWAY = re.compile(
     r"kafka\.common\.errors\.(Timeout|Disconnect|Network|BrokerNotAvailable|NotCoordinator)\w*"
     r"|java\.util\.concurrent\.TimeoutException: Cannot fetch record"
@@ -43,52 +43,52 @@ _AWAY = re.compile(
     r"|BrokerAwayError"
 )
 
-_KEY_LINE = 32  # characters; a line of a key that is longer is not a word of a message
+_KEY_LINE = 32  # characters; a longer line of a key can't be a word of a message
 _JAAS_VALUE = re.compile(r'=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))')
 
 
 class StreamError(RuntimeError):
-    """The stream can't be planned or goes on no further; the message says why and what helps."""
+    """The stream can't start or continue; the message says why and what to do."""
 
 
 class BrokerAwayError(StreamError):
-    """Kafka gave no answer in time; it may do so later."""
+    """Kafka did not answer in time; it may answer later."""
 
 
 class TopicRecreatedError(StreamError):
-    """A topic was deleted and created again: offsets that were kept name other records now.
+    """A topic was deleted and created again, so stored offsets now refer to other records.
 
     Parameters
     ----------
     topic : str
         The topic's name.
     found : str, optional
-        What shows it, where Kafka's ids of the topics don't.
+        The evidence, if it is not the topic's id.
     """
 
     def __init__(self, topic: str, found: str = "") -> None:
         shown = f" ({found})" if found else ""
         super().__init__(
-            f"topic {topic!r} was deleted and created again since its offsets were kept{shown}, so "
-            "they name other records now. Begin with a new output, checkpoint and group.id; or "
-            "read the new topic from its beginning into the same output "
+            f"topic {topic!r} was deleted and created again since its offsets were stored{shown}, "
+            "so they now refer to other records. Begin with a new output, checkpoint and group.id; "
+            "or read the new topic from its beginning into the same output "
             "(ParquetSink(from_beginning=True), a new checkpoint)."
         )
 
 
-# What is raised while the broker or a file system is away.
+# Errors that are raised while the broker or a file system is away.
 PASSING_ERRORS = (BrokerAwayError, OSError, Py4JError, PySparkException)
 
 
 def insist(action: Callable[[], Any], stopped: threading.Event) -> Any:
-    """Return what an action returns; retry it for 60 s while Kafka or a file system is away.
+    """Return an action's result; retry it for 60 s while Kafka or a file system is away.
 
     Parameters
     ----------
     action : callable
-        What to do.
+        The action.
     stopped : threading.Event
-        Set when the stream stops: nothing is retried after that.
+        Set when the stream stops, which ends the retries.
 
     Examples
     --------
@@ -107,7 +107,7 @@ def insist(action: Callable[[], Any], stopped: threading.Event) -> Any:
 
 
 def remedy(error: str) -> str:
-    """Return what helps against an error of Kafka's, as the rest of a sentence; '' if unknown.
+    """Return the remedy for one of Kafka's errors, as the rest of a sentence; '' if unknown.
 
     Parameters
     ----------
@@ -120,14 +120,14 @@ def remedy(error: str) -> str:
     ': the ACLs READ and DESCRIBE on the topic are needed'
     """
     for name, words in _REMEDIES.items():
-        # Kafka's own: not a SocketTimeoutException, nor java.util.concurrent.TimeoutException.
+        # Only Kafka's errors: not SocketTimeoutException or java.util.concurrent.TimeoutException.
         if re.search(rf"(?<![A-Za-z])(?<!concurrent\.){name}", error):
             return f": {words}"
     return ""
 
 
 def is_away(text: str) -> bool:
-    """Return whether an error, as text, means that a broker gave no answer.
+    """Return whether an error's text means that a broker did not answer.
 
     Examples
     --------
@@ -138,24 +138,24 @@ def is_away(text: str) -> bool:
 
 
 def explained(error: Exception, settings: Mapping[str, str]) -> StreamError:
-    """Return what an exception of Kafka's Java client means for the user.
+    """Return the error that explains an exception of Kafka's Java client to the user.
 
     Parameters
     ----------
     error : Exception
         What a call of the client raised, one of `JAVA_ERRORS`.
     settings : mapping
-        The client's settings by Kafka's names; what is secret in them is not repeated.
+        The client's settings by Kafka's names; the error does not repeat their secrets.
     """
     # KafkaConsumer's constructor wraps the cause in "Failed to construct kafka consumer".
     name = cause_name(error)
     servers = settings["bootstrap.servers"]
     if name == "TimeoutException":
         return BrokerAwayError(
-            f"Kafka at {servers} gave no answer within {ANSWER_SECONDS} s: check the "
-            f"address, that the broker runs, and that the security settings are its own."
+            f"Kafka at {servers} gave no answer within {ANSWER_SECONDS} s: check the address, that "
+            "the broker is running, and that the security settings match the broker's."
         )
-    # Java's reason for not trusting somebody.
+    # Java does not trust the broker's certificate.
     if any("certpath" in cause.getClass().getName() for cause in java_causes(error)):
         name = "SslAuthenticationException"
     message = without_secrets(cause_message(error), settings).rstrip(".")
@@ -163,7 +163,7 @@ def explained(error: Exception, settings: Mapping[str, str]) -> StreamError:
 
 
 def without_secrets(text: str, settings: Mapping[str, str]) -> str:
-    """Return a text without the passwords that some settings hold.
+    """Return a text without the secrets in a client's settings.
 
     Parameters
     ----------
@@ -185,8 +185,8 @@ def without_secrets(text: str, settings: Mapping[str, str]) -> str:
 
 
 def _parts(value: str) -> set[str]:
-    """Return a secret, and the parts of it that are secret by themselves."""
-    # Of a JAAS entry all but the user's name, also as Kafka unescapes it; of a key its lines.
+    """Return a secret and its parts that are also secret."""
+    # All values of a JAAS entry except the user name, also unescaped; the lines of a key.
     parts = {quoted or plain for quoted, plain in _JAAS_VALUE.findall(value)}
     parts -= set(re.findall(r'username\s*=\s*"?([^"\s;]+)', value))
     parts |= {re.sub(r"\\(.)", r"\1", part) for part in parts}

@@ -25,6 +25,7 @@ from helpers.streaming.settings import (
     modern_settings,
     refuse_zookeeper,
     topic_names,
+    without_group,
 )
 
 Decoder = Callable[[bytes | None], Any]
@@ -32,7 +33,7 @@ Decoder = Callable[[bytes | None], Any]
 
 @dataclass(frozen=True)
 class KafkaMessageAndMetadata:
-    """What a `messageHandler` is given: a record with where it came from.
+    """What a `messageHandler` gets: a record, and where it came from.
 
     Attributes
     ----------
@@ -40,7 +41,7 @@ class KafkaMessageAndMetadata:
     partition : int
     offset : int
     key, message : object
-        What the stream's `keyDecoder` and `valueDecoder` made of the record's bytes.
+        The results of the stream's `keyDecoder` and `valueDecoder`.
     """
 
     topic: str
@@ -51,7 +52,7 @@ class KafkaMessageAndMetadata:
 
 
 def utf8_decoder(content: bytes | None) -> str | None:
-    """Return bytes as text; None (a record without key or value) stays None.
+    """Return bytes as text; None (no key or no value) stays None.
 
     Examples
     --------
@@ -62,7 +63,7 @@ def utf8_decoder(content: bytes | None) -> str | None:
 
 
 class KafkaUtils:
-    """How `pyspark.streaming.kafka` offered Kafka's records, until Spark 2.4."""
+    """The functions of `pyspark.streaming.kafka`, as in Spark 2.4."""
 
     @staticmethod
     def createStream(  # noqa: N802 (the API's name)
@@ -77,35 +78,34 @@ class KafkaUtils:
     ) -> KafkaDirectStream:
         """Return a DStream of the records of some topics, read for a consumer group.
 
-        It was the stream with a receiver. Receivers stored records in Spark's memory before they
-        were processed, and could lose them; this one is a direct stream under the old signature.
+        In Spark 2, this stream had a receiver, which stored records in Spark's memory before they
+        were processed, and could lose them. It is now a direct stream with the old signature.
 
-        **It begins at the end.** As ever, a group that is new gets only what arrives from now on:
-        ``auto.offset.reset`` is ``largest`` unless `kafkaParams` says ``smallest``.
+        **It begins at the end.** As before, a new group gets only records that arrive from now on:
+        ``auto.offset.reset`` is ``largest`` unless `kafkaParams` sets it to ``smallest``.
 
         **Streams of one group get each record once**, as receivers did: this stream takes over the
-        topics of earlier ones of the same context and group. (A topic's partitions are read by as
-        many Spark tasks anyway; a `union` of several streams, once for several receivers, is no
-        faster than one.)
+        topics of earlier streams of the same context and group. (Spark reads a topic's partitions
+        in parallel anyway, so a `union` of several streams, once a way to have several receivers,
+        is no faster than one.)
 
         Parameters
         ----------
         ssc : pyspark.streaming.StreamingContext
             The context that the stream is part of.
         zkQuorum : str or list of str
-            The brokers' addresses, ``host:port`` with commas between. It once was ZooKeeper's,
+            The brokers' addresses: ``host:port``, separated by commas. They replace ZooKeeper's,
             which Kafka 4 doesn't have.
         groupId : str
-            The consumer group, which keeps how far the stream has come.
+            The consumer group, to which offsets are committed.
         topics : dict of str to int
-            The topics to read. The numbers, once of a receiver's threads, are of no effect: each
-            partition of a topic is read by a Spark task.
+            The topics to read. The numbers, once of a receiver's threads, have no effect.
         kafkaParams : dict, optional
             More settings of `KafkaConsumer` by Kafka's names.
         storageLevel : pyspark.StorageLevel
-            Of no effect, as nothing is stored.
+            Has no effect, because nothing is stored.
         keyDecoder, valueDecoder : callable
-            From the bytes of a key and a value (None if there are none) to Python objects.
+            Turn the bytes of a key and a value (None if missing) into Python objects.
 
         Returns
         -------
@@ -115,9 +115,9 @@ class KafkaUtils:
         Raises
         ------
         StreamError
-            If a topic doesn't exist, or Kafka can't be reached, or refuses.
+            If a topic doesn't exist, or Kafka can't be reached or refuses access.
         TypeError
-            If `topics` is no dict.
+            If `topics` is not a dict.
         ValueError
             If `zkQuorum` is ZooKeeper's address.
 
@@ -128,7 +128,7 @@ class KafkaUtils:
         >>> stream.count().pprint()
         """
         if not isinstance(topics, Mapping):
-            raise TypeError("topics must be a dict from each topic to a number, as {'events': 1}.")
+            raise TypeError("topics must be a dict from topics to numbers, such as {'events': 1}.")
         brokers = as_text(zkQuorum)
         refuse_zookeeper(brokers)
         settings = modern_settings(
@@ -162,22 +162,23 @@ class KafkaUtils:
         topics : list of str, or str
             The topics to read, or the only one.
         kafkaParams : dict
-            Settings of `KafkaConsumer` by Kafka's names, security included:
-            ``bootstrap.servers`` (required), ``group.id`` (without it nothing is committed),
-            ``auto.offset.reset`` (``latest`` by default), ``enable.auto.commit`` (false: only what
-            `KafkaDirectStream.commitAsync` is given). The names and values of Kafka 0.8
-            (``metadata.broker.list``, ``smallest``, ``largest``) work, and a list of brokers.
+            Settings of `KafkaConsumer` by Kafka's names, security included: ``bootstrap.servers``
+            (required), ``group.id`` (without it nothing is committed), ``auto.offset.reset``
+            (``latest`` by default), ``enable.auto.commit`` (if false, only
+            `KafkaDirectStream.commitAsync` commits). The names and values of Kafka 0.8
+            (``metadata.broker.list``, ``smallest``, ``largest``) and a list of brokers also work.
         fromOffsets : dict of TopicAndPartition to int, optional
-            The partitions to read, and where each starts; by default all partitions, from where
-            the group is.
+            The partitions to read, and where each starts; by default all partitions, from the
+            group's offsets.
         keyDecoder, valueDecoder : callable
-            From the bytes of a key and a value (None if there are none) to Python objects.
+            Turn the bytes of a key and a value (None if missing) into Python objects.
         messageHandler : callable, optional
-            From a `KafkaMessageAndMetadata` to the stream's element, instead of ``(key, value)``.
+            Turns a `KafkaMessageAndMetadata` into the stream's element, instead of ``(key,
+            value)``.
         positions : dict of TopicAndPartition to int, optional
-            Where to go on, as a sink says (`ParquetSink.positions`), instead of where the group is.
-            Unlike `fromOffsets` it may leave partitions out: these are read from their beginning;
-            where it is empty, from where ``auto.offset.reset`` says.
+            Where to resume, as returned by `ParquetSink.positions`, instead of the group's offsets.
+            Unlike `fromOffsets`, it may leave out partitions, which are read from their beginning;
+            if it is empty, ``auto.offset.reset`` says where to begin.
 
         Returns
         -------
@@ -187,18 +188,19 @@ class KafkaUtils:
         Raises
         ------
         StreamError
-            If a topic doesn't exist, Kafka can't be reached or refuses, or the group has members.
+            If a topic doesn't exist, Kafka can't be reached or refuses access, or the group has
+            members.
         ValueError
-            If ``bootstrap.servers`` is missing or has no port, ``auto.offset.reset`` is no such
-            thing, Kafka doesn't know a setting, `fromOffsets` is of other topics, or
+            If ``bootstrap.servers`` is missing or has no port, ``auto.offset.reset`` is invalid,
+            Kafka doesn't know a setting, `fromOffsets` names other topics, or
             ``spark.streaming.concurrentJobs`` is above 1.
 
         Notes
         -----
-        Streams that run in one context must not read the same partitions for the same group, since
-        each would commit what the other has not done: the context stops then, with that reason.
+        Streams of one context must not read the same partitions for the same group: each would
+        commit offsets that the other has not processed, so the context stops with that reason.
 
-        How much goes into a batch is for the settings of the Spark session, see `RateLimit`.
+        The settings of the Spark session limit the size of batches; see `RateLimit`.
 
         Examples
         --------
@@ -221,7 +223,7 @@ class KafkaUtils:
         valueDecoder: Decoder = utf8_decoder,  # noqa: N803
         messageHandler: Callable[[KafkaMessageAndMetadata], Any] | None = None,  # noqa: N803
     ) -> KafkaRDD:
-        """Return an RDD of the records of offset ranges, once, apart from any stream.
+        """Return an RDD of the records of offset ranges, independently of any stream.
 
         Parameters
         ----------
@@ -230,13 +232,13 @@ class KafkaUtils:
         kafkaParams : dict
             Settings of `KafkaConsumer` by Kafka's names, as for `createDirectStream`.
         offsetRanges : list of OffsetRange
-            What to read.
+            The ranges to read.
         leaders : dict of TopicAndPartition to Broker, optional
-            Of no effect: today's Kafka clients find out themselves which broker leads a partition.
+            Has no effect: today's Kafka clients find the leader of a partition themselves.
         keyDecoder, valueDecoder : callable
-            From the bytes of a key and a value (None if there are none) to Python objects.
+            Turn the bytes of a key and a value (None if missing) into Python objects.
         messageHandler : callable, optional
-            From a `KafkaMessageAndMetadata` to the RDD's element, instead of ``(key, value)``.
+            Turns a `KafkaMessageAndMetadata` into the RDD's element, instead of ``(key, value)``.
 
         Returns
         -------
@@ -246,7 +248,7 @@ class KafkaUtils:
         Raises
         ------
         StreamError
-            If a partition doesn't hold a range, or Kafka can't be reached, or refuses.
+            If a partition doesn't have a range, or Kafka can't be reached or refuses access.
 
         Examples
         --------
@@ -256,9 +258,9 @@ class KafkaUtils:
         10
         """
         spark, settings = get_spark(), modern_settings(kafkaParams)
-        _check_ranges(offsetRanges, settings)
         if not offsetRanges:
             return KafkaRDD(sc.emptyRDD(), [])
+        _check_ranges(offsetRanges, settings)
         records = RangeReader(spark, settings).read(offsetRanges).rdd
         to_element = _element_maker(keyDecoder, valueDecoder, messageHandler)
         return KafkaRDD(records.map(to_element), offsetRanges)
@@ -286,17 +288,17 @@ def _stream(
 def _check_from_offsets(
     topics: list[str], from_offsets: Mapping[TopicAndPartition, int] | None
 ) -> None:
-    """Raise `ValueError` if offsets are of other topics than a stream's."""
+    """Raise `ValueError` if offsets are for topics other than a stream's."""
     given = {partition.topic for partition in from_offsets or ()}
     if given and given != set(topics):
         raise ValueError(
-            f"fromOffsets is of the topics {sorted(given)}, but topics is {sorted(set(topics))}: "
-            "name the same in both."
+            f"fromOffsets has the topics {sorted(given)}, but topics is {sorted(set(topics))}: "
+            "name the same topics in both."
         )
 
 
 def _check_one_at_a_time(ssc: StreamingContext) -> None:
-    """Raise `ValueError` if batches can overtake each other: offsets are committed in order."""
+    """Raise `ValueError` if batches could overtake each other: offsets are committed in order."""
     name = "spark.streaming.concurrentJobs"
     number = ssc.sparkContext.getConf().get(name, "1")
     if int(number) > 1:
@@ -314,12 +316,12 @@ def _element_maker(
     """Return the function from a row of Spark's Kafka source to an element of a stream."""
 
     def to_element(row: Row) -> Any:
-        key = _made(key_decoder, "keyDecoder", row, _content(row.key))
-        value = _made(value_decoder, "valueDecoder", row, _content(row.value))
+        key = _applied(key_decoder, "keyDecoder", row, _content(row.key))
+        value = _applied(value_decoder, "valueDecoder", row, _content(row.value))
         if message_handler is None:
             return key, value
         record = KafkaMessageAndMetadata(row.topic, row.partition, row.offset, key, value)
-        return _made(message_handler, "messageHandler", row, record)
+        return _applied(message_handler, "messageHandler", row, record)
 
     return to_element
 
@@ -328,38 +330,31 @@ def _content(content: bytearray | None) -> bytes | None:
     return None if content is None else bytes(content)
 
 
-def _made(function: Callable[[Any], Any], name: str, row: Row, given: Any) -> Any:
-    """Return what a function of the user makes of a record, or say which record it can't take."""
+def _applied(function: Callable[[Any], Any], name: str, row: Row, given: Any) -> Any:
+    """Return the result of a user's function, or raise an error that names the record."""
     try:
         return function(given)
     except Exception as error:
         raise ValueError(
             f"the record at {row.topic}, partition {row.partition}, offset {row.offset} can't be "
-            f"taken by {name}: {type(error).__name__}: {error}. Give the stream a {name} that "
-            "takes it."
+            f"processed by {name}: {type(error).__name__}: {error}. Give the stream a {name} that "
+            "accepts it."
         ) from error
 
 
 def _check_ranges(ranges: list[OffsetRange], settings: Mapping[str, str]) -> None:
-    """Raise `StreamError` for a range that its partition doesn't hold."""
-    if not ranges:
-        return
-    # Without a group, and with an error instead of a warning where records were deleted.
-    asked = {name: value for name, value in settings.items() if name != "group.id"}
-    client = KafkaClient(get_spark(), {**asked, "auto.offset.reset": "none"})
+    """Raise `StreamError` for a range that its partition doesn't have."""
+    # Without a group, and with an error instead of a warning if records were deleted.
+    client = KafkaClient(get_spark(), {**without_group(settings), "auto.offset.reset": "none"})
     with contextlib.closing(client):
-        client.topics({part.topic for part in ranges})  # they exist
+        client.topics({part.topic for part in ranges})  # raises if one is missing
         client.without_deleted(ranges)
         ends = client.ends({part.topicAndPartition() for part in ranges})
     for part in ranges:
         end = ends[part.topicAndPartition()]
-        if part.fromOffset > end:
+        last = max(part.fromOffset, part.untilOffset)
+        if last > end:
             raise StreamError(
-                f"{part.topic}, partition {part.partition}, is to be read from offset "
-                f"{part.fromOffset}, but ends at {end}: give a range of records that exist."
-            )
-        if part.untilOffset > end:
-            raise StreamError(
-                f"{part.topic}, partition {part.partition}, ends at offset {end}, so there is "
-                f"nothing yet up to {part.untilOffset}: give a range that ends there."
+                f"{part.topic}, partition {part.partition}, ends at offset {end}, before {last}: "
+                "give a range of existing records."
             )

@@ -1,6 +1,6 @@
-"""The books of a stream: what is planned, what is done, and what may be committed.
+"""Tracks what a stream has planned, what is done, and what may be committed.
 
-Nothing in here knows Spark, Kafka or the time, so tests can try any order of events.
+Nothing here depends on Spark, Kafka or the clock, so tests can try any order of events.
 """
 
 from __future__ import annotations
@@ -33,20 +33,19 @@ class _Planned:
 class Ledger:
     """Keeps the plans of a stream until their offsets are committed, in order.
 
-    1. `plan` enters the offsets of an interval.
-    2. `submit` says which plans a batch uses: the batch of a window uses those of several
-       intervals.
-    3. `complete` says that a batch has succeeded.
-    4. `commit` commits as far as all plans are done, and removes these plans.
+    1. `plan` records the offsets of an interval.
+    2. `submit` assigns plans to a batch; a window's batch uses the plans of several intervals.
+    3. `complete` marks the plans of a batch that has succeeded as done.
+    4. `commit` commits the plans before the first one that is not done, and removes them.
 
-    A batch that fails is never completed, so nothing after it is committed. Intervals and batches
-    have their times as ids; all times are in milliseconds since 1970. Several threads may use a
+    A batch that fails is never completed, so nothing after it is committed. The id of an interval
+    or batch is its time; all times are in milliseconds since 1970. Several threads may use a
     ledger.
 
     Parameters
     ----------
     by_hand : bool
-        Whether to commit only offsets that `ask` was given.
+        Whether to commit only offsets that were passed to `ask`.
 
     Examples
     --------
@@ -67,23 +66,23 @@ class Ledger:
         self._committed: dict[TopicAndPartition, int] = {}
         self._asked: dict[TopicAndPartition, set[int]] = {}
         self._unread = 0
-        self._lock = threading.RLock()  # of the attributes above
-        self._committing = threading.Lock()  # held while a commit is on its way
+        self._lock = threading.RLock()  # guards the attributes above
+        self._committing = threading.Lock()  # held during a commit
 
     def begin(self, offsets: Offsets, unread: int) -> None:
-        """Note where partitions begin, or are committed, and how many offsets are unplanned."""
+        """Record where partitions begin or are committed, and how many offsets are unplanned."""
         with self._lock:
             self._committed = _advanced(self._committed, offsets)
             self._unread = unread
 
     def plan(self, interval: int, ranges: list[OffsetRange], planned_at: int) -> None:
-        """Enter the plan of the next interval, unless it has no offsets."""
+        """Record the plan of the next interval, unless it is empty."""
         if ranges:
             with self._lock:
                 self._planned.append(_Planned(interval, ranges, planned_at))
 
     def submit(self, batch_id: int, submitted_at: int) -> None:
-        """Note that a batch uses all plans made before it that no other batch uses."""
+        """Assign to a batch all plans made before it that no other batch uses."""
         with self._lock:
             for planned in self._planned:
                 is_free = planned.batch_id is None and planned.planned_at <= submitted_at
@@ -91,7 +90,7 @@ class Ledger:
                     planned.batch_id = batch_id
 
     def complete(self, batch_id: int) -> int:
-        """Note that a batch has succeeded, and return how many offsets it had."""
+        """Mark a batch's plans as done, and return how many offsets it had."""
         with self._lock:
             used = [planned for planned in self._planned if planned.batch_id == batch_id]
             for planned in used:
@@ -99,7 +98,7 @@ class Ledger:
         return _count(used)
 
     def ask(self, ranges: Iterable[OffsetRange]) -> None:
-        """Ask for ranges to be committed once their batches have succeeded.
+        """Request the commit of ranges once their batches have succeeded.
 
         Raises
         ------
@@ -109,7 +108,7 @@ class Ledger:
         if not self._by_hand:
             raise StreamError(
                 "commitAsync is for streams with a group.id whose enable.auto.commit is false; "
-                "otherwise each batch is committed anyway, when it has succeeded."
+                "otherwise each batch is committed automatically when it has succeeded."
             )
         with self._lock:
             for partition, end in ends_of(list(ranges)).items():
@@ -121,11 +120,11 @@ class Ledger:
         Parameters
         ----------
         send : callable
-            Sends offsets to Kafka. If it raises, they are not committed. Only one call is under way
-            at a time, so no commit overtakes a later one.
+            Sends offsets to Kafka. If it raises, they are not committed. Calls do not overlap, so
+            no commit overtakes another.
         again : bool
-            Whether to send offsets also if they have not changed; nothing happens then while
-            another commit is under way.
+            Whether to send offsets even if they have not changed, unless another commit is in
+            progress.
 
         Returns
         -------
@@ -149,7 +148,7 @@ class Ledger:
             self._committing.release()
 
     def ranges(self, interval: int) -> list[OffsetRange]:
-        """Return the offset ranges of an interval; none if it has no records, or is committed."""
+        """Return an interval's offset ranges; an empty list if it is empty or committed."""
         with self._lock:
             return next((p.ranges for p in self._planned if p.interval == interval), [])
 
@@ -159,12 +158,12 @@ class Ledger:
             return self._unread + _count(self._planned)
 
     def lag_after(self, interval: int) -> int:
-        """Return what `lag` will be when an interval and those before it are committed."""
+        """Return the `lag` that remains when an interval and all before it are committed."""
         with self._lock:
             return self._unread + _count(p for p in self._planned if p.interval > interval)
 
     def waiting(self) -> int:
-        """Return how many batches are submitted and not done."""
+        """Return how many batches are submitted but not done."""
         with self._lock:
             waiting = {planned.batch_id for planned in self._planned if not planned.is_done}
         return len(waiting - {None})
@@ -174,16 +173,16 @@ class Ledger:
         return not self._planned
 
     def _due(self, done: list[_Planned]) -> dict[TopicAndPartition, int]:
-        """Return what may be committed when the first plans are done."""
+        """Return the offsets to commit when the first plans are done."""
         if self._by_hand:
             return self._asked_before(self._planned[len(done) :])
-        offsets = self._committed  # of all partitions, because Kafka forgets those long idle
+        offsets = self._committed  # of all partitions, because Kafka expires old offsets
         for planned in done:
             offsets = _advanced(offsets, ends_of(planned.ranges))
         return offsets
 
     def _asked_before(self, pending: list[_Planned]) -> dict[TopicAndPartition, int]:
-        """Return the largest offset asked for in each partition before any pending plan."""
+        """Return the largest requested offset of each partition before any pending plan."""
         limits: dict[TopicAndPartition, int] = {}
         for part in (part for planned in pending for part in planned.ranges):
             limits.setdefault(part.topicAndPartition(), part.fromOffset)
@@ -198,7 +197,7 @@ class Ledger:
 
 
 def _advanced(offsets: Offsets, ends: Offsets) -> dict[TopicAndPartition, int]:
-    """Return offsets moved forward to others, never back."""
+    """Return offsets advanced to others, never moved back."""
     moved = {partition: max(end, offsets.get(partition, end)) for partition, end in ends.items()}
     return {**offsets, **moved}
 

@@ -1,4 +1,4 @@
-"""The streaming context that a stream is part of, and what it reports of the stream's batches."""
+"""Connects a stream's batches with their streaming context."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class ContextListener(StreamingListener):
-    """Joins a stream's batches with their streaming context.
+    """Reports the events of a streaming context to a stream's batches.
 
     Parameters
     ----------
     batches : Batches
-        The batches; they get each batch's submission and end.
+        The batches, which are notified when a batch is submitted and when it ends.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class ContextListener(StreamingListener):
         self.context: JavaObject | None = None
 
     def join(self, context: JavaObject) -> None:
-        """Become part of a streaming context, unless this is part of one."""
+        """Join a streaming context, unless one was already joined."""
         with self._joining:
             if self.context is not None:
                 return
@@ -45,7 +45,7 @@ class ContextListener(StreamingListener):
         jvm = SparkContext._active_spark_context._jvm
         listener = jvm.PythonStreamingListenerWrapper(self)
         context.addStreamingListener(jvm.JavaStreamingListenerWrapper(listener))
-        # A context from a checkpoint may have completed batches before this was known.
+        # A recovered context may have completed batches before the listener was added.
         for batch in _as_list(context.progressListener().retainedCompletedBatches()):
             outputs = _as_list(batch.outputOperations().values().toSeq())
             failures = [output.failureReason() for output in outputs]
@@ -54,7 +54,7 @@ class ContextListener(StreamingListener):
 
     def join_when_active(self) -> None:
         """Join the context that Spark has recovered from a checkpoint, once it is active."""
-        # From a thread: until Spark has planned the first batches, the call waits for that.
+        # In a thread, because the call blocks until Spark has planned the first batches.
         threading.Thread(target=self._join_active, daemon=True).start()
 
     def is_of(self, context: JavaObject) -> bool:
@@ -72,12 +72,12 @@ class ContextListener(StreamingListener):
         return None if self.context is None else self.context.checkpointDir()
 
     def remembered(self) -> int:
-        """Return how long Spark remembers intervals, in milliseconds: a window asks for them."""
+        """Return how long Spark remembers intervals, in milliseconds; windows need them."""
         return self.context.graph().getMaxInputStreamRememberDuration().milliseconds()
 
     def stop(self, reason: str, first: Callable[[], None]) -> None:
         """Call a function, and stop the context for a reason, which `awaitTermination` raises."""
-        if self.context is None:  # it hasn't started: whoever starts it gets the error
+        if self.context is None:  # not started yet: starting it raises the error
             return
         exception = SparkContext._active_spark_context._jvm.java.lang.RuntimeException(reason)
         self.context.scheduler().reportError(reason, exception)
@@ -86,7 +86,7 @@ class ContextListener(StreamingListener):
             first()
             self.context.stop(False, False)
 
-        # From a thread that the context doesn't wait for.
+        # In a thread that the context doesn't wait for.
         threading.Thread(target=stop, daemon=True).start()
 
     def onBatchSubmitted(self, batchSubmitted: Any) -> None:  # noqa: N802, N803
@@ -106,13 +106,13 @@ class ContextListener(StreamingListener):
     def _report(
         self, batch_id: int, submitted_at: int, failures: Iterable[str], *times: int
     ) -> None:
-        self._batches.ledger.submit(batch_id, submitted_at)  # if this joined after that
+        self._batches.ledger.submit(batch_id, submitted_at)  # in case the listener was added later
         self._batches.completed(batch_id, next(map(summary, failures), None), *times)
 
     def _join_active(self) -> None:
         contexts = SparkContext._active_spark_context._jvm.org.apache.spark.streaming
         active = contexts.StreamingContext.getActive()
-        if active.isDefined():  # otherwise it could not start
+        if active.isDefined():  # otherwise it failed to start
             self.join(active.get())
 
 

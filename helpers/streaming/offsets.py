@@ -1,7 +1,8 @@
-"""What a batch is made of: ranges of offsets, each in one partition of a topic."""
+"""Offset ranges, which batches consist of, each in one partition of a topic."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,9 +48,8 @@ class OffsetRange:
     partition : int
     fromOffset, untilOffset : int
     topic_id : str or None
-        Kafka's id of the topic, where it is known: a topic that is deleted and created again has
-        the old name and another id, and its offsets are other records. It takes no part in
-        comparisons.
+        Kafka's id of the topic, if known: a topic that is deleted and created again has the same
+        name but another id, and its offsets refer to other records. Comparisons ignore it.
 
     Examples
     --------
@@ -64,14 +64,14 @@ class OffsetRange:
     topic_id: str | None = field(default=None, compare=False, repr=False)
 
     def topicAndPartition(self) -> TopicAndPartition:  # noqa: N802
-        """Return the partition that the range is of."""
+        """Return the partition of the range."""
         return TopicAndPartition(self.topic, self.partition)
 
     def count(self) -> int:
         """Return the number of offsets in the range.
 
-        It is the number of records, unless compaction has removed some, or transactions have left
-        marks between them.
+        This is the number of records, unless compaction has removed some, or transactions have left
+        markers between them.
         """
         return self.untilOffset - self.fromOffset
 
@@ -83,7 +83,7 @@ class PlannedBatch:
     Attributes
     ----------
     batch_id : int
-        What Spark calls it; of a DStream, its time in milliseconds since 1970.
+        Spark's number of the batch; for a DStream, its time in milliseconds since 1970.
     ranges : list of OffsetRange
         Its offsets, with the ids of their topics.
     records : pyspark.sql.DataFrame
@@ -96,7 +96,7 @@ class PlannedBatch:
 
 
 def ends_of(ranges: list[OffsetRange]) -> dict[TopicAndPartition, int]:
-    """Return where ranges end, by their partitions.
+    """Return the end of each range, by partition.
 
     Examples
     --------
@@ -104,3 +104,32 @@ def ends_of(ranges: list[OffsetRange]) -> dict[TopicAndPartition, int]:
     {TopicAndPartition(topic='events', partition=0): 25}
     """
     return {part.topicAndPartition(): part.untilOffset for part in ranges}
+
+
+def by_topic(offsets: Mapping[TopicAndPartition, int]) -> dict[str, dict[str, int]]:
+    """Return offsets by topic and partition number, as in Spark's JSON.
+
+    Examples
+    --------
+    >>> by_topic({TopicAndPartition("events", 0): 25})
+    {'events': {'0': 25}}
+    """
+    topics: dict[str, dict[str, int]] = {}
+    for partition, offset in offsets.items():
+        topics.setdefault(partition.topic, {})[str(partition.partition)] = offset
+    return topics
+
+
+def by_partition(topics: Mapping[str, Mapping[str, int]]) -> dict[TopicAndPartition, int]:
+    """Return offsets by partition, the inverse of `by_topic`.
+
+    Examples
+    --------
+    >>> by_partition({"events": {"0": 25}})
+    {TopicAndPartition(topic='events', partition=0): 25}
+    """
+    return {
+        TopicAndPartition(topic, int(number)): offset
+        for topic, numbers in topics.items()
+        for number, offset in numbers.items()
+    }

@@ -1,4 +1,4 @@
-"""Which offsets belong to a batch: planned by what Kafka says, apart from any stream."""
+"""Decides which offsets belong to a batch, independently of any stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.streaming.errors import StreamError, TopicRecreatedError
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import topic_names
 
-# From how many offsets of each partition are left to how many of them the next batch may take.
+# Takes how many offsets of each partition are left; returns how many the next batch may have.
 Limit = Callable[[Mapping[TopicAndPartition, int]], Mapping[TopicAndPartition, int]]
 
 
@@ -27,20 +27,20 @@ class OffsetPlanner:
         are added later are read from their beginning.
     settings : mapping
         Settings of `KafkaConsumer` by Kafka's names. ``auto.offset.reset`` (``earliest``,
-        ``latest``, ``none``) says where the partitions of a topic start for which the group has no
-        offset, and those whose records were deleted before they were read.
+        ``latest``, ``none``) says where a partition starts if the group has no offset for its
+        topic, or if its next records were deleted before they were read.
     from_offsets : mapping of TopicAndPartition to int, optional
         The partitions to read, and at which offset each starts.
     positions : mapping of TopicAndPartition to int, optional
-        Where to resume: where an earlier planner of the same stream stopped, by `positions`, or
-        what a sink has. The group's offsets are not used then, even if `positions` is empty.
+        Where to resume: the `positions` of an earlier planner of the same stream, or of a sink. The
+        group's offsets are then not used, even if `positions` is empty.
     topic_ids : mapping of str to str, optional
-        The ids of the topics that `positions` are of.
+        The ids of the topics that `positions` belong to.
 
     Raises
     ------
     StreamError
-        If a topic doesn't exist or was created again since, Kafka can't be reached, or refuses, or
+        If a topic doesn't exist or was created again, Kafka can't be reached or refuses access, or
         the group has members.
     ValueError
         If Kafka doesn't know one of the settings.
@@ -70,7 +70,7 @@ class OffsetPlanner:
         self._starts = {} if positions else dict(self._positions)
         self._uses_group = bool(settings.get("group.id")) and positions is None
         self._topic_ids: dict[str, str] = dict(topic_ids or {})
-        self._partitions: list[TopicAndPartition] = []  # that the topics have
+        self._partitions: list[TopicAndPartition] = []  # the partitions that are read
         self._client = KafkaClient(spark, settings)
         self._settings = self._client.settings
         try:
@@ -81,7 +81,7 @@ class OffsetPlanner:
             raise
 
     def next_batch(self, limit: Limit | None = None) -> list[OffsetRange]:
-        """Return the ranges from where the last batch ended to where the topics end now.
+        """Return the ranges from the end of the last batch to the current end of the topics.
 
         Parameters
         ----------
@@ -92,12 +92,12 @@ class OffsetPlanner:
         Returns
         -------
         list of OffsetRange
-            Only ranges with records in them, sorted; none if nothing new has come.
+            The ranges that are not empty, sorted; an empty list if there are no new records.
 
         Raises
         ------
         StreamError
-            If Kafka refuses, a topic was created again, or offsets were deleted and
+            If Kafka refuses access, a topic was created again, or offsets were deleted and
             ``auto.offset.reset`` is ``none``.
         BrokerAwayError
             If Kafka gives no answer within 15 s.
@@ -119,16 +119,16 @@ class OffsetPlanner:
         return sorted(ranges)
 
     def without_deleted(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
-        """Return planned ranges without what was deleted since; see `KafkaClient`."""
+        """Return planned ranges without offsets deleted since; see `KafkaClient`."""
         return self._client.without_deleted(ranges)
 
     def commit(self, offsets: Mapping[TopicAndPartition, int]) -> None:
-        """Commit to the consumer group where each partition is to be read from next.
+        """Commit the next offset of each partition to the consumer group.
 
         Parameters
         ----------
         offsets : mapping of TopicAndPartition to int
-            The next offset of each partition. Without a ``group.id`` nothing happens.
+            The offsets. Without a ``group.id``, nothing is committed.
 
         Raises
         ------
@@ -146,24 +146,24 @@ class OffsetPlanner:
     def starts(self) -> dict[TopicAndPartition, int]:
         """Return where the first batch began in each partition that is read.
 
-        Nothing of the partitions whose reading goes on at the `positions` of an earlier planner.
+        Partitions that resume from the `positions` of an earlier planner are left out.
         """
         return dict(self._starts)
 
     def positions(self) -> dict[TopicAndPartition, int]:
-        """Return where the next batch begins in each partition that the topics have."""
+        """Return where the next batch begins in each partition."""
         return {partition: self._positions[partition] for partition in self._partitions}
 
     def topic_ids(self) -> dict[str, str]:
-        """Return the ids of the topics that the positions are of, by the topics' names."""
+        """Return the ids of the topics that the positions belong to, by name."""
         return dict(self._topic_ids)
 
     def topic_ids_now(self) -> dict[str, str]:
-        """Ask Kafka for the topics' ids, which differ from `topic_ids` if one was created again."""
+        """Ask Kafka for the topics' ids; a topic that was created again has a new one."""
         return self._client.topic_ids(self._topics)
 
     def committed(self) -> dict[TopicAndPartition, int]:
-        """Return the group's offsets of these topics, for the partitions that it has one for."""
+        """Return the group's committed offsets for these topics."""
         return {
             partition: committed.offset
             for partition, committed in self._client.committed(self._partitions).items()
@@ -175,7 +175,7 @@ class OffsetPlanner:
         self._client.close()
 
     def _look(self) -> dict[TopicAndPartition, int]:
-        """Return where the partitions end now, and find out where the new ones among them begin."""
+        """Return where the partitions end now, and find where new ones begin."""
         topics = self._client.topics(self._topics, self._topic_ids)
         self._topic_ids = {name: topic.topic_id for name, topic in topics.items()}
         partitions = sorted(self._fixed_partitions) or [
@@ -188,10 +188,10 @@ class OffsetPlanner:
             self._positions.update(starts)
             self._starts = {**self._starts, **starts}
         begins, ends = self._client.begins(partitions), self._client.ends(partitions)
-        # A topic that is created again between the two questions has other offsets. The same id
-        # before and after them proves them: Kafka never gives an id twice. The second question
-        # alone would do for that, but offsets of a deleted topic are asked for in vain for 15 s,
-        # as if the broker were away, and new partitions must be known first.
+        # A topic may be created again between these requests. If its id is the same before and
+        # after them, the offsets are valid, because Kafka never reuses an id. A check afterwards
+        # alone would not do: new partitions must be known first, and a request for a deleted
+        # topic's offsets times out after 15 s, as if the broker were away.
         self._client.topic_ids(self._topics, self._topic_ids)
         for partition, end in ends.items():
             self._stay_within(partition, begins[partition], end)
@@ -199,12 +199,12 @@ class OffsetPlanner:
         return ends
 
     def _stay_within(self, partition: TopicAndPartition, begin: int, end: int) -> None:
-        """Follow ``auto.offset.reset`` where the next record to be read was deleted."""
+        """Apply ``auto.offset.reset`` if a partition's next record was deleted."""
         position = self._positions[partition]
         if position > end:
             raise TopicRecreatedError(
                 partition.topic,
-                f"partition {partition.partition} is to be read from offset {position}, but ends "
+                f"partition {partition.partition} should resume from offset {position}, but ends "
                 f"at {end}",
             )
         if position < begin:
@@ -213,33 +213,33 @@ class OffsetPlanner:
             self._client.report_deleted(partition, position, self._positions[partition])
 
     def _find_starts(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
-        """Return where partitions begin that the stream hasn't read from yet."""
+        """Return where partitions begin that the stream has not read yet."""
         committed = self._committed(partitions) if self._uses_group else {}
         never_read = [partition for partition in partitions if partition not in committed]
         if not never_read:
             return committed
-        # Of a topic that was read before, a partition without an offset was added since, and is
-        # read from its beginning: what was written to it before it was noticed must not be lost.
+        # If a topic was read before, a partition without an offset was added since. It is read from
+        # its beginning, because records written before it was noticed must not be lost.
         known = {partition.topic for partition in committed}
         added = [part for part in never_read if self._positions or part.topic in known]
         begun = [partition for partition in never_read if partition not in added]
         if begun and self._settings["auto.offset.reset"] == "none":
             raise StreamError(
-                f"auto.offset.reset is none, and group {self._settings.get('group.id')!r} has "
-                f"committed no offset of {begun[0].topic}, partition {begun[0].partition}: set it "
-                "to earliest or latest, or say where to begin with fromOffsets."
+                f"auto.offset.reset is none, and group {self._settings.get('group.id')!r} has no "
+                f"committed offset for {begun[0].topic}, partition {begun[0].partition}: set it to "
+                "earliest or latest, or pass fromOffsets."
             )
         at_end = begun if self._settings["auto.offset.reset"] == "latest" else []
         at_beginning = [partition for partition in never_read if partition not in at_end]
         starts = {**self._client.begins(at_beginning), **self._client.ends(at_end)}
-        # Where a group begins is committed at once. Otherwise a stream that stops before a
-        # partition had records would begin at its new end, past what came in between.
+        # A group's first offsets are committed at once. Otherwise, a stream that stops before a
+        # partition has records would later begin at its new end, and skip the records in between.
         if self._settings.get("enable.auto.commit") != "false":
             self.commit(starts)
         return {**committed, **starts}
 
     def _committed(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
-        """Return the group's offsets; raise if they are of another topic with the same name."""
+        """Return the group's offsets; raise if they belong to an earlier topic of the same name."""
         found = self._client.committed(partitions)
         for partition, committed in found.items():
             if committed.topic_id not in (None, self._topic_ids[partition.topic]):
@@ -247,7 +247,7 @@ class OffsetPlanner:
         return {partition: committed.offset for partition, committed in found.items()}
 
     def _check_group(self) -> None:
-        """Raise `StreamError` if consumers have joined the group: Kafka would refuse to commit."""
+        """Raise `StreamError` if the group has members, because Kafka would refuse the commits."""
         members = self._client.members()
         if members:
             raise StreamError(

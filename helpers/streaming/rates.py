@@ -1,4 +1,4 @@
-"""How many records a batch may have: Spark's own settings, obeyed as its direct stream does."""
+"""Limits the size of batches by Spark's settings, as Spark's direct stream does."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ _PREFIX = "spark.streaming"
 
 
 class RateLimit:
-    """Bounds the batches of a stream by the settings of its Spark session.
+    """Limits the size of a stream's batches by the settings of its Spark session.
 
     ``spark.streaming.kafka.maxRatePerPartition``
-        No more records a second of a partition than this (default 0: no bound).
+        The most records per second and partition (default 0: no limit).
     ``spark.streaming.kafka.minRatePerPartition``
-        No fewer than this, where another bound is lower (default 1).
+        The fewest records per partition, even if another limit is lower (default 1).
     ``spark.streaming.backpressure.enabled``
-        As many records as the stream can manage, estimated from the batches that have completed.
+        Whether to read only as many records as the stream can process, by an estimate from its
+        completed batches.
     ``spark.streaming.backpressure.initialRate``
-        Records a second, as long as there is no estimate yet (default 0: no bound).
+        Records per second until there is an estimate (default 0: no limit).
 
     Parameters
     ----------
@@ -33,9 +34,8 @@ class RateLimit:
 
     References
     ----------
-    Spark 4.2's ``DirectKafkaInputDStream.maxMessagesPerPartition`` and ``RateController``; the
-    estimate is made by Spark's own ``PIDRateEstimator`` with its
-    ``spark.streaming.backpressure.pid`` settings.
+    Spark 4.2's ``DirectKafkaInputDStream.maxMessagesPerPartition`` and ``RateController``; Spark's
+    ``PIDRateEstimator`` makes the estimate, with its ``spark.streaming.backpressure.pid`` settings.
 
     Examples
     --------
@@ -51,7 +51,7 @@ class RateLimit:
         self._min = self._number("kafka.minRatePerPartition", 1)
         self._initial = self._number("backpressure.initialRate", 0)
         self._lock = threading.Lock()
-        self._estimate = 0  # records a second, of all partitions; 0 while there is none
+        self._estimate = 0  # records per second, of all partitions; 0 until there is one
         self._estimator = None
         if self._conf.get(f"{_PREFIX}.backpressure.enabled", "false").lower() == "true":
             rate = context._jvm.org.apache.spark.streaming.scheduler.rate
@@ -69,17 +69,17 @@ class RateLimit:
         Parameters
         ----------
         left : mapping of TopicAndPartition to int
-            How many are left in each partition.
+            How many offsets are left in each partition.
         """
         total, rate = sum(left.values()), self._rate()
         return {
-            # Each partition's share of the rate is its share of what is left.
+            # A partition's share of the rate is its share of the offsets that are left.
             partition: self._bounded(count, rate * count / total if rate and total else None)
             for partition, count in left.items()
         }
 
     def completed(self, records: int, ended: int, processing: int, waiting: int) -> None:
-        """Learn from a batch that has completed.
+        """Update the estimate with a completed batch.
 
         Parameters
         ----------
@@ -98,7 +98,7 @@ class RateLimit:
                 self._estimate = int(estimate.get())
 
     def _rate(self) -> float:
-        """Return the records a second that are managed, of all partitions; 0 if nobody knows."""
+        """Return the estimated records per second, of all partitions; 0 if unknown."""
         if self._estimator is None:
             return 0
         with self._lock:

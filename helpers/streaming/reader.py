@@ -1,41 +1,41 @@
-"""Offset ranges as DataFrames: read with Spark's own Kafka source, apart from any group."""
+"""Reads offset ranges as DataFrames, independently of any consumer group."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from pyspark.sql import DataFrame, SparkSession
 
 from helpers.streaming.client import CLIENT_SETTINGS
-from helpers.streaming.offsets import OffsetRange
+from helpers.streaming.offsets import OffsetRange, by_topic, ends_of
 from helpers.streaming.settings import use_added_jars
 
-# Spark's source refuses these (it is told the offsets), or they are the planner's business.
+# Spark's source rejects these, because it takes offsets instead, or only the planner uses them.
 _NOT_FOR_THE_READER = {"auto.offset.reset", "group.id", *CLIENT_SETTINGS}
 
 _READER_SETTINGS = {
-    # A consumer that has come to a partition's end asks the broker to wait half a second for more,
-    # and gets nothing else from that broker meanwhile: 100,000 records took 1.3 s so, 0.4 s here.
+    # At a partition's end, a consumer asks the broker to wait half a second for more records, and
+    # gets nothing else from that broker meanwhile. 100,000 records took 1.3 s, and 0.4 s with this.
     "fetch.max.wait.ms": "10",
-    # What one poll may unpack into Java's memory. Kafka bounds a fetch in compressed bytes only,
-    # and lz4 packs 255 bytes into one, zstd thousands: 250 records or 64 MB, whichever is less. It
-    # costs 2 microseconds an event against 10,000 records and 16 MB.
+    # How much one poll may decompress into Java's memory: 250 records or 64 MB, whichever is less.
+    # Kafka limits only the compressed size of a fetch, and lz4 packs 255 bytes into one, zstd
+    # thousands. Compared with 10,000 records and 16 MB, this costs 2 microseconds per event.
     "max.poll.records": "250",
     "max.partition.fetch.bytes": str(256 * 1024),
-    # What Spark's driver asks Kafka before a batch: as long as the planner waits, not a minute.
+    # Spark's driver, which queries Kafka before a batch, waits as long as the planner, not a
+    # minute.
     "request.timeout.ms": "15000",
 }
 
-# Of the group that a reader's consumers are in. They neither join it nor commit to it.
+# Prefix of the group of a reader's consumers, which neither join it nor commit to it.
 _GROUP_PREFIX = "spark-kafka-reader"
 
-# What a task should have, at least, to be worth its start.
+# How many records make a task worth starting.
 RECORDS_PER_TASK = 1_000
 
-# How long a task waits for records of a broker that is away, before it fails and is tried again.
+# How long a task waits for a broker that is away before it fails and is retried.
 POLL_SECONDS = 30
 
 
@@ -53,7 +53,7 @@ def source_options(settings: Mapping[str, str]) -> dict[str, str]:
     '127.0.0.1:9092'
     """
     merged = {**_READER_SETTINGS, **settings}
-    # Kafka refuses to wait for a whole answer for a shorter time than for a part of it.
+    # Kafka rejects a time-out for a whole call that is shorter than the one for a request.
     merged.setdefault("default.api.timeout.ms", merged["request.timeout.ms"])
     options = {
         f"kafka.{name}": value
@@ -64,7 +64,7 @@ def source_options(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 class RangeReader:
-    """Reads offset ranges with Spark's own Kafka source.
+    """Reads offset ranges with Spark's Kafka source.
 
     Parameters
     ----------
@@ -82,8 +82,8 @@ class RangeReader:
 
     def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
         self._spark = spark
-        # Spark keeps consumers, and what they have fetched ahead, by group for five minutes. With a
-        # group for each read, as it makes them otherwise, they pile up until Java's memory is full.
+        # Spark keeps consumers and their prefetched records for five minutes, by group. By default,
+        # each read has a new group, so they would pile up until Java's memory is full.
         group = f"{_GROUP_PREFIX}-{uuid.uuid4()}"
         self._options = source_options(settings) | {"kafka.group.id": group}
 
@@ -93,35 +93,32 @@ class RangeReader:
         Parameters
         ----------
         ranges : iterable of OffsetRange
-            At least one, at most one a partition.
+            At least one, and at most one per partition.
 
         Returns
         -------
         pyspark.sql.DataFrame
             The columns of Spark's Kafka source: key, value (binary), topic, partition, offset,
-            timestamp, timestampType. Nothing is read before an action asks for it.
+            timestamp, timestampType. Nothing is read until an action needs it.
         """
-        starts: dict[str, dict[str, int]] = defaultdict(dict)
-        ends: dict[str, dict[str, int]] = defaultdict(dict)
-        for part in ranges:
-            starts[part.topic][str(part.partition)] = part.fromOffset
-            ends[part.topic][str(part.partition)] = part.untilOffset
-        assigned = {topic: sorted(map(int, partitions)) for topic, partitions in starts.items()}
+        ranges = list(ranges)
+        starts = by_topic({part.topicAndPartition(): part.fromOffset for part in ranges})
+        assigned = {topic: sorted(map(int, numbers)) for topic, numbers in starts.items()}
         use_added_jars(self._spark)
         return (
             self._spark.read.format("kafka")
             .options(**self._options)
             .option("assign", json.dumps(assigned))
             .option("startingOffsets", json.dumps(starts))
-            .option("endingOffsets", json.dumps(ends))
+            .option("endingOffsets", json.dumps(by_topic(ends_of(ranges))))
             .load()
         )
 
 
 def few_tasks(records: DataFrame, ranges: Iterable[OffsetRange]) -> DataFrame:
-    """Return a batch's records in no more tasks than it deserves.
+    """Return a batch's records, read in no more tasks than are worth starting.
 
-    Spark reads each Kafka partition in a task of its own. A task costs 0.05 s or more, mostly in
+    Spark reads each Kafka partition in a separate task. A task costs 0.05 s or more, mostly in
     Python, whether it has one record or a thousand.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What a stream with a checkpoint keeps there, and finds again after a crash."""
+"""Keeps a stream's plans in its checkpoint, and finds them again after a crash."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
 
-# Spark writes its checkpoint some time after a batch. A driver that dies before that is followed by
-# one that asks for the batch again, so plans are kept this long after they are committed: time on
-# the clock, because a stream that catches up goes through hours of intervals in a minute.
+# Spark writes its checkpoint some time after a batch. If the driver dies before that, the next one
+# asks for the batch again, so plans are kept this long after their commit. Wall-clock time counts,
+# because a stream that catches up goes through hours of intervals in a minute.
 KEPT_SECONDS = 600
 
 
 @dataclass(frozen=True)
 class StreamDefinition:
-    """What a stream is made from: by a program at first, after a crash by Spark's checkpoint.
+    """What defines a stream; Spark's checkpoint keeps it to recreate the stream after a crash.
 
     Attributes
     ----------
@@ -42,15 +42,15 @@ class StreamDefinition:
     positions : mapping of TopicAndPartition to int, optional
         Where to resume, as `OffsetPlanner` takes it.
     shares : bool
-        Whether later streams of the same context and group take topics over.
+        Whether later streams of the same context and group take over its topics.
     stream_id : str
-        Names the folder of the stream's plans.
+        The name of the folder with the stream's plans.
     plans : str or None
-        That folder, if Spark has recovered the stream from its checkpoint.
+        The path of that folder, if Spark has recovered the stream from its checkpoint.
     """
 
     topics: list[str]
-    settings: Mapping[str, str] = field(repr=False)  # passwords among them
+    settings: Mapping[str, str] = field(repr=False)  # may hold passwords
     interval: float
     from_offsets: Mapping[TopicAndPartition, int] | None = None
     positions: Mapping[TopicAndPartition, int] | None = None
@@ -61,16 +61,16 @@ class StreamDefinition:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided for a batch.
+    """A planned batch, and where the next one begins.
 
     Attributes
     ----------
     ranges : list of OffsetRange
         The batch's offsets.
     positions : dict of TopicAndPartition to int
-        Where the batch after it begins in each partition.
+        Where the next batch begins in each partition.
     topic_ids : dict of str to str
-        The ids of the topics, by their names.
+        The ids of the topics by name.
     """
 
     ranges: list[OffsetRange]
@@ -79,18 +79,18 @@ class Plan:
 
 
 class Recovery:
-    """Keeps the plans of a stream in its checkpoint, a file for each, and finds them after a crash.
+    """Keeps a stream's plans in its checkpoint, each in a file, and finds them after a crash.
 
-    Any file system of Spark's Hadoop client will do. Without a checkpoint nothing is kept.
+    Any file system of Spark's Hadoop client will do. Without a checkpoint, nothing is kept.
 
     Parameters
     ----------
     definition : StreamDefinition
-        What the stream is made from.
+        What defines the stream.
     listener : ContextListener
-        Knows the context whose checkpoint it is.
+        Knows the context, and with it the checkpoint.
     stopped : threading.Event
-        Set when the stream stops: nothing is retried after that.
+        Set when the stream stops, which ends the retries.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class Recovery:
         self._definition, self._listener, self._stopped = definition, listener, stopped
         self._recovered_at = None if definition.plans is None else time.time() * 1000
         self._files: JsonFolder | None = None
-        self._intervals: list[int] = []  # that have a file, sorted
-        self._committed: deque[tuple[float, int]] = deque()  # when, and which interval
+        self._intervals: list[int] = []  # those with a file, sorted
+        self._committed: deque[tuple[float, int]] = deque()  # the time, and the interval
 
     def definition(self) -> StreamDefinition:
-        """Return what Spark's checkpoint keeps of the stream."""
+        """Return what Spark's checkpoint keeps of the stream's definition."""
         return replace(self._definition, plans=self._folder())
 
     def last(self) -> Plan | None:
-        """Return the last plan from before a crash; None if the stream is new."""
+        """Return the last plan made before a crash; None if the stream is new."""
         if self._definition.plans is None:
             return None
         self._open(self._definition.plans)
@@ -119,23 +119,24 @@ class Recovery:
             return None
         if interval in self._intervals:
             return insist(lambda: self._read(interval), self._stopped)
-        # While no driver was alive nothing was planned: these records are for the next interval.
+        # Nothing was planned while no driver was alive: the next interval has these records.
         return Plan([], {}) if interval < self._recovered_at else None
 
     def keep(self, interval: int, plan: Plan) -> None:
-        """Write a plan down before its use, with retries while the file system is away.
+        """Write a plan before it is used, with retries while the file system is away.
 
-        Plans without records are not written, except the first, which says where the stream began.
+        Plans without records are not written, except the first, which records where the stream
+        began.
         """
         insist(lambda: self._write(interval, plan), self._stopped)
 
     def forget(self, committed: Iterable[int]) -> None:
-        """Remove the plans that no checkpoint asks for any more.
+        """Remove the plans that no checkpoint needs any more.
 
         Parameters
         ----------
         committed : iterable of int
-            The intervals that were committed just now.
+            The intervals that were just committed.
         """
         if self._files is None or self._listener.context is None:
             return
@@ -169,9 +170,9 @@ class Recovery:
         return Plan(ranges, positions, content.get("topic_ids", {}))
 
     def _write(self, interval: int, plan: Plan) -> None:
-        """Write a plan, unless the same one is written already: a second try does no harm."""
+        """Write a plan, unless the same one has already been written, as on a retry."""
         if self._files is None and (folder := self._folder()) is not None:
-            if any(map(is_secret, self._definition.settings)):  # Spark's checkpoint has them
+            if any(map(is_secret, self._definition.settings)):  # they are in Spark's checkpoint
                 protect_folder(get_spark(), self._listener.checkpoint())
             self._open(folder)
         if self._files is None or (self._intervals and not plan.ranges):
@@ -184,7 +185,7 @@ class Recovery:
         try:
             self._files.write(str(interval), content)
         except FileExistsError:
-            # The file system may have done what it said it could not.
+            # The file system may have written the file, although it reported an error.
             if self._read(interval) != plan:
                 raise
         bisect.insort(self._intervals, interval)

@@ -1,4 +1,4 @@
-"""A stream's settings: Kafka's own names, one dictionary for the planner and for Spark's source."""
+"""A stream's settings, by Kafka's names: one dictionary for the planner and Spark's source."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NO_ZOOKEEPER = (
 
 _LOGGER = logging.getLogger(__name__)
 
-# The settings of the consumer of Kafka 0.8 that have another name now; None for those that have no
-# effect: they were about ZooKeeper, about receivers, or about consumers that share out partitions.
+# Settings of Kafka 0.8's consumer, with their present names. None means that a setting has no
+# effect: it was for ZooKeeper, receivers, or consumers that share partitions.
 OLD_NAMES = {
     "metadata.broker.list": "bootstrap.servers",
     "auto.commit.enable": "enable.auto.commit",
@@ -28,27 +28,18 @@ OLD_NAMES = {
     "socket.receive.buffer.bytes": "receive.buffer.bytes",
     "socket.timeout.ms": "request.timeout.ms",
     "refresh.leader.backoff.ms": "retry.backoff.ms",
-    "zookeeper.connect": None,
-    "zookeeper.connection.timeout.ms": None,
-    "zookeeper.session.timeout.ms": None,
-    "zookeeper.sync.time.ms": None,
-    "consumer.id": None,
-    "consumer.timeout.ms": None,
-    "num.consumer.fetchers": None,
-    "queued.max.message.chunks": None,
-    "partition.assignment.strategy": None,
-    "rebalance.backoff.ms": None,
-    "rebalance.max.retries": None,
-    "offsets.storage": None,
-    "offsets.channel.backoff.ms": None,
-    "offsets.channel.socket.timeout.ms": None,
-    "offsets.commit.max.retries": None,
-    "dual.commit.enabled": None,
-}
+    **dict.fromkeys((
+        "zookeeper.connect", "zookeeper.connection.timeout.ms", "zookeeper.session.timeout.ms",
+        "zookeeper.sync.time.ms", "consumer.id", "consumer.timeout.ms", "num.consumer.fetchers",
+        "queued.max.message.chunks", "partition.assignment.strategy", "rebalance.backoff.ms",
+        "rebalance.max.retries", "offsets.storage", "offsets.channel.backoff.ms",
+        "offsets.channel.socket.timeout.ms", "offsets.commit.max.retries", "dual.commit.enabled",
+    )),
+}  # fmt: skip
 OLD_RESETS = {"smallest": "earliest", "largest": "latest"}
 _RESETS = ("earliest", "latest", "none")
 
-# Where Kafka keeps which settings each of its clients knows.
+# Kafka's classes that list the settings of its clients.
 _CONFIGS = {
     "consumer": "consumer.ConsumerConfig",
     "producer": "producer.ProducerConfig",
@@ -57,20 +48,19 @@ _CONFIGS = {
 
 
 def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
-    """Return settings with the names and values that today's Kafka has for them.
+    """Return settings with the names and values of today's Kafka.
 
     Parameters
     ----------
     kafka_params : mapping
         Settings of `KafkaConsumer`; those of Kafka 0.8 (``metadata.broker.list``; ``smallest`` and
-        ``largest`` as ``auto.offset.reset``) are translated, or left out with a warning if nothing
-        replaces them. A value may be a list or bytes; None stands for no setting.
+        ``largest`` as ``auto.offset.reset``) are translated, or dropped with a warning if nothing
+        replaces them. A value may be a list or bytes; None means that the setting is not set.
 
     Raises
     ------
     ValueError
-        If ``bootstrap.servers`` is missing or has no port, or ``auto.offset.reset`` is no such
-        thing.
+        If ``bootstrap.servers`` is missing or has no port, or ``auto.offset.reset`` is invalid.
 
     Examples
     --------
@@ -103,7 +93,7 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
 
 
 def topic_names(topics: str | bytes | Iterable[str | bytes]) -> list[str]:
-    """Return topics as a list of names; a text is the name of one topic.
+    """Return topics as a list of names; a string is the name of one topic.
 
     Examples
     --------
@@ -114,7 +104,7 @@ def topic_names(topics: str | bytes | Iterable[str | bytes]) -> list[str]:
 
 
 def as_text(value: object) -> str:
-    """Return a setting's value as Kafka writes it.
+    """Return a setting's value as text in Kafka's notation.
 
     Examples
     --------
@@ -129,7 +119,7 @@ def as_text(value: object) -> str:
 
 
 def check_names(spark: SparkSession, settings: Mapping[str, str]) -> None:
-    """Raise `ValueError` for a setting that no client of Kafka's knows; all would ignore it.
+    """Raise `ValueError` for a setting that none of Kafka's clients knows, and all would ignore.
 
     Parameters
     ----------
@@ -143,25 +133,25 @@ def check_names(spark: SparkSession, settings: Mapping[str, str]) -> None:
     >>> check_names(spark, {"group.ids": "scoring"})
     Traceback (most recent call last):
     ...
-    ValueError: Kafka's clients have no setting 'group.ids': 'group.id' may be meant.
+    ValueError: Kafka's clients have no setting 'group.ids': did you mean 'group.id'?
     """
     known = set().union(*(_names(spark, client) for client in _CONFIGS))
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f": {near[0]!r} may be meant." if near else "; take it out."
+            hint = f": did you mean {near[0]!r}?" if near else ": remove it."
             raise ValueError(f"Kafka's clients have no setting {name!r}{hint}")
 
 
 def settings_of(spark: SparkSession, settings: Mapping[str, str], client: str) -> dict[str, str]:
-    """Return those of some settings that one of Kafka's clients knows.
+    """Return only the settings that one of Kafka's clients knows.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
         The session whose JVM has the Kafka client.
     settings : mapping
-        Settings by Kafka's names, of several clients.
+        Settings of several clients by Kafka's names.
     client : str
         ``"consumer"``, ``"producer"`` or ``"admin"``.
 
@@ -174,27 +164,35 @@ def settings_of(spark: SparkSession, settings: Mapping[str, str], client: str) -
     return {name: value for name, value in settings.items() if name in known}
 
 
+def without_group(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return settings without the ``group.id``.
+
+    Examples
+    --------
+    >>> without_group({"group.id": "scoring", "client.id": "scoring"})
+    {'client.id': 'scoring'}
+    """
+    return {name: value for name, value in settings.items() if name != "group.id"}
+
+
 def java_map(spark: SparkSession, settings: Mapping[str, str]) -> Any:
     """Return settings as a Java map, as Kafka's Java clients take them."""
-    result = spark._jvm.java.util.HashMap()
-    for name, value in settings.items():
-        result.put(name, value)
-    return result
+    return spark._jvm.java.util.HashMap(settings)
 
 
 def use_added_jars(spark: SparkSession) -> None:
-    """Have this thread's Java find the jars that were added to a running session (`ADD JAR`)."""
+    """Let this thread's Java find the jars that were added to a running session (`ADD JAR`)."""
     loader = spark._jsparkSession.sharedState().jarClassLoader()
     spark._jvm.java.lang.Thread.currentThread().setContextClassLoader(loader)
 
 
 def refuse_zookeeper(addresses: str) -> None:
-    """Raise `ValueError` for ZooKeeper's addresses: a path after them, or the port 2181.
+    """Raise `ValueError` for ZooKeeper's addresses, which end in a path or have the port 2181.
 
     Parameters
     ----------
     addresses : str
-        ``host:port``, several of them with commas between, perhaps with a ``/path`` at the end.
+        One or more ``host:port``, separated by commas, and perhaps a ``/path`` at the end.
 
     Examples
     --------

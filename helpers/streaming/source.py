@@ -1,4 +1,4 @@
-"""Where a stream's records come from: each interval planned, read, and committed."""
+"""Plans, reads and commits the intervals of a stream."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from pyspark.sql import DataFrame
 
 from helpers.kafka_settings import ANSWER_SECONDS
 from helpers.spark import get_spark
-from helpers.streaming.errors import (
-    AWAY_SECONDS,
-    BrokerAwayError,
-    StreamError,
-    insist,
-)
+from helpers.streaming.errors import AWAY_SECONDS, BrokerAwayError, StreamError, insist
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
@@ -28,24 +23,24 @@ from helpers.streaming.recovery import Plan, Recovery, StreamDefinition
 
 _LOGGER = logging.getLogger(__name__)
 
-# How often an idle stream commits its offsets again: Kafka forgets those that are not committed
-# for a while (offsets.retention.minutes), whether or not anybody reads.
+# How often an idle stream commits its offsets again: Kafka expires old ones
+# (offsets.retention.minutes), even if the stream is still running.
 RECOMMIT_SECONDS = 15
 
-# How many batches may wait for one another. A stream whose batches take longer than an interval
-# would otherwise plan one an interval for ever, each as small as the last, and never catch up.
+# How many batches may be queued. Otherwise, a stream whose batches take longer than an interval
+# would plan one small batch per interval forever, and never catch up.
 MOST_WAITING = 3
 
 
 class Source:
-    """What a stream asks Kafka: the next offsets, the records of a batch, and to commit.
+    """Plans a stream's next offsets, reads the records of a batch, and commits.
 
     Parameters
     ----------
     definition : StreamDefinition
-        What the stream is made from.
+        What defines the stream.
     ledger : Ledger
-        Gets the plans, and says what may be committed.
+        Receives the plans, and decides what may be committed.
     recovery : Recovery
         Keeps the plans for the time after a crash.
     stopped : threading.Event
@@ -56,14 +51,14 @@ class Source:
     planner : OffsetPlanner
         Decides which offsets are next.
     limit : RateLimit
-        Bounds them.
+        Limits how many offsets a batch has.
     away_since : float or None
-        When the broker answered last, by `time.monotonic`, if it gave the last plan no answer.
+        When the broker last answered, by `time.monotonic`; None unless it is away.
 
     Raises
     ------
     StreamError
-        If a topic doesn't exist, or Kafka can't be reached, or refuses.
+        If a topic doesn't exist, or Kafka can't be reached or refuses access.
     """
 
     def __init__(
@@ -87,7 +82,7 @@ class Source:
             topic_ids,
         )  # fmt: skip
         try:
-            # What the group has, so that a batch that is done once more takes no commit back.
+            # The group's offsets, so that a batch that is repeated does not move a commit back.
             committed = self.planner.committed() if positions is not None else {}
         except BaseException:
             self.planner.close()
@@ -95,38 +90,38 @@ class Source:
         ledger.begin({**self.planner.starts(), **committed}, self.planner.unread())
 
     def plan(self, interval: int) -> None:
-        """Plan an interval, or find what was planned for it before a crash.
+        """Plan an interval, or reuse the plan made for it before a crash.
 
         Raises
         ------
         StreamError
-            If Kafka refuses, or the broker has been away for 60 s.
+            If Kafka refuses access, or the broker has been away for 60 s.
         """
         plan = self._recovery.known(interval) or self._new_plan(interval)
-        # The plan first: a lag that is too small for a moment could end the stream.
+        # First the plan: if the lag were too small for a moment, the stream could end.
         self._ledger.plan(interval, plan.ranges, time.time_ns() // 1_000_000)
         self._ledger.begin(self.planner.starts(), self.planner.unread())
 
     def read(self, ranges: list[OffsetRange]) -> DataFrame:
         """Return the records of planned ranges, without those that retention has deleted."""
         left = ranges
-        # The tasks that read wait for a broker that is away.
+        # If the broker is away, the tasks that read wait for it.
         with contextlib.suppress(BrokerAwayError):
             left = self.planner.without_deleted(ranges)
-        if not left:  # a range without records is a DataFrame without rows
+        if not left:  # an empty range is read as an empty DataFrame
             left = [replace(ranges[0], fromOffset=ranges[0].untilOffset)]
         return self._reader.read(left)
 
     def commit(self) -> None:
-        """Commit what may be committed; wait for a broker that is away, 60 s at most."""
+        """Commit what may be committed; wait at most 60 s for a broker that is away."""
         self._recovery.forget(
             self._ledger.commit(lambda offsets: insist(lambda: self._send(offsets), self._stopped))
         )
 
     def commit_when_idle(self) -> None:
-        """Commit again what was committed long ago, so that Kafka keeps it."""
+        """Commit old offsets again, so that Kafka keeps them."""
         if time.monotonic() - self._committed_at >= RECOMMIT_SECONDS:
-            # The next plan notices a broker that is away.
+            # If the broker is away, the next plan reports it.
             with contextlib.suppress(BrokerAwayError):
                 self._recovery.forget(self._ledger.commit(self._send, again=True))
 
@@ -136,27 +131,23 @@ class Source:
 
     def _new_plan(self, interval: int) -> Plan:
         """Plan an interval with the records that arrived since the last one."""
-        # A stream that is behind gets one larger batch later, which is done sooner than many.
+        # A stream that is behind gets one larger batch later, which is faster than many small ones.
         is_behind = self._ledger.waiting() >= MOST_WAITING
+        limit = (lambda left: dict.fromkeys(left, 0)) if is_behind else self.limit.most
         try:
-            ranges = self.planner.next_batch(_nothing if is_behind else self.limit.most)
+            ranges = self.planner.next_batch(limit)
             self.away_since = None
         except BrokerAwayError as error:
             self._wait_for_the_broker(error)
-            ranges = []  # but where the stream begins is kept even now
+            ranges = []  # but the plan is kept: it records where the stream begins
         plan = Plan(ranges, self.planner.positions(), self.planner.topic_ids())
         self._recovery.keep(interval, plan)
         return plan
 
     def _wait_for_the_broker(self, error: BrokerAwayError) -> None:
-        """Let an interval pass without records, until the broker has been away for too long."""
+        """Leave an interval empty, or raise if the broker has been away for too long."""
         if self.away_since is None:
             self.away_since = time.monotonic() - ANSWER_SECONDS
             _LOGGER.warning("%s The stream waits for %s s.", error, AWAY_SECONDS)
         if time.monotonic() - self.away_since >= AWAY_SECONDS:
             raise StreamError(f"the broker has been away for {AWAY_SECONDS} s. {error}") from None
-
-
-def _nothing(left: Mapping[TopicAndPartition, int]) -> dict[TopicAndPartition, int]:
-    """Leave all offsets to a later batch."""
-    return dict.fromkeys(left, 0)

@@ -1,8 +1,9 @@
 """Kafka through Structured Streaming, with the promises of the DStream.
 
-Spark plans the batches of a query itself, and writes them down in the checkpoint before it runs
-them. `KafkaQuery` adds what Spark leaves to the program: it waits for a broker that is away, tries
-a batch once more, reports what retention has deleted, and notices a topic that was created again.
+Spark plans the batches of a query, and writes the plans to the checkpoint before it runs them.
+`KafkaQuery` adds what Spark leaves to the program: it waits for a broker that is away, retries a
+failed batch once, reports records that retention has deleted, and detects a topic that was created
+again.
 """
 
 from __future__ import annotations
@@ -42,14 +43,20 @@ from helpers.streaming.errors import (
     is_away,
     without_secrets,
 )
-from helpers.streaming.offsets import OffsetRange, PlannedBatch, TopicAndPartition
+from helpers.streaming.offsets import (
+    OffsetRange,
+    PlannedBatch,
+    TopicAndPartition,
+    by_partition,
+    by_topic,
+)
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import few_tasks, source_options
-from helpers.streaming.settings import modern_settings, topic_names
+from helpers.streaming.settings import modern_settings, topic_names, without_group
 
 _LOGGER = logging.getLogger(__name__)
 
-_SOURCE_LINE = 2  # of a file of offsets in a checkpoint: after the version and Spark's settings
+_SOURCE_LINE = 2  # of a checkpoint's offsets file: after the version and Spark's settings
 
 
 class KafkaQuery:
@@ -66,7 +73,7 @@ class KafkaQuery:
         a ``group.id`` has no effect; ``auto.offset.reset`` says where a query with a new checkpoint
         begins, and with ``none`` deleted offsets are an error.
     checkpoint : str or path-like
-        The folder where Spark keeps how far the query is.
+        The folder where Spark keeps the query's progress.
     positions : mapping of TopicAndPartition to int, optional
         Where a query with a new checkpoint begins, as `ParquetSink.positions` returns it;
         partitions that are left out are read from their beginning. If it is empty,
@@ -77,8 +84,8 @@ class KafkaQuery:
     Raises
     ------
     StreamError
-        If a topic doesn't exist or was created again since the checkpoint was made, Kafka can't be
-        reached, or refuses.
+        If a topic doesn't exist or was created again since the checkpoint was made, or Kafka can't
+        be reached or refuses access.
     SessionError
         If the session was stopped.
 
@@ -105,7 +112,7 @@ class KafkaQuery:
         check_running(spark)
         self._spark, self._max_offsets = spark, max_offsets
         self._topics = sorted(set(topic_names(topics)))
-        self._settings = _without_group(modern_settings(settings))
+        self._settings = without_group(modern_settings(settings))
         self._checkpoint = full_path(spark, checkpoint).rstrip("/")
         self._offsets = CheckpointOffsets(spark, self._checkpoint)
         self._function: Callable[[PlannedBatch], None] | None = None
@@ -129,7 +136,7 @@ class KafkaQuery:
     def foreachBatch(  # noqa: N802 (Spark's name)
         self, function: Callable[[DataFrame, int], None]
     ) -> None:
-        """Call a function with each batch; if it raises, once more with the same records.
+        """Call a function with each batch; if it raises, retry it once with the same records.
 
         Parameters
         ----------
@@ -160,12 +167,12 @@ class KafkaQuery:
         Parameters
         ----------
         until : callable
-            Is asked a few times a second; the query stops after its batch when it returns true.
+            Called a few times per second; when it returns true, the query stops after its batch.
         timeout : float
-            Seconds that this may take.
+            The most seconds that this may take.
         interval : float, optional
-            Seconds between batches. Without it the query ends when it has done what the topics had
-            at its start.
+            Seconds between batches. Without it, the query ends when it has processed the records
+            that the topics had at its start.
 
         Raises
         ------
@@ -182,13 +189,13 @@ class KafkaQuery:
                 while not _is_true(until) and not interrupted.is_set():
                     if time.monotonic() > deadline:
                         raise TimeoutError(
-                            f"the query was not done after {timeout:.0f} s and was stopped; what "
-                            "it has done is kept. Give it more time, or look at Spark's log."
+                            f"the query was not done after {timeout:.0f} s and was stopped; "
+                            "finished batches are kept. Give it more time, or look at Spark's log."
                         )
                     try:
                         if query.awaitTermination(0.1):
                             break
-                        if self._away_since is not None and _has_looked(query):
+                        if self._away_since is not None and _is_idle(query):
                             self._away_since = None  # the broker is back, with nothing new
                     except StreamingQueryException as error:
                         self._wait_for_the_broker(error, interrupted)
@@ -206,7 +213,7 @@ class KafkaQuery:
         Raises
         ------
         StreamError
-            If Spark has planned no such batch, or the query has other sources than these topics.
+            If Spark has not planned the batch, or the query has sources besides these topics.
         """
         return [
             replace(part, topic_id=self._topic_ids[part.topic])
@@ -214,7 +221,7 @@ class KafkaQuery:
         ]
 
     def topic_ids(self) -> dict[str, str]:
-        """Ask Kafka for the ids of the topics, by their names."""
+        """Ask Kafka for the ids of the topics, by name."""
         return self._client.topic_ids(self._topics)
 
     def positions(self) -> dict[TopicAndPartition, int]:
@@ -222,15 +229,15 @@ class KafkaQuery:
         return {**self._starts, **self._offsets.planned()}
 
     def finished(self) -> dict[TopicAndPartition, int]:
-        """Return where the last batch that is done ended, in each partition that was read."""
+        """Return where the last finished batch ended, in each partition that was read."""
         return self._offsets.finished()
 
     def lag(self) -> int:
-        """Return how many offsets that the topics have now are not done yet."""
+        """Return how many of the topics' current offsets are not done yet."""
         return self._left({**self._starts, **self._offsets.finished()})
 
     def lag_after(self, batch_id: int) -> int:
-        """Return what `lag` will be when a planned batch and those before it are done."""
+        """Return the `lag` that remains when a planned batch and all before it are done."""
         return self._left({**self._starts, **self._offsets.after(batch_id)})
 
     def close(self) -> None:
@@ -238,7 +245,7 @@ class KafkaQuery:
         self._client.close()
 
     def _left(self, done: Mapping[TopicAndPartition, int]) -> int:
-        """Return how many offsets the topics have now beyond those that are done."""
+        """Return how many of the topics' current offsets come after those that are done."""
         topics = self._client.topics(self._topics).values()
         partitions = [part for topic in topics for part in topic.partitions]
         return sum(end - done.get(part, 0) for part, end in self._client.ends(partitions).items())
@@ -246,9 +253,9 @@ class KafkaQuery:
     def _find_starts(
         self, positions: Mapping[TopicAndPartition, int] | None
     ) -> dict[TopicAndPartition, int]:
-        """Return where the query begins; keep that, and which topics it is of, in the checkpoint.
+        """Return where the query begins, and store that with the topics' ids in the checkpoint.
 
-        Spark's own files have no ids of topics, and nothing at all before the first batch.
+        Spark's files have no topic ids, and don't exist before the first batch.
         """
         files = JsonFolder(self._spark, f"{self._checkpoint}/kafka-topics")
         kept = {}
@@ -257,22 +264,18 @@ class KafkaQuery:
                 kept[topic] = files.read(topic)
         ids = {topic: content["topic_id"] for topic, content in kept.items()}
         self._topic_ids = self._client.topic_ids(self._topics, ids)
-        begun = {
-            TopicAndPartition(topic, int(partition)): offset
-            for topic, content in kept.items()
-            for partition, offset in content["starts"].items()
-        }
+        begun = by_partition({topic: content["starts"] for topic, content in kept.items()})
         starts = self._offsets.planned() or _starts(
             self._spark, self._topics, self._settings, begun or positions
         )
         for topic in self._topic_ids.keys() - kept.keys():
-            offsets = {part.partition: at for part, at in starts.items() if part.topic == topic}
+            offsets = by_topic(starts).get(topic, {})
             files.write(topic, {"topic_id": self._topic_ids[topic], "starts": offsets})
         return starts
 
     def _start(self, interval: float | None) -> StreamingQuery:
-        """Start the query, where the checkpoint says or, if that is new, where it was found out."""
-        if not self._offsets.planned():  # Spark wants exactly the partitions that exist
+        """Start the query from the checkpoint or, if that is new, from the offsets found before."""
+        if not self._offsets.planned():  # Spark needs exactly the existing partitions
             self._starts = _starts(self._spark, self._topics, self._settings, self._starts)
         records = read_stream(
             self._spark, self._topics, self._settings, self._starts, self._max_offsets
@@ -289,26 +292,26 @@ class KafkaQuery:
         self._batches_begun += 1
         ranges = self.ranges_of(batch_id)
         self._client.topic_ids(self._topics, self._topic_ids)
-        if ranges:  # Spark has batches without records: the first one of an empty topic
+        if ranges:  # Spark also runs empty batches: the first one of an empty topic
             self._call(PlannedBatch(batch_id, ranges, few_tasks(df, ranges)))
         self._away_since = None
 
     def _call(self, batch: PlannedBatch) -> None:
-        """Call the function, once more if it fails; report what retention has deleted."""
+        """Call the function, retry it once if it fails, and report records that were deleted."""
         left = self._client.without_deleted(batch.ranges)
         try:
             self._function(batch)
         except Exception:
             if self._stopping:
                 raise
-            _LOGGER.warning("batch %s failed and is tried again", batch.batch_id, exc_info=True)
+            _LOGGER.warning("batch %s failed and is retried", batch.batch_id, exc_info=True)
             self._function(batch)
-        # The batch is done: what Kafka says now must not repeat it.
+        # The batch is done, so an error from Kafka must not repeat it.
         with contextlib.suppress(StreamError):
             self._report_deleted_meanwhile(left)
 
     def _report_deleted_meanwhile(self, ranges: Iterable[OffsetRange]) -> None:
-        """Warn of offsets that retention has deleted while their batch was read."""
+        """Warn about offsets that retention deleted while their batch was read."""
         planned = {part.topicAndPartition(): part for part in ranges}
         begins = self._client.begins(planned)
         for partition, part in planned.items():
@@ -323,10 +326,10 @@ class KafkaQuery:
     def _wait_for_the_broker(
         self, error: StreamingQueryException, interrupted: threading.Event
     ) -> None:
-        """Return when the broker answers again; raise if it stays away, or isn't the reason."""
+        """Return when the broker answers again; raise if it stays away or wasn't the cause."""
         reason = without_secrets(summary(error), self._settings)
         was_away = is_away(str(error))
-        if self._away_since is None:  # otherwise no batch was done since it was away before
+        if self._away_since is None:  # otherwise no batch has finished since the last outage
             self._away_since = time.monotonic()
         while not interrupted.is_set():
             if time.monotonic() - self._away_since > AWAY_SECONDS:
@@ -344,17 +347,16 @@ class KafkaQuery:
             raise StreamError(f"the query stopped: {reason}") from None
 
     def _finish_batch(self, query: StreamingQuery) -> None:
-        """Wait until the batch that runs is done, so that it needn't be done again."""
+        """Wait until the running batch is done, so that it needn't be repeated."""
         begun, deadline = self._batches_begun, time.monotonic() + FINISH_SECONDS
-        waiting = threading.Event()
         while query.isActive and query.status["isTriggerActive"] and self._batches_begun == begun:
             if time.monotonic() > deadline:
                 return
-            waiting.wait(0.05)
+            time.sleep(0.05)
 
 
 class CheckpointOffsets:
-    """The offsets of a query with Kafka as its only source, as its checkpoint has them.
+    """The offsets in the checkpoint of a query whose only source is Kafka.
 
     Parameters
     ----------
@@ -384,14 +386,14 @@ class CheckpointOffsets:
         Raises
         ------
         StreamError
-            If the checkpoint has no such batch, has several sources, or has a partition that ends
+            If the batch is not in the checkpoint, there are several sources, or a partition ends
             before it begins.
         """
         ends = self.after(batch_id)
         starts = self.after(batch_id - 1) if batch_id else self._initial()
         ranges = []
         for part, end in ends.items():
-            start = starts.get(part, 0)  # a partition that is new is read from its beginning
+            start = starts.get(part, 0)  # a new partition is read from its beginning
             if end < start:
                 raise TopicRecreatedError(
                     part.topic, f"partition {part.partition} ends at {end}, before offset {start}"
@@ -401,7 +403,7 @@ class CheckpointOffsets:
         return sorted(ranges)
 
     def planned(self) -> dict[TopicAndPartition, int]:
-        """Return where the last batch that Spark has planned ends; nothing before the first."""
+        """Return where the last batch that Spark has planned ends; empty before the first."""
         batches = self._numbers("offsets")
         return self.after(max(batches)) if batches else {}
 
@@ -420,7 +422,7 @@ class CheckpointOffsets:
     def _initial(self) -> dict[TopicAndPartition, int]:
         """Return where the query began."""
         *_, offsets = self._lines("sources/0/0")
-        return _by_partition(offsets)
+        return by_partition(json.loads(offsets))
 
     def after(self, batch_id: int) -> dict[TopicAndPartition, int]:
         """Return where a batch ends."""
@@ -428,10 +430,9 @@ class CheckpointOffsets:
         if len(lines) != _SOURCE_LINE + 1:
             raise StreamError(
                 f"the query of {self._checkpoint} has {len(lines) - _SOURCE_LINE} sources, so a "
-                "batch can't be told by its offsets: read all topics in one source, by one "
-                "KafkaQuery."
+                "batch can't be identified by its offsets: read all topics with one KafkaQuery."
             )
-        return _by_partition(lines[_SOURCE_LINE])
+        return by_partition(json.loads(lines[_SOURCE_LINE]))
 
     def _lines(self, name: str) -> list[str]:
         try:
@@ -449,7 +450,7 @@ def read_stream(
 ) -> DataFrame:
     """Return a streaming DataFrame of Kafka's records, with the settings that a DStream takes.
 
-    It is Spark's source as it is; what `KafkaQuery` promises beyond that is not in it.
+    This is Spark's source alone, without the additional promises of `KafkaQuery`.
 
     Parameters
     ----------
@@ -459,7 +460,7 @@ def read_stream(
         The topics.
     settings : mapping
         Settings of `KafkaConsumer` by Kafka's names. ``auto.offset.reset`` says where a new query
-        begins; unless it is ``none``, offsets that were deleted are left out.
+        begins; unless it is ``none``, deleted offsets are skipped.
     starts : mapping of TopicAndPartition to int, optional
         Where a new query begins: an offset for each partition.
     max_offsets : int, optional
@@ -479,14 +480,11 @@ def read_stream(
     topics, settings = topic_names(topics), modern_settings(settings)
     if starts is None:
         starts = _starts(spark, topics, settings)
-    offsets: dict[str, dict[str, int]] = {}
-    for part, start in starts.items():
-        offsets.setdefault(part.topic, {})[str(part.partition)] = start
     stream = (
         spark.readStream.format("kafka")
         .options(**source_options(settings))
         .option("subscribe", ",".join(topics))
-        .option("startingOffsets", json.dumps(offsets))
+        .option("startingOffsets", json.dumps(by_topic(starts)))
         .option("failOnDataLoss", str(settings["auto.offset.reset"] == "none").lower())
     )
     if max_offsets:
@@ -500,33 +498,20 @@ def _starts(
     settings: Mapping[str, str],
     positions: Mapping[TopicAndPartition, int] | None = None,
 ) -> dict[TopicAndPartition, int]:
-    """Return where the topics' partitions begin; the planner says clearly what Kafka refuses."""
-    planner = OffsetPlanner(spark, topics, _without_group(settings), positions=positions or None)
+    """Return where the topics' partitions begin; the planner's errors are clearer than Spark's."""
+    planner = OffsetPlanner(spark, topics, without_group(settings), positions=positions or None)
     with contextlib.closing(planner):
         return planner.positions()
 
 
 def _is_true(condition: Callable[[], bool]) -> bool:
-    """Return a condition's value; one that asks a broker that is away is not true yet."""
+    """Return a condition's value; false if it asks a broker that is away."""
     try:
         return condition()
     except BrokerAwayError:
         return False
 
 
-def _has_looked(query: StreamingQuery) -> bool:
+def _is_idle(query: StreamingQuery) -> bool:
     """Return whether a query has finished a trigger; Spark reports one without records later."""
     return query.status["message"] == "Waiting for next trigger"
-
-
-def _without_group(settings: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in settings.items() if name != "group.id"}
-
-
-def _by_partition(text: str) -> dict[TopicAndPartition, int]:
-    """Return offsets that Spark has written as JSON, by partition."""
-    return {
-        TopicAndPartition(topic, int(partition)): offset
-        for topic, partitions in json.loads(text).items()
-        for partition, offset in partitions.items()
-    }
