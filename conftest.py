@@ -21,13 +21,13 @@ from kafka import KafkaProducer
 from pyspark.ml.functions import array_to_vector
 from pyspark.ml.linalg import Vectors
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.functions import array, lit
+from pyspark.sql.functions import array, lit, struct, to_json
 
 from helpers.broker import LocalKafka
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import build_model
 from helpers.notebook import record_in
-from helpers.records import rows_to_events
+from helpers.records import parse_events
 from helpers.serving import Contract, ServingModel, save_serving_model, scaled_network
 from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
@@ -168,7 +168,8 @@ def names_in_docstrings(
         doctest_namespace["model_path"] = request.getfixturevalue("tmp_path") / "model.keras"
         save_serving_model(model, doctest_namespace["model_path"])
         rows = request.getfixturevalue("spark").createDataFrame(generate_events(3, seed=1))
-        doctest_namespace["events"] = rows_to_events(rows, model.schema)
+        records = rows.select(to_json(struct("*")).cast("binary").alias("value"))
+        doctest_namespace["events"] = parse_events(records, model.schema).select("event")
     if module == "sinks" and "scored" in words:
         doctest_namespace["scored"] = _scored_event(spark)
     needs_kafka = module in ("scoring", "sinks", "streaming")

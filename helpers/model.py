@@ -1,8 +1,8 @@
 """The network of the walkthrough: build it, send it to workers as bytes, and call it.
 
-`servable_model` decides which Keras models can be sent and called, on the driver, before any job
-runs; `scoring_function` calls them. The functions import Keras when they are called: it takes ten
-seconds, and a program that only parses its options does not need it.
+`servable_model` checks on the driver, before any job runs, whether a Keras model can be sent and
+called; `scoring_function` calls it. The functions import Keras only when they are called, because
+the import takes ten seconds, and a program that only parses its options does not need it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLASS_COUNT = 2
 # anything from none to all. With this seed it is about half, so there is something to see.
 SEED = 39
 
-# Layers at the end of a network that keep a probability what it is.
+# Layers that leave a probability unchanged at the end of a network.
 _UNCHANGING = ("Dropout", "Flatten", "Identity", "Reshape")
 
 _REGISTRY = threading.Lock()  # held while the classes that are registered with Keras are hidden
@@ -139,15 +139,15 @@ def model_from_bytes(content: bytes) -> keras.Model:
 
 
 def model_on_worker(content: bytes) -> keras.Model:
-    """Return the model in bytes as a worker loads it: with the classes of Keras alone.
+    """Return a model as a worker loads it from bytes, with Keras' classes only.
 
-    Classes and functions that were registered with Keras in this process are hidden meanwhile,
-    because a worker has none of them.
+    Meanwhile, classes and functions that were registered with Keras in this process are hidden,
+    because workers don't have them.
 
     Parameters
     ----------
     content : bytes
-        What `model_to_bytes` returned.
+        The bytes that `model_to_bytes` returned.
 
     Raises
     ------
@@ -180,7 +180,7 @@ class UnservableModelError(ValueError):
 
 
 class Interface(NamedTuple):
-    """What a network takes and returns for one event.
+    """The input and output of a network for one event.
 
     Attributes
     ----------
@@ -198,7 +198,7 @@ class Interface(NamedTuple):
 
     @property
     def features(self) -> int | None:
-        """The number of features; None if the network takes different numbers of them."""
+        """The number of features; None if the network accepts different numbers."""
         return None if None in self.shape else math.prod(self.shape)
 
     @property
@@ -207,7 +207,7 @@ class Interface(NamedTuple):
         return max(self.outputs, 2)
 
     def event_shape(self, features: int) -> tuple[int, ...]:
-        """Return the shape of an event's features, which `numpy.reshape` arranges.
+        """Return the shape of an event's features after `numpy.reshape`.
 
         Parameters
         ----------
@@ -217,7 +217,7 @@ class Interface(NamedTuple):
         Raises
         ------
         ValueError
-            If the network doesn't take so many features.
+            If the network doesn't accept this number of features.
 
         Examples
         --------
@@ -235,7 +235,7 @@ class Interface(NamedTuple):
 
 
 def interface_of(model: keras.Model) -> Interface:
-    """Return what a model takes and returns for one event.
+    """Return the input and output of a model for one event.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ class ServableModel(NamedTuple):
     content : bytes
         The model, for `model_from_bytes`.
     interface : Interface
-        What it takes and returns for one event.
+        Its input and output for one event.
     """
 
     content: bytes
@@ -276,7 +276,7 @@ class ServableModel(NamedTuple):
 
 
 def servable_model(model: keras.Model) -> ServableModel:
-    """Return a model ready to be sent to workers, or say why they couldn't use it.
+    """Return a model ready to be sent to workers, after checking that they can use it.
 
     It is loaded here as a worker loads it, and scores three events. A model of a class that isn't
     part of Keras is sent as the functional model of the layers that its `call` uses.
@@ -381,8 +381,8 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     callable
         Takes float64 of shape (events, features), which are converted to the type of the model's
         input. Returns float64 of shape (events, classes): the model's output, or [1 - p, p] if that
-        is a single probability p. Where the input is of integers, and a feature is not one of them,
-        the event's values are NaN.
+        is a single probability p. If the input takes integers and a feature is not one that it can
+        represent, the event's values are NaN.
 
     Examples
     --------
@@ -398,12 +398,12 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         if not len(features):  # a network that takes any number of features can fail on none
             return np.empty((0, interface.classes))
         shape = (len(features), *interface.event_shape(features.shape[1]))
-        with np.errstate(invalid="ignore", over="ignore"):  # what doesn't fit is found below
+        with np.errstate(invalid="ignore", over="ignore"):  # unfit values are found below
             typed = features.astype(dtype.as_numpy_dtype)
         unfit = np.zeros(len(features), bool)
         if not dtype.is_floating:
             unfit = (typed != features).any(axis=1)
-            typed[unfit] = 0  # a model could fail on others, such as an embedding's numbers
+            typed[unfit] = 0  # because a model, such as an embedding, could fail on them
         values = predict(typed.reshape(shape)).astype("float64")
         if values.shape != (len(features), interface.outputs):
             raise _refusal(
@@ -419,7 +419,7 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _fault(model: keras.Model) -> str | None:
-    """Return what is wrong with a model's inputs or outputs, and the remedy; None if nothing is."""
+    """Return the fault in a model's inputs or outputs, with the remedy; None if there is none."""
     import keras
 
     if not isinstance(model, keras.Model):
@@ -445,25 +445,25 @@ def _fault(model: keras.Model) -> str | None:
 
 
 def _input_fault(tensor: keras.KerasTensor) -> str | None:
-    """Return what is wrong with a model's input, and the remedy."""
+    """Return the fault in a model's input, with the remedy; None if there is none."""
     if not _is_numeric(tensor.dtype):
-        return f"its input is of type {tensor.dtype}: encode texts as numbers before Spark reads it"
+        return f"its input is of type {tensor.dtype}: convert it to numbers before Spark reads it"
     if tensor.shape[1:].count(None) > 1:
         return (
             f"its input has the shape {tensor.shape}: fix all sizes but one in keras.Input, so "
-            "that a list of features has one arrangement"
+            "that there is only one way to arrange a list of features"
         )
     return None
 
 
 def _output_fault(tensor: keras.KerasTensor) -> str | None:
-    """Return what is wrong with a model's output, and the remedy."""
+    """Return the fault in a model's output, with the remedy; None if there is none."""
     if not _is_numeric(tensor.dtype):
-        return f"its output is of type {tensor.dtype}: let it return a number per class"
+        return f"its output is of type {tensor.dtype}: make it return a number per class"
     if len(tensor.shape) != 2 or not tensor.shape[1]:
         return (
             f"its output has the shape {tensor.shape}, not (None, classes): end it with a layer "
-            "that makes one row of an event, such as keras.layers.Flatten and Dense, or an LSTM "
+            "that returns one row per event, such as keras.layers.Flatten and Dense, or an LSTM "
             "without return_sequences"
         )
     if tensor.shape[1] == 1 and not _is_probability(tensor):
@@ -499,7 +499,7 @@ def _is_probability(tensor: keras.KerasTensor) -> bool:
 
 
 def _functional(model: keras.Model) -> keras.Model:
-    """Return a model of a class of Keras: for a subclass, the model of the layers that it calls."""
+    """Return a model of one of Keras' classes: a subclass becomes a model of its layers."""
     import keras
 
     is_subclass = not type(model).__module__.startswith("keras.")
@@ -517,12 +517,12 @@ def _functional(model: keras.Model) -> keras.Model:
     try:
         outputs = model.call(inputs, **({"training": False} if takes_training else {}))
         return keras.Model(inputs, outputs, name=model.name)
-    except Exception as error:  # the method is somebody else's
+    except Exception as error:  # user code may raise anything
         raise _needs_code(error) from None
 
 
 def _is_shape(shape: object) -> bool:
-    """Return whether Keras' note of what a model was called on is the shape of a single tensor."""
+    """Return whether an entry of Keras' build configuration is the shape of a single tensor."""
     return isinstance(shape, tuple) and all(isinstance(size, int | None) for size in shape)
 
 
@@ -530,15 +530,15 @@ def _try(network: keras.Model, interface: Interface) -> None:
     """Raise `UnservableModelError` unless a network scores three events."""
     try:
         score = scoring_function(network)
-        if interface.features:  # otherwise, nobody knows how many of them the network needs
+        if interface.features:  # otherwise, it is unknown how many the network needs
             numbers = np.linspace(0, 1, 3 * interface.features, endpoint=False)
             score(numbers.reshape(3, -1))
     except UnservableModelError:
         raise
     except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
         raise _refusal(
-            f"Keras can't call it on three events, because {_first_line(error)}: let it take any "
-            "number of events"
+            f"Keras can't call it on three events, because {_first_line(error)}: make it "
+            "accept any number of events"
         ) from None
 
 
@@ -553,7 +553,7 @@ def _needs_code(error: Exception) -> UnservableModelError:
     else:
         cause = f"Keras can't copy it ({_first_line(error)})"
     return _refusal(
-        f"{cause}: build it from keras.layers and keras.ops, because workers get no other code"
+        f"{cause}: build it from keras.layers and keras.ops, because workers have no other code"
     )
 
 

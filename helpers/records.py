@@ -7,17 +7,17 @@ A good record
 - has ``EventId`` as a 64-bit integer (100000, not 100000.0 or "100000");
 - has each of the 30 features as a number within the range of 32-bit floats; where the schema has an
   integer (``PRI_jet_num``), the number is whole and fits (2 or 2.0, not 2.5). A feature of 64-bit
-  integers fits between -2**53 and 2**53, because features travel as 64-bit floats, which can't tell
-  all larger integers apart.
+  integers must be between -2**53 and 2**53, because features are passed on as 64-bit floats, which
+  can't represent all larger integers.
 
 Other fields are ignored. Every other record is bad: it is not scored, and does not stop the stream.
-So is a record for whose features the network has no finite prediction. `parse_events` and then
+A record for which the network returns no finite prediction is also bad. `parse_events` and then
 `helpers.transformers.ModelPredictor` give the reason, and `keep_bad_records` keeps the record with
 its topic, partition and offset. `json_to_dataframe_row` parses a single record and rejects the same
-ones as `parse_events`.
+records as `parse_events`.
 
 For your own events, pass another schema: the first column is the integer that identifies an event,
-the others are its features, all of them numbers. `check_schema` says which schemas can't be used.
+the others are its features, all of them numbers. `check_schema` rejects unusable schemas.
 """
 
 from __future__ import annotations
@@ -49,24 +49,25 @@ MODEL_VERSION = "model_version"  # the column with the version of the model that
 
 # The columns that scoring adds to a table of features.
 _RESULTS = ("prediction", "predicted_index", MODEL_VERSION)
-# All columns that stand beside an event's id: those of Kafka's source, those of the column `event`,
-# and those of a sink's files.
+# All columns that occur next to an event's id: those of Kafka's source, of the column `event`, and
+# of a sink's files.
 _BESIDE_THE_ID = frozenset((
     "key", "value", "headers", "topic", "partition", "offset", "timestamp", "timestamptype",
     "event", "features", "reason", "unused", *_RESULTS, "probability_0", "probability_1",
     "event_time", "batch", "bad", "bounds", "outside",
 ))  # fmt: skip
 
+_HIGGS_JSON = SCHEMA.json()
 _DENSE = 1  # how VectorUDT marks a dense vector
 _NUMBERS = frozenset((int, float))  # not bool, which Python treats as an int
 _LARGEST = float(np.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _FLOATS = ("float", "double")
-_EXACT = 2**53  # up to here, a 64-bit float holds every integer
+_EXACT = 2**53  # 64-bit floats represent every integer up to this one
 _QUOTED = 40  # maximum number of characters that a reason quotes from a bad record
 # Limits on the number and length of the unused field names that an Arrow batch reports to the
 # driver, because they come from outside.
-_NAMES_TOLD = 20
+_NAMES_REPORTED = 20
 _NAME_LENGTH = 100
 
 
@@ -75,13 +76,13 @@ class BadRecordError(ValueError):
 
 
 def check_schema(schema: StructType) -> None:
-    """Raise `ValueError` if a schema can't be used: once, and not for each record.
+    """Raise `ValueError` if a schema can't be used.
 
     Parameters
     ----------
     schema : pyspark.sql.types.StructType
         The event's id, an integer, then its features: integers, floats or doubles. Their names may
-        have any characters, but must differ by more than case, as Spark ignores it.
+        have any characters, but must differ by more than case, because Spark ignores case.
 
     Examples
     --------
@@ -113,25 +114,10 @@ def check_schema(schema: StructType) -> None:
         raise ValueError(f"this schema can't be used: {'; '.join(faults)}.")
 
 
-def check_names(event_id: str, features: Sequence[str] = ()) -> None:
-    """Raise `ValueError` if an event's fields have names that can't be used.
-
-    Examples
-    --------
-    >>> check_names("offset")
-    Traceback (most recent call last):
-    ...
-    ValueError: the id 'offset' has the name of a column of Kafka or of the results: rename it, such
-    as to 'offset_id'.
-    """
-    if faults := name_faults(event_id, features):
-        raise ValueError(f"{'; '.join(faults)}.")
-
-
 def name_faults(event_id: str, features: Sequence[str]) -> list[str]:
-    """Return what is wrong with the names of an event's fields, as clauses; none if all is well.
+    """Return the faults in the names of an event's fields, as clauses; an empty list if none.
 
-    Spark ignores case in names unless a session says otherwise, and the next session may not.
+    Names that differ only by case are duplicates, because Spark ignores case by default.
 
     Examples
     --------
@@ -146,7 +132,7 @@ def name_faults(event_id: str, features: Sequence[str]) -> list[str]:
     repeated = {name for name, key in zip(features, folded, strict=True) if counts[key] > 1}
     faults = [f"features are named twice: {', '.join(sorted(repeated))}"] if repeated else []
     if id_folded in counts:
-        faults.append(f"the field of the id, {event_id!r}, is a feature")
+        faults.append(f"the id {event_id!r} is also a feature")
     if id_folded in _BESIDE_THE_ID:
         faults.append(
             f"the id {event_id!r} has the name of a column of Kafka or of the results: rename it, "
@@ -160,9 +146,9 @@ def name_faults(event_id: str, features: Sequence[str]) -> list[str]:
 
 
 def named(name: str) -> Column:
-    """Return the column of exactly this name, whatever characters the name has.
+    """Return the column with exactly this name, whatever characters the name has.
 
-    To `pyspark.sql.functions.col`, a dot stands before a field of a struct.
+    In `pyspark.sql.functions.col`, a dot selects a field of a struct.
 
     Examples
     --------
@@ -204,8 +190,7 @@ def json_to_dataframe_row(text: str | bytes, schema: StructType = SCHEMA) -> Row
     """
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     # Serializing a schema to JSON takes longer than parsing an event.
-    parser = _higgs_parser() if schema is SCHEMA else _parser(schema.json())
-    return parser.row(content)
+    return _parser(_HIGGS_JSON if schema is SCHEMA else schema.json()).row(content)
 
 
 def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
@@ -243,37 +228,11 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
 
 @functools.lru_cache(maxsize=8)
 def _event_column(context: SparkContext, schema_json: str) -> Column:
-    """Return the column `event`; it is made once for a context, because pickling takes 5 ms."""
+    """Return the column `event`, cached per context because pickling its function takes 5 ms."""
     schema = StructType.fromJson(json.loads(schema_json))
     parse = F.arrow_udf(lambda values: _parser(schema_json).events(values), event_type(schema))
     event = parse(F.col("value").cast("binary"))
-    return event.alias("event", metadata=_metadata(schema))
-
-
-def rows_to_events(rows: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
-    """Convert rows from `json_to_dataframe_row` to the column `event` that `parse_events` adds.
-
-    Parameters
-    ----------
-    rows : pyspark.sql.DataFrame
-        Rows with the schema's columns.
-    schema : pyspark.sql.types.StructType
-        The event's id, then its features.
-
-    Examples
-    --------
-    >>> from helpers.higgs import generate_events
-    >>> rows = spark.createDataFrame(generate_events(1, seed=0)[list(SCHEMA.names)], SCHEMA)
-    >>> rows_to_events(rows).first().event.EventId
-    100000
-    """
-    check_schema(schema)
-    event_id, *features = schema.names
-    numbers = [named(name).cast("double") for name in features]
-    fields = [named(event_id), F.array(*numbers).alias("features")]
-    fields += [F.lit(None).alias("reason"), F.lit(None).alias("unused")]
-    event = F.struct(*fields).cast(event_type(schema))
-    return rows.select(event.alias("event", metadata=_metadata(schema)))
+    return event.alias("event", metadata={"features": schema.names[1:]})
 
 
 def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
@@ -305,21 +264,19 @@ def to_columns(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
     return events.select(*columns)
 
 
-def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
+def keep_bad_records(scored: DataFrame) -> DataFrame:
     """Return scored records with the columns that a sink expects.
 
     Parameters
     ----------
     scored : pyspark.sql.DataFrame
-        Records with the columns of Spark's Kafka source, and a column of events as returned by
+        Records with the columns of Spark's Kafka source, and the column ``event`` as returned by
         `parse_events` and then `helpers.transformers.ModelPredictor`.
-    event_col : str
-        The name of the event column.
 
     Returns
     -------
     pyspark.sql.DataFrame
-        The event column is replaced by the event's id and
+        ``event`` is replaced by the event's id and
 
         - ``topic``, ``partition``, ``offset``, ``timestamp`` of the record in Kafka;
         - ``bad``: null for a good record, otherwise a struct of ``key``, ``value`` and ``reason``;
@@ -336,11 +293,10 @@ def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
     >>> bad.offset, bad.EventId, bad.bad.reason
     (7, None, 'EventId is missing')
     """
-    event_id = scored.schema[event_col].dataType.names[0]
-    event = named(event_col)
+    event_id, event = scored.schema["event"].dataType.names[0], F.col("event")
     content = F.struct("key", "value", event["reason"].alias("reason"))
     bad = F.when(event["reason"].isNotNull(), content)
-    replaced = (event_col, "key", "value", "timestampType")
+    replaced = ("event", "key", "value", "timestampType")
     others = [named(name) for name in scored.columns if name not in replaced]
     return scored.select(
         event[event_id].alias(event_id), *others, bad.alias("bad"), event["unused"].alias("unused")
@@ -348,7 +304,7 @@ def keep_bad_records(scored: DataFrame, event_col: str = "event") -> DataFrame:
 
 
 def observed(counts: Observation) -> dict[str, Any] | None:
-    """Return the metrics of an action; None if there are none, where `get` would block forever.
+    """Return the metrics of an action; None if there are none and `get` would block forever.
 
     Parameters
     ----------
@@ -417,7 +373,7 @@ def matrix_of(lists: pyarrow.ListArray, width: int | None) -> np.ndarray:
     lists : pyarrow.ListArray
         Lists of numbers.
     width : int or None
-        Required length of each list; None for that of the first one.
+        Required length of each list; None: the length of the first one.
 
     Returns
     -------
@@ -487,11 +443,6 @@ def printable(text: str) -> str:
     )
 
 
-def _metadata(schema: StructType) -> dict[str, list[str]]:
-    """Return the metadata of an event column: the names of its features, in order."""
-    return {"features": schema.names[1:]}
-
-
 class _Event(NamedTuple):
     """A good record's content: the id and the features in order, and the unused names."""
 
@@ -500,19 +451,19 @@ class _Event(NamedTuple):
 
 
 class _Integers(NamedTuple):
-    """The integers that a field may have."""
+    """The range of integers that a field accepts."""
 
     lowest: int
     highest: int
     words: str
 
-    def hold(self, number: float) -> bool:
-        """Return whether a number is one of them."""
+    def include(self, number: float) -> bool:
+        """Return whether a number is one of these integers."""
         return number % 1 == 0 and self.lowest <= number <= self.highest
 
 
 def _integers(field: StructField, is_id: bool) -> _Integers | None:
-    """Return the integers that a field of a schema may have; None if it may have fractions."""
+    """Return the integers that a field accepts; None if it also accepts fractions."""
     bits = _INTEGER_BITS.get(field.dataType.typeName())
     if bits is None:
         return None
@@ -522,7 +473,7 @@ def _integers(field: StructField, is_id: bool) -> _Integers | None:
 
 
 def _kind(field: StructField) -> Callable[[float], float]:
-    """Return the function that makes a number what a row of the schema has."""
+    """Return the function that converts a number to a field's type."""
     if field.dataType.typeName() == "float":
         return lambda number: float(np.float32(number))
     return int if field.dataType.typeName() in _INTEGER_BITS else float
@@ -539,7 +490,7 @@ class _Parser:
         self._kinds = [_kind(field) for field in schema]
         self._row = Row(*schema.names)
         self._numbers_of = operator.itemgetter(*schema.names)
-        # The id as an integer, because a float has only 53 bits for it; the features as floats.
+        # The id is an integer, because a float has only 53 bits for it; the features are floats.
         self._packed = struct.Struct(f"<q{len(schema.names) - 1}d")
 
     def row(self, value: bytes) -> Row:
@@ -556,7 +507,7 @@ class _Parser:
             if type(event[name]) not in _NUMBERS:
                 raise BadRecordError(f"{name} is {_quoted(event[name])}, not a number")
             integers = self._integers[name]
-            if integers and not integers.hold(event[name]):
+            if integers and not integers.include(event[name]):
                 raise BadRecordError(f"{name} is {event[name]}, not an integer {integers.words}")
         event_id = event[self._names[0]]
         if type(event_id) is not int:
@@ -572,9 +523,9 @@ class _Parser:
         table = bytearray(size * len(values))
         reasons: list[str | None] = [None] * len(values)
         unused: list[list[str] | None] = [None] * len(values)
-        told: set[str] = set()
+        reported: set[str] = set()
         for index, value in enumerate(values.to_pylist()):
-            numbers = self._numbers_at_a_glance(value)
+            numbers = self._fast_numbers(value)
             if numbers is None:
                 try:
                     numbers, surplus = self.event(value)
@@ -582,9 +533,10 @@ class _Parser:
                     reasons[index] = str(error)
                     continue
                 names = dict.fromkeys(name[:_NAME_LENGTH] for name in surplus)
-                new = [name for name in names if name not in told][: _NAMES_TOLD - len(told)]
+                new = [name for name in names if name not in reported]
+                new = new[: _NAMES_REPORTED - len(reported)]
                 unused[index] = [printable(name) for name in new] or None
-                told.update(new)
+                reported.update(new)
             pack_into(table, index * size, *numbers)
         return self._as_arrow(table, reasons, unused, values)
 
@@ -596,8 +548,8 @@ class _Parser:
             return str(error)
         return None
 
-    def _numbers_at_a_glance(self, value: bytes | None) -> Sequence[float] | None:
-        """Return the numbers of a record that is certainly good; otherwise None: `event` decides.
+    def _fast_numbers(self, value: bytes | None) -> Sequence[float] | None:
+        """Return a record's numbers if it is certainly good; otherwise None, and `event` decides.
 
         If all fields are numbers, only names contain text; if there are then as many colons as
         fields, no name is duplicated.
@@ -612,7 +564,7 @@ class _Parser:
         if not _NUMBERS.issuperset(map(type, numbers)) or type(numbers[0]) is not int:
             return None
         for place, integers in self._whole_numbers:
-            if not integers.hold(numbers[place]):
+            if not integers.include(numbers[place]):
                 return None
         return numbers
 
@@ -639,11 +591,6 @@ class _Parser:
         return pyarrow.StructArray.from_arrays(arrays, [self._names[0], *event_type().names[1:]])
 
 
-@functools.cache
-def _higgs_parser() -> _Parser:
-    return _Parser(SCHEMA)
-
-
 @functools.lru_cache(maxsize=8)
 def _parser(schema_json: str) -> _Parser:
     """Return the parser of a schema, cached because creating it takes longer than an event."""
@@ -668,7 +615,7 @@ def _json_object(value: bytes | None) -> Mapping[str, Any]:
 
 
 def _check_names_differ(value: bytes) -> None:
-    """Raise `BadRecordError` if an object has duplicate names, of which orjson keeps the last."""
+    """Raise `BadRecordError` for duplicate names in an object, because orjson keeps the last."""
     try:
         pairs = json.loads(value.decode(), object_pairs_hook=list, parse_int=str, parse_float=str)
     except RecursionError:
@@ -676,7 +623,7 @@ def _check_names_differ(value: bytes) -> None:
     seen: set[str] = set()
     for name, _ in pairs:
         if name in seen:
-            raise BadRecordError(f"{_quoted(name)} comes twice")
+            raise BadRecordError(f"{_quoted(name)} occurs twice")
         seen.add(name)
 
 

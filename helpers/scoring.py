@@ -70,16 +70,14 @@ class Scoring:
         seconds = time.monotonic() - began
         if self._monitor is not None:
             lag = self._source.lag_after(batch.batch_id)
-            figures = Batch(
-                batch.batch_id, counts.events, counts.signal, counts.bad, seconds, lag
-            )
+            figures = Batch(batch.batch_id, counts.events, counts.signal, counts.bad, seconds, lag)
             self._monitor.add(figures, counts.unused)
 
 
 def score_stream(
     source: Source, score: Score, sink: ParquetSink, monitor: Monitor | None = None
 ) -> Scoring:
-    """Score a stream's batches into a sink, each event exactly once, when the stream runs.
+    """Score a stream's batches into a sink, each event exactly once, while the stream runs.
 
     Parameters
     ----------

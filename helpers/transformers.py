@@ -62,7 +62,7 @@ Network = TypeVar("Network")
 
 
 class _ExactWriter(DefaultParamsWriter):
-    """Saves a stage as Spark does, at exactly the path that it is given."""
+    """Saves a stage as Spark does, to exactly the given path."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the stage."""
@@ -70,7 +70,7 @@ class _ExactWriter(DefaultParamsWriter):
 
 
 class _ExactReader(DefaultParamsReader):
-    """Loads a stage as Spark does, from exactly the path that it is given."""
+    """Loads a stage as Spark does, from exactly the given path."""
 
     def load(self, path: str | os.PathLike[str]) -> Any:
         """Return the saved stage."""
@@ -105,9 +105,9 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         The name of the new column, a vector with one entry per class: the model's output, or
         [1 - p, p] if that is a single probability p.
     feature_names : sequence of str, optional
-        The names of the model's inputs, in order, as in a serving model's contract. If given, the
-        table has a column of each name, in any order, and `features_col` may only be a column of
-        events; events parsed with other features, or in another order, are rejected.
+        The names of the model's inputs, in order, as in a serving model's contract. If given, a
+        column of events must have been parsed with these features in this order; without a column
+        of events, each feature is read from the column of its name.
 
     Raises
     ------
@@ -117,9 +117,9 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
 
     Notes
     -----
-    A prediction with a NaN or an infinite value is no prediction. In a column of events, it makes
-    the record a bad one, with the reason; otherwise the output is null. The same holds for a
-    feature such as 2.5, or 3e9, where the model's input is of 32-bit integers.
+    A prediction with a NaN or an infinite value is discarded: in a column of events, the record
+    becomes a bad one, with the reason; otherwise the output is null. Features such as 2.5 or 3e9
+    are treated in the same way if the model's input takes 32-bit integers.
 
     Examples
     --------
@@ -130,7 +130,7 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     """
 
     featureNames = Param(  # noqa: N815 (Spark ML's way to name parameters)
-        Params._dummy(), "featureNames", "what the model's inputs are called",
+        Params._dummy(), "featureNames", "the names of the model's inputs",
         TypeConverters.toListString,
     )  # fmt: skip
 
@@ -142,9 +142,7 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         feature_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self._set(
-            featuresCol=features_col, outputCol=output_col, featureNames=list(feature_names)
-        )
+        self._set(featuresCol=features_col, outputCol=output_col, featureNames=list(feature_names))
         self._model = None if keras_model is None else servable_model(keras_model)
         if self._model and feature_names:
             self._model.interface.event_shape(len(feature_names))
@@ -181,7 +179,7 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
 
     def _checked_model(self) -> ServableModel:
         if self._model is None:
-            raise ValueError("this ModelPredictor has no model: give it one as keras_model=.")
+            raise ValueError("this ModelPredictor has no model: pass one as keras_model=.")
         return self._model
 
 
@@ -219,10 +217,10 @@ class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, 
     Parameters
     ----------
     output_dim : int
-        The number of classes. Predictions with another number of entries are rejected: before any
-        job runs if the column's metadata has the number, as that of a `ModelPredictor` does.
+        The number of classes. Predictions with another number of entries are rejected, before any
+        job runs if the column's metadata has the number, as the output of a `ModelPredictor` does.
     input_col : str
-        The prediction, a vector column. Where it is null, so is the index.
+        The prediction, a vector column. If it is null, the index is null.
     output_col : str
         The name of the new column. It is a double, as Spark ML's evaluators expect.
     default_index : int
@@ -247,10 +245,10 @@ class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, 
         Params._dummy(), "outputDim", "the number of classes", TypeConverters.toInt
     )
     defaultIndex = Param(  # noqa: N815
-        Params._dummy(), "defaultIndex", "the index where no value is above 0", TypeConverters.toInt
+        Params._dummy(), "defaultIndex", "the index if no value is above 0", TypeConverters.toInt
     )
     activationThreshold = Param(  # noqa: N815
-        Params._dummy(), "activationThreshold", "the value that is enough", TypeConverters.toFloat
+        Params._dummy(), "activationThreshold", "the sufficient value", TypeConverters.toFloat
     )
 
     def __init__(
@@ -294,8 +292,7 @@ def _index(
 ) -> Column:
     """Return the chosen index, as an expression on a vector column.
 
-    Like all expressions that each batch uses, it is made once for a context: its fifty calls to
-    Java take 20 ms.
+    It is cached per context, because its fifty calls to Java would take 20 ms in each batch.
     """
     entries = vector_entries(named(name))
     # Spark treats NaN as larger than any number; a NaN must not be chosen.
@@ -318,7 +315,7 @@ def _network_function(
 ) -> Callable[[Column], Column]:
     """Return a function from a column of lists or events to a column with predictions.
 
-    It is created once per model, so that the model is broadcast once. It is marked
+    It is cached per model, so that the model is broadcast once. It is marked
     nondeterministic because Spark's optimizer copies a deterministic function into each expression
     and filter that uses its result, and each copy would run the network again.
     """
@@ -375,7 +372,7 @@ def kept_network(name: str, make: Callable[[], Network]) -> Network:
 def _predict_events(
     events: pyarrow.StructArray, names: list[str], digest: str, model: Broadcast[bytes]
 ) -> pyarrow.StructArray:
-    """Replace the events' features by predictions, on a worker; without one, a record is bad."""
+    """Replace the events' features by predictions; a record without a prediction is bad."""
     predictions = _predict_lists(events.field("features"), digest, model)
     arrays = {field.name: events.field(place) for place, field in enumerate(events.type)}
     arrays["features"] = predictions
@@ -391,8 +388,8 @@ def _predict_events(
 def _predict_lists(
     features: pyarrow.ListArray, digest: str, model: Broadcast[bytes]
 ) -> pyarrow.ListArray:
-    """Run the network on an Arrow batch, on a worker; null stays null, and NaN becomes null."""
-    network = _loaded(digest, model)
+    """Run the network on an Arrow batch; null stays null, and NaN becomes null."""
+    network = kept_network(digest, lambda: _load(model))
     scores = network.score(matrix_of(features, network.width))
     finite = np.isfinite(scores).all(axis=1)
     missing = np.array(features.is_null())
@@ -400,19 +397,15 @@ def _predict_lists(
     return list_array(scores[finite], missing)
 
 
-def _loaded(digest: str, model: Broadcast[bytes]) -> _Loaded:
-    """Return the network, which a worker loads on the first batch."""
-
-    def load() -> _Loaded:
-        network = model_from_bytes(model.value)
-        return _Loaded(scoring_function(network), interface_of(network).features)
-
-    return kept_network(digest, load)
+def _load(model: Broadcast[bytes]) -> _Loaded:
+    """Load the network, on a worker's first batch."""
+    network = model_from_bytes(model.value)
+    return _Loaded(scoring_function(network), interface_of(network).features)
 
 
 def _vector(scores: Column, name: str, width: int) -> Column:
     """Return lists as vectors, under a name; null stays null."""
-    # Spark ML's own way to say how long the vectors are.
+    # Spark ML's metadata for the number of entries.
     metadata = {"ml_attr": {"num_attrs": width}}
     return F.when(scores.isNotNull(), array_to_vector(scores)).alias(name, metadata=metadata)
 
@@ -421,7 +414,7 @@ def _entries(dataset: DataFrame, name: str, interface: Interface) -> Column:
     """Return a vector column as lists; rows whose features are null fail."""
     _check_vector_column(dataset, name)
     _check_width(dataset, name, interface)
-    reason = f"a row has no features (column {name!r} is null): filter such rows out."
+    reason = f"a row has no features (column {name!r} is null): filter out such rows."
     return F.coalesce(vector_entries(named(name)), F.raise_error(F.lit(reason)))
 
 
@@ -444,15 +437,8 @@ def _wrong_output_dim(found: object, classes: int) -> str:
     """Return the message for predictions with another number of classes than expected."""
     return (
         f"the predictions have {found} entries, but output_dim is {classes}: give "
-        "LabelIndexTransformer the number of the model's classes."
+        "LabelIndexTransformer the model's number of classes."
     )
-
-
-def _column_type(dataset: DataFrame, name: str) -> DataType:
-    """Return a column's type, or raise `ValueError` if there is no such column."""
-    if name not in dataset.columns:
-        raise ValueError(f"there is no column {name!r}; the columns are {dataset.columns}.")
-    return dataset.schema[name].dataType
 
 
 def _holds_events(column_type: DataType) -> bool:
@@ -480,7 +466,7 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
     missing = [name for name in names if name not in dataset.columns]
     if missing:
         raise ValueError(
-            f"the model needs the columns {missing}, which aren't there; the columns are "
+            f"the model needs the columns {missing}, which are missing; the columns are "
             f"{dataset.columns}."
         )
     for name in names:
@@ -491,7 +477,7 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
             )
     columns = [named(name).cast("double") for name in names]
     known = [column.isNotNull() & ~F.isnan(column) for column in columns]
-    # As with records, an event that lacks a feature has no prediction.
+    # As with records, an event without one of the features has no prediction.
     return F.when(functools.reduce(Column.__and__, known), F.array(*columns))
 
 
@@ -502,13 +488,15 @@ def _check_features(dataset: DataFrame, name: str, expected: Sequence[str]) -> N
         wrong = sorted(set(found) ^ set(expected)) or "their order"
         raise ValueError(
             f"the events in {name!r} don't have the model's features ({wrong} differs): parse them "
-            "with the serving model's own schema."
+            "with the serving model's schema."
         )
 
 
 def _check_vector_column(dataset: DataFrame, name: str) -> None:
     """Raise `ValueError` unless the column exists and holds vectors."""
-    found = _column_type(dataset, name)
+    if name not in dataset.columns:
+        raise ValueError(f"there is no column {name!r}; the columns are {dataset.columns}.")
+    found = dataset.schema[name].dataType
     if not isinstance(found, VectorUDT):
         raise ValueError(
             f"column {name!r} must hold vectors, not {found.simpleString()}: make them with "

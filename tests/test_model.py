@@ -113,15 +113,15 @@ def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):
     [
         ({"feature_names": FEATURES[1:]}, "it has 30 means for 29 features"),
         ({"feature_names": (*FEATURES[1:], "PRI_met")}, "features are named twice: PRI_met"),
-        ({"feature_names": (EVENT_ID, *FEATURES[1:])}, "field of the id, 'EventId', is a feature"),
+        ({"feature_names": (EVENT_ID, *FEATURES[1:])}, "the id 'EventId' is also a feature"),
         ({"feature_names": (*FEATURES[1:], "PRI_MET")}, "named twice: PRI_MET, PRI_met"),
         ({"feature_names": ("Prediction", *FEATURES[1:])}, "'Prediction' has the name of a column"),
         ({"event_id": "Offset"}, "the id 'Offset' has the name of a column of Kafka"),
         ({"class_names": ("signal",)}, "it has 1 classes, not two"),
-        ({"feature_names": "ab"}, "a contract that isn't whole: feature_names is no list"),
+        ({"feature_names": "ab"}, "an invalid contract: feature_names is not a list"),
         ({"signal_index": 2}, "signal_index is 2"),
         ({"signal_index": True}, "signal_index is True"),
-        ({"metrics": "good"}, "a contract that isn't whole: .*'str'"),
+        ({"metrics": "good"}, "an invalid contract: .*'str'"),
         ({"metrics": {"auc": float("nan")}}, "a metric is not finite"),
         ({"threshold": 1.5}, "threshold is 1.5, not between 0 and 1"),
         ({"means": (float("nan"),) * 30}, "means are not all finite"),
@@ -165,24 +165,24 @@ def test_files_that_were_changed_are_refused(make_serving_model, serving_model, 
         load_serving_model(path)
     del content["contract"]["threshold"]
     rewritten(path, CONTRACT, json.dumps(content))
-    with pytest.raises(ServingModelError, match=r"a contract that isn't whole: .*threshold"):
+    with pytest.raises(ServingModelError, match=r"an invalid contract: .*threshold"):
         load_serving_model(path)
     content["contract"]["threshold"] = "0.5"
     rewritten(path, CONTRACT, json.dumps(content))
-    with pytest.raises(ServingModelError, match=r"a contract that isn't whole: .*'str'"):
+    with pytest.raises(ServingModelError, match=r"an invalid contract: .*'str'"):
         load_serving_model(path)
     save_serving_model(serving_model, path)
     rewritten(path, "config.json", "[" * 100_000)
     with pytest.raises(ServingModelError, match=r"has no network that can be loaded: .*recursion"):
         load_serving_model(path)
     rewritten(path, CONTRACT, "[" * 100_000)
-    with pytest.raises(ServingModelError, match=r"a contract that isn't whole: .*recursion"):
+    with pytest.raises(ServingModelError, match=r"an invalid contract: .*recursion"):
         load_serving_model(path)
     serving_model.network.save(path)
     with pytest.raises(ServingModelError, match=r"no contract: write it with .*save_serving_model"):
         load_serving_model(path)
     path.write_text("EventId")
-    with pytest.raises(ServingModelError, match=r"is no \.keras file, or is damaged"):
+    with pytest.raises(ServingModelError, match=r"is not a \.keras file, or is damaged"):
         load_serving_model(path)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_serving_model(tmp_path / "none.keras")
@@ -196,7 +196,7 @@ def test_a_file_that_was_damaged_is_refused(serving_model, tmp_path, place):
     content = bytearray(path.read_bytes())
     content[(2 * place + 1) * len(content) // 10] ^= 0x10
     path.write_bytes(content)
-    with pytest.raises(ServingModelError, match=r"is no \.keras file, or is damaged"):
+    with pytest.raises(ServingModelError, match=r"is not a \.keras file, or is damaged"):
         load_serving_model(path)
 
 
@@ -250,7 +250,7 @@ def test_another_file_system_is_refused(serving_model):
     """A path on another file system, such as HDFS, is refused for loading and saving."""
     path = "hdfs:///models/higgs.keras"
     for use in (load_serving_model, lambda path: save_serving_model(serving_model, path)):
-        with pytest.raises(ServingModelError, match=r"is no path of this machine: copy the file"):
+        with pytest.raises(ServingModelError, match="is not a path on this machine: copy the file"):
             use(path)
 
 

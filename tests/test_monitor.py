@@ -100,7 +100,7 @@ def test_a_notebook_shows_the_last_of_many_batches_and_the_total_of_all(executed
     assert lines[1].split() == ["00:05:00", "1,000", "500", "0", "0.5", "2,000", "20,000"]
     assert lines[-3].split() == ["00:24:00", "1,000", "500", "0", "0.5", "2,000", "1,000"]
     assert lines[-2].split() == ["total", "25,000", "12,500", "0", "12.5", "2,000"]
-    assert lines[-1] == "the last 20 of 25 batches; the total is of all"
+    assert lines[-1] == "the last 20 of 25 batches; the total includes all"
     assert output["data"]["text/html"].count("<tr>") == 1 + 20 + 1
     assert executed["add many"] == []
 
@@ -165,7 +165,7 @@ def test_a_long_stream_keeps_the_last_batches_and_the_totals_of_all(capsys, monk
     share = monitor.plot().axes[1]
     assert share.lines[0].get_ydata() == pytest.approx([75] * 9 + [100 * 77 / 101])
     assert monitor.plot().axes[2].get_xlabel().endswith("the first batch of the last 10")
-    assert "the last 20 of 25 batches; the total is of all" in monitor.contents()["text/plain"]
+    assert "the last 20 of 25 batches; the total includes all" in monitor.contents()["text/plain"]
     monitor.begin()
     assert monitor.totals()["batches"] == 0
 

@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import UnservableModelError
-from helpers.records import MODEL_VERSION, parse_events, rows_to_events
+from helpers.records import MODEL_VERSION, parse_events
 from helpers.serving import (
     ModelFile,
     ServingModel,
@@ -56,7 +56,7 @@ def test_an_event_without_a_feature_has_no_prediction(table, serving_model, valu
 
 def test_a_missing_column_is_named(table, serving_model):
     """A missing column is named in the error."""
-    with pytest.raises(ValueError, match=r"needs the columns \['PRI_met'\], which aren't there"):
+    with pytest.raises(ValueError, match=r"needs the columns \['PRI_met'\], which are missing"):
         ServingTransformer(serving_model).transform(table.drop("PRI_met"))
 
 
@@ -71,8 +71,9 @@ def test_events_in_another_order_are_refused(table, serving_model):
     """Events parsed with another order of features are refused."""
     wrong = serving_model.schema
     wrong = type(wrong)([wrong.fields[0], *reversed(wrong.fields[1:])])
-    with pytest.raises(ValueError, match="parse them with the serving model's own schema"):
-        ServingTransformer(serving_model).transform(rows_to_events(table, wrong))
+    records = table.select(F.to_json(F.struct("*")).cast("binary").alias("value"))
+    with pytest.raises(ValueError, match="parse them with the serving model's schema"):
+        ServingTransformer(serving_model).transform(parse_events(records, wrong))
 
 
 def test_records_are_scored_as_tables_are(spark, table, serving_model, event_values):
@@ -134,7 +135,7 @@ def test_what_cannot_be_served_is_not_saved(serving_model, tmp_path):
         of_layers(contract, keras.layers.Dense(1))
     with pytest.raises(UnservableModelError, match="it has a Python lambda: build it from"):
         of_layers(contract, keras.layers.Lambda(lambda x: x), keras.layers.Dense(2))
-    with pytest.raises(ServingModelError, match="tells 3 classes apart, the contract 2"):
+    with pytest.raises(ServingModelError, match="distinguishes 3 classes, the contract 2"):
         save_serving_model(of_layers(contract, keras.layers.Dense(3, "softmax")), path)
     scaling, network = serving_model.network.layers
     network = keras.Sequential([keras.Input((30,)), scaling, Halving(), network])
@@ -161,16 +162,16 @@ def test_a_new_version_serves_from_the_next_batch_on(
     with caplog.at_level(logging.WARNING):
         assert file.current().transform(table).first()[MODEL_VERSION] == second.version
         file.current()
-    assert caplog.text.count(f"{second.version} goes on serving") == 1
+    assert caplog.text.count(f"{second.version} keeps serving") == 1
     save_serving_model(make_serving_model(event_id="Id"), path)
     with caplog.at_level(logging.WARNING):
         assert file.current().transform(table).first()[MODEL_VERSION] == second.version
-    assert "has event_id 'Id', and what is written so far 'EventId'" in caplog.text
+    assert "has event_id 'Id', but the results so far have 'EventId'" in caplog.text
     classes = {"class_names": ("signal", "background"), "signal_index": 0}
     save_serving_model(make_serving_model(**classes), path)
     with caplog.at_level(logging.WARNING):
         assert file.current().transform(table).first()[MODEL_VERSION] == second.version
-    assert "has class_names ('signal', 'background'), and what is written" in caplog.text
+    assert "has class_names ('signal', 'background'), but the results so far" in caplog.text
     path.unlink()
     assert file.current().transform(table).first()[MODEL_VERSION] == second.version
 
@@ -178,7 +179,7 @@ def test_a_new_version_serves_from_the_next_batch_on(
 def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(
     make_serving_model, serving_model, tmp_path, caplog
 ):
-    """A file that can't be read is tried again with each batch, and logged once."""
+    """Reading a file that can't be read is retried with each batch, and logged once."""
     path = tmp_path / "model.keras"
     save_serving_model(serving_model, path)
     file = ModelFile(path)
@@ -187,7 +188,7 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             file.current()
-    assert caplog.text.count("goes on serving: there is no file") == 1
+    assert caplog.text.count("keeps serving: there is no file") == 1
     (tmp_path / "second.keras").rename(path)
     file.current()
     assert file.model.version == second.version

@@ -195,7 +195,7 @@ def test_a_second_sink_on_a_path_is_refused(spark, path, impatient):
     """A second sink on a path is refused while the first one is open."""
     with Sink(spark, path) as sink:
         with (
-            pytest.raises(SinkError, match=r"another job writes to .*scored: end it, or give"),
+            pytest.raises(SinkError, match=r"another job writes to .*scored: stop it, or give"),
             Sink(spark, path),
         ):
             pass
@@ -256,7 +256,7 @@ def test_a_failed_heartbeat_is_not_the_last_one(spark, path, impatient, caplog):
         with pytest.raises(SinkError, match="another job writes to"), Sink(spark, path):
             pass
         write(sink, spark, 0, 10)
-    assert caplog.text.count("can't be renewed, and is tried again: the file system is away") == 1
+    assert caplog.text.count("can't be renewed, and is retried: the file system is away") == 1
 
 
 def test_of_many_that_find_a_sink_dead_one_takes_its_path(spark, path, impatient):
@@ -316,7 +316,7 @@ def test_a_sink_can_be_closed_when_its_file_system_is_away(spark, path, impatien
 
 def test_a_bad_record_stops_a_strict_sink(spark, path):
     """A bad record stops the batch, and none of its records is stored."""
-    message = r"events, partition 0, offset 3 is not an event: it is no JSON\. To go on"
+    message = r"events, partition 0, offset 3 is not an event: it is no JSON\. To continue"
     with Sink(spark, path) as sink:
         with pytest.raises(BadRecordError, match=message):
             write(sink, spark, 0, 10, bad=[3, 7])
@@ -347,7 +347,7 @@ def test_a_sink_can_be_moved(spark, path, tmp_path):
     "arguments, reason",
     [
         ({"on_bad_record": "ignore"}, "on_bad_record is 'ignore': it must be dead-letter, skip,"),
-        ({"on_bad_record": "dead-letter"}, "dead letters go to Kafka: give its settings, too"),
+        ({"on_bad_record": "dead-letter"}, "dead letters are sent to Kafka: pass its settings"),
     ],
 )
 def test_wrong_arguments_are_refused(spark, path, arguments, reason):
@@ -408,7 +408,7 @@ def test_a_topic_that_is_created_again_while_the_stream_runs_is_refused(spark, p
         write(sink, spark, 0, 10)
         batch = sink.stream.plan(10, 20)
         sink.stream.ids["events"] = "id-2"
-        with pytest.raises(SinkError, match="topic events was deleted while a batch of it was"):
+        with pytest.raises(SinkError, match="topic events was deleted while a batch was read"):
             sink.write(rows(spark, 10, 20), batch)
         new = sink.stream.plan(20, 30)
         with pytest.raises(SinkError, match="topic events was deleted and created again"):
@@ -453,7 +453,7 @@ def test_results_without_topic_ids_are_continued(spark, path):
 def test_a_second_stream_is_refused(spark, path):
     """An open sink refuses a second stream, and accepts one when it is opened again."""
     with Sink(spark, path) as sink:
-        with pytest.raises(SinkError, match="takes the batches of another stream already"):
+        with pytest.raises(SinkError, match="already takes the batches of another stream"):
             sink.begin({}, {})
         write(sink, spark, 0, 10)
     with sink:  # opened again, it can serve another stream

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from test_sinks import PARTITION, Sink, stored, write
 
-from helpers.sinks import SinkError, commits, lease, parquet, read_scored
+from helpers.sinks import SinkError, commits, lease, read_scored
 from helpers.sinks.commits import CommitLog, Part, State
+from helpers.sinks.parts import PartFiles
 from helpers.sinks.progress import Progress
 
 
@@ -88,7 +89,7 @@ def test_files_that_cannot_be_merged_still_count(spark, path, often, monkeypatch
     """If a merge fails, the batches stay readable, and the merge is retried later."""
     with Sink(spark, path) as sink:
         with monkeypatch.context() as failing:
-            failing.setattr("helpers.sinks.parquet.merge", lambda *_: 1 / 0)
+            failing.setattr(PartFiles, "merge", lambda *_: 1 / 0)
             for start in range(0, 50, 10):
                 write(sink, spark, start, start + 10)
         assert "can't be merged now" in caplog.text
@@ -101,13 +102,13 @@ def test_files_that_cannot_be_merged_still_count(spark, path, often, monkeypatch
 
 def test_files_that_cannot_be_merged_hold_up_no_others(spark, path, often, monkeypatch):
     """Files that can't be merged don't stop the merging of later ones."""
-    merge = parquet.merge
+    merge = PartFiles.merge
 
-    def fail_first(spark, path, group, event_id):
+    def fail_first(files, group):
         assert group[0].first, "a file is broken"
-        return merge(spark, path, group, event_id)
+        return merge(files, group)
 
-    monkeypatch.setattr(parquet, "merge", fail_first)
+    monkeypatch.setattr(PartFiles, "merge", fail_first)
     with Sink(spark, path) as sink:
         for start in range(0, 110, 10):
             write(sink, spark, start, start + 10)

@@ -420,8 +420,8 @@ def test_rows_are_in_memory_once():
     [
         ([], "there are no rows to train on"),
         ([([1.0, float("nan")], 0)], "features has values that are not finite"),
-        ([([1.0], 0)], "'features' has 1 entries a row, but the network has 2 inputs"),
-        ([([1.0], 0), ([1.0, 2.0], 0)], "'features' has 1 .*entries a row, but the network has 2"),
+        ([([1.0], 0)], "'features' has 1 entries per row, but the network has 2 inputs"),
+        ([([1.0], 0), ([1.0, 2.0], 0)], "'features' has 1 .*entries per row, but the network has"),
         ([([1.0, 2.0], None)], "label has 1 nulls"),
         ([([1.0, 2.0], 2)], "label 2 is not one of the classes 0 to 1"),
     ],
@@ -456,7 +456,7 @@ def test_a_column_may_have_a_dot_in_its_name(spark):
 def test_labels_of_another_length_are_refused(spark, make):
     """Labels that don't match the number of outputs are refused."""
     df = spark.createDataFrame([([1.0, 2.0], [1.0])], "features array<double>, label array<double>")
-    with pytest.raises(ValueError, match="'label' has 1 entries a row, but the network has 2 outp"):
+    with pytest.raises(ValueError, match="'label' has 1 entries per row, but the network has 2 "):
         make(tiny()).train(df)
 
 
@@ -473,7 +473,7 @@ def test_labels_of_another_length_are_refused(spark, make):
         ({"worker_optimizer": None}, "worker_optimizer is None: name one, such as 'adam'"),
         ({"loss": "categorical_crossentropy"}, "use loss='sparse_categorical_crossentropy'"),
         ({"features_col": ["features"]}, "is not the name of a column: put several into one with"),
-        ({"keras_model": keras.Sequential([keras.layers.Dense(2)])}, "has no inputs yet: let it"),
+        ({"keras_model": keras.Sequential([keras.layers.Dense(2)])}, "has no inputs yet: begin it"),
         ({"keras_model": images()}, r"inputs have the shape \(None, 8, 8\): to train on a table"),
     ],
 )

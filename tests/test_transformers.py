@@ -456,7 +456,7 @@ def test_a_wrong_input_column_is_said_before_anything_runs(model, vectors, colum
 
 def test_a_predictor_without_model_is_refused(vectors):
     """A predictor without a model is refused before any job runs."""
-    with pytest.raises(ValueError, match="has no model: give it one as keras_model="):
+    with pytest.raises(ValueError, match="has no model: pass one as keras_model="):
         ModelPredictor().transform(vectors)
 
 

@@ -13,10 +13,10 @@ from IPython.display import display
 
 from helpers.monitor.figures import Batch
 
-# Number of batches, the last ones, that the table in a notebook shows.
+# How many of the last batches the table in a notebook shows.
 ROWS_SHOWN = 20
 
-# Maximum number of characters shown of an unused field's name.
+# The maximum length of an unused field's name in a note.
 CHARACTERS_SHOWN = 40
 
 _HEADINGS = ("time (UTC)", "events", "signal", "bad", "seconds", "events/s", "lag")
@@ -85,12 +85,6 @@ def _figures(batch: Batch) -> tuple[str, ...]:
     return (*counts, f"{batch.seconds:,.1f}", _UNKNOWN if math.isnan(rate) else f"{rate:,.0f}")
 
 
-def _total_cells(totals: Counter[str]) -> tuple[str, ...]:
-    """Return the totals as strings, in the order of the headings."""
-    names = ("events", "signal", "bad", "seconds")
-    return ("total", *_figures(Batch(0, **{name: totals[name] for name in names})), "")
-
-
 def _line(cells: Sequence[str]) -> str:
     """Return cells as a line, with the time left-aligned and numbers right-aligned."""
     numbers = (cell.rjust(width) for cell, width in zip(cells[1:], _WIDTHS[1:], strict=True))
@@ -100,10 +94,12 @@ def _line(cells: Sequence[str]) -> str:
 def contents_of(batches: Sequence[Batch], totals: Counter[str], unused: set[str]) -> Contents:
     """Return the table for notebooks, as HTML and as text."""
     rows = [_cells(batch) for batch in batches[-ROWS_SHOWN:]]
-    total = _total_cells(totals)
+    names = ("events", "signal", "bad", "seconds")
+    total = ("total", *_figures(Batch(0, **{name: totals[name] for name in names})), "")
     notes = []
     if totals["batches"] > ROWS_SHOWN:
-        notes.append(f"the last {ROWS_SHOWN} of {totals['batches']:,} batches; the total is of all")
+        batches = f"{totals['batches']:,} batches"
+        notes.append(f"the last {ROWS_SHOWN} of {batches}; the total includes all")
     if unused:
         notes.append(about_unused(unused))
     text = "\n".join([*map(_line, (_HEADINGS, *rows, total)), *notes])

@@ -15,14 +15,14 @@ class Batch:
     batch_id : int
         Spark's id of the batch; for a DStream, its time in milliseconds since 1970.
     events, signal, bad : int
-        How many events it had, how many of them are signal, and how many records are not events.
+        How many events the batch had, how many of them are signal, and how many records are bad.
     seconds : float
         Processing time.
     lag : int or None
-        How many records were left in the topic after it; None if unknown.
+        How many records were left in the topic after the batch; None if unknown.
     planned_at : int or None
-        When it was planned, in milliseconds since 1970, if its id is not that time: Structured
-        Streaming numbers its batches.
+        When the batch was planned, in milliseconds since 1970, if its id is not that time:
+        Structured Streaming numbers its batches.
 
     Examples
     --------
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def time(self) -> int:
-        """When it was planned, in milliseconds since 1970."""
+        """When the batch was planned, in milliseconds since 1970."""
         return self.batch_id if self.planned_at is None else self.planned_at
 
     @property

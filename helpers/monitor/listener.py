@@ -15,7 +15,7 @@ from pyspark.sql.streaming.listener import SourceProgress, StreamingQueryProgres
 from helpers.monitor.figures import Batch
 
 # How long to wait for the report of a query's termination, after the query ends.
-NEWS_SECONDS = 10
+_REPORT_SECONDS = 10
 
 
 class QueryListener(StreamingQueryListener):
@@ -39,7 +39,7 @@ class QueryListener(StreamingQueryListener):
             self._held[batch.batch_id] = batch
 
     def onQueryStarted(self, event: Any) -> None:  # noqa: N802 (Spark's name)
-        """Record a running query, whose end `wait` waits for; Spark calls this."""
+        """Record a running query, so that `wait` waits for it; Spark calls this."""
         self._running.add(str(event.runId))
 
     def onQueryProgress(self, event: Any) -> None:  # noqa: N802
@@ -47,7 +47,7 @@ class QueryListener(StreamingQueryListener):
         progress: StreamingQueryProgress = event.progress
         planned_at = round(datetime.fromisoformat(progress.timestamp).timestamp() * 1000)
         with self._changed:
-            # Spark starts a batch after the earlier ones are done; it has dropped their reports.
+            # Earlier batches are done; Spark dropped their reports.
             ids = sorted(batch_id for batch_id in self._held if batch_id <= progress.batchId)
             batches = [replace(self._held.pop(i), planned_at=planned_at) for i in ids]
         for batch in batches:
@@ -68,7 +68,7 @@ class QueryListener(StreamingQueryListener):
     def wait(self) -> None:
         """Wait for outstanding reports."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._running, NEWS_SECONDS)
+            self._changed.wait_for(lambda: not self._running, _REPORT_SECONDS)
 
 
 def _left(source: SourceProgress) -> int | None:

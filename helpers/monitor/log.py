@@ -25,7 +25,7 @@ from helpers.monitor.figures import Batch
 from helpers.monitor.listener import QueryListener
 from helpers.monitor.plots import figure_of
 
-# Number of batches, the last ones, kept for the table and plot. The totals include all batches.
+# How many of the last batches are kept for the table and plot. The totals include all batches.
 BATCHES_KEPT = 1_000
 
 # Maximum number of names of unused fields to report.
@@ -35,7 +35,7 @@ NAMES_SHOWN = 20
 class Monitor:
     """Sums up a stream's batches, and displays them while it runs.
 
-    The last 1,000 batches are kept, and the totals of all.
+    The last 1,000 batches are kept; the totals include all batches.
 
     One thread may add batches (Spark calls a batch's function in a separate thread) while another
     requests the table or the plot.
@@ -57,7 +57,7 @@ class Monitor:
         self._listener: QueryListener | None = None  # within `follow`
         self._display: Table | Lines | None = None
         self._unused: set[str] = set()  # since `begin`
-        self._told: set[str] = set()  # already named in a warning, also before `begin`
+        self._warned: set[str] = set()  # already named in a warning, also before `begin`
 
     def begin(self) -> None:
         """Discard earlier batches, and open a new table."""
@@ -103,7 +103,7 @@ class Monitor:
     def add(self, batch: Batch, unused: Iterable[str] = ()) -> None:
         """Add a batch, replacing a kept one with the same id, and display it.
 
-        Within `follow`, it is displayed once Spark has reported the batch's progress.
+        Within `follow`, it is displayed once Spark reports the batch's progress.
 
         Parameters
         ----------
@@ -237,8 +237,8 @@ class Monitor:
         names = {shortened(name) for name in names}
         with self._lock:
             self._unused.update(sorted(names - self._unused)[: NAMES_SHOWN - len(self._unused)])
-            new = sorted(names - self._told)[: NAMES_SHOWN - len(self._told)]
-            self._told.update(new)
+            new = sorted(names - self._warned)[: NAMES_SHOWN - len(self._warned)]
+            self._warned.update(new)
         return new
 
 

@@ -28,15 +28,16 @@ _KERAS_FILES = ("metadata.json", "config.json", "model.weights.h5")  # contents 
 
 _DIGEST_LENGTH = 12  # hexadecimal digits of a version
 
-# Maximum expansion of a part of the archive. Keras doesn't compress; a part that somebody has
-# compressed a thousandfold is meant to exhaust the memory.
+# Maximum expansion of a part of the archive. Keras doesn't compress; a part that is compressed a
+# thousandfold is meant to exhaust the memory.
 _MOST_EXPANSION = 100
 
 
 def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> ServingModel:
-    """Write a network and its contract to one file, which Keras alone can also open.
+    """Write a network and its contract to one file, which plain Keras can also open.
 
-    An existing file is replaced atomically: a job that serves from it loads the old or the new one.
+    An existing file is replaced atomically: a job that serves from it loads either the old or
+    the new one.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     """
     path = _local(path)
     if path.suffix != ".keras":
-        raise ServingModelError(f"{path} must end in .keras, by which Keras knows such a file.")
+        raise ServingModelError(f"{path} must end in .keras: Keras requires this suffix.")
     files = _files_in(model_to_bytes(model.network), path)
     contract = asdict(model.contract)
     written = _json({"contract": contract, "digest": _digest(files, contract)})
@@ -111,7 +112,7 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
 def _local(path: str | os.PathLike[str]) -> Path:
     """Return a local path; raise `ServingModelError` for a URI of another file system."""
     if re.match(r"[a-z][a-z0-9]+:/", str(path)):
-        raise ServingModelError(f"{path} is no path of this machine: copy the file to one.")
+        raise ServingModelError(f"{path} is not a path on this machine: copy the file to one.")
     return Path(path)
 
 
@@ -125,7 +126,7 @@ def _serving_model_in(content: bytes, path: Path) -> ServingModel:
     except (ValueError, RecursionError) as error:
         raise ServingModelError(f"{path} has no network that can be loaded: {error}.") from None
     if digest != noted:
-        faults.append("network or contract were changed after they were saved together")
+        faults.append("the network or the contract was changed after they were saved together")
     if not faults:
         # Without the contract, because Keras treats an unknown part as a folder of assets.
         network = _network_in(_archive({name: files[name] for name in _KERAS_FILES}), path)
@@ -145,10 +146,12 @@ def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
                     raise ValueError(f"{part.filename} would be {part.file_size} bytes")
             files = {name: archive.read(name) for name in known}
     except Exception as error:  # a damaged archive may raise many kinds of errors
-        raise ServingModelError(f"{path} is no .keras file, or is damaged: {error}.") from error
+        raise ServingModelError(f"{path} is not a .keras file, or is damaged: {error}.") from error
     missing = [name for name in _KERAS_FILES if name not in files]
     if missing:
-        raise ServingModelError(f"{path} is no .keras file, or is damaged: it has no {missing[0]}.")
+        raise ServingModelError(
+            f"{path} is not a .keras file, or is damaged: it has no {missing[0]}."
+        )
     return files
 
 
@@ -161,9 +164,7 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
     return content.getvalue()
 
 
-def _contract_in(
-    files: Mapping[str, bytes], path: Path
-) -> tuple[Contract, dict[str, object], str]:
+def _contract_in(files: Mapping[str, bytes], path: Path) -> tuple[Contract, dict[str, object], str]:
     """Return the contract in a ``.keras`` file, its JSON content, and the digest stored there."""
     if CONTRACT not in files:
         raise ServingModelError(
@@ -175,19 +176,14 @@ def _contract_in(
         known = {part.name: part.type for part in fields(Contract)}
         for name, value in parts.items():
             if known[name].startswith("tuple"):
-                parts[name] = tuple(_checked_list(name, value))
+                if not isinstance(value, list):  # a string is also a sequence
+                    raise TypeError(f"{name} is not a list")
+                parts[name] = tuple(value)
         contract = Contract(**parts)
         contract.faults()  # fails on values of the wrong type
         return contract, whole["contract"], whole["digest"]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ServingModelError(f"{path} has a contract that isn't whole: {error}.") from None
-
-
-def _checked_list(name: str, value: object) -> list:
-    """Return a list unchanged; raise `TypeError` for a string, which is also a sequence."""
-    if not isinstance(value, list):
-        raise TypeError(f"{name} is no list")
-    return value
+        raise ServingModelError(f"{path} has an invalid contract: {error}.") from None
 
 
 def _network_in(content: bytes, path: Path) -> keras.Model:
@@ -195,7 +191,7 @@ def _network_in(content: bytes, path: Path) -> keras.Model:
     try:
         network = model_on_worker(content)
         interface_of(network)
-    except Exception as error:  # Keras may raise anything for a file made by somebody else
+    except Exception as error:  # Keras may raise anything for a file from elsewhere
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
     return network
@@ -208,7 +204,7 @@ def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
     rules = {
         f"the network takes {interface.features} features, the contract names {len(names)}":
             interface.features in (None, len(names)),
-        f"the network tells {interface.classes} classes apart, the contract {len(classes)}":
+        f"the network distinguishes {interface.classes} classes, the contract {len(classes)}":
             interface.classes == len(classes),
         "the network doesn't scale its inputs with the contract's means and scales (make it with "
         "helpers.serving.scaled_network)": _scales_with(network, contract),

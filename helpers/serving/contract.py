@@ -84,7 +84,7 @@ class Contract:
     event_id : str
         The name of the field that identifies an event.
     missing : float, optional
-        The value that represents a missing one; it is scaled like any other.
+        The number that represents a missing value; it is scaled like any other.
     libraries : dict of str to str
         The library versions that the network was trained with.
     """
@@ -110,7 +110,7 @@ class Contract:
             f"it has {len(classes)} classes, not two": len(set(classes)) == len(classes) == 2,
             f"signal_index is {self.signal_index!r}": repr(self.signal_index) in ("0", "1"),
             f"threshold is {self.threshold}, not between 0 and 1": 0 < self.threshold < 1,
-            "a name is no text": all(isinstance(name, str) for name in texts),
+            "a name is not a string": all(isinstance(name, str) for name in texts),
             "a scale isn't above 0": all(scale > 0 for scale in self.scales),
             "a metric is not finite": all(map(math.isfinite, self.metrics.values())),
         }

@@ -1,4 +1,4 @@
-"""A serving model in a file that may be replaced while a stream runs."""
+"""Serve from a file, and follow its replacements."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ModelFile:
         self._transformer = ServingTransformer(self.model)
 
     def current(self) -> ServingTransformer:
-        """Return the stage for the version that is in the file now; `model` is that version."""
+        """Return the stage for the file's current version, and set `model` to that version."""
         state = self._state()
         if state != self._seen:
             try:
@@ -61,7 +61,7 @@ class ModelFile:
 
     def _warn(self, error: Exception) -> None:
         """Log once why the previous version keeps serving."""
-        warning = f"{self.model.version} goes on serving: {error}"
+        warning = f"{self.model.version} keeps serving: {error}"
         if warning != self._warning:
             _LOGGER.warning("%s", warning)
         self._warning = warning
@@ -72,8 +72,8 @@ class ModelFile:
         for name in ("event_id", "class_names", "signal_index"):
             if getattr(theirs, name) != getattr(ours, name):
                 raise ServingModelError(
-                    f"{self._path} has {name} {getattr(theirs, name)!r}, and what is written so "
-                    f"far {getattr(ours, name)!r}: begin another output with it."
+                    f"{self._path} has {name} {getattr(theirs, name)!r}, but the results so far "
+                    f"have {getattr(ours, name)!r}: give this model another output."
                 )
         self.model, self._transformer = model, ServingTransformer(model)
 

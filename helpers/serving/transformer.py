@@ -14,14 +14,14 @@ from helpers.transformers import ModelPredictor
 class ServingTransformer(Transformer):
     """Score events according to a serving model's contract.
 
+    The features are those of the column ``event``, which `helpers.records.parse_events` returns for
+    the model's `schema`. Without such a column, each feature is read from the column of the same
+    name; if one is null or NaN, the prediction is null.
+
     Parameters
     ----------
     model : ServingModel
         The network and its contract.
-    features_col : str
-        A column of events that `helpers.records.parse_events` returned for the model's `schema`.
-        Without such a column, each feature is read from the column of the same name; if one is null
-        or NaN, the prediction is null.
 
     Attributes
     ----------
@@ -34,13 +34,11 @@ class ServingTransformer(Transformer):
     ['event', 'prediction', 'predicted_index', 'model_version']
     """
 
-    def __init__(self, model: ServingModel, features_col: str = "event") -> None:
+    def __init__(self, model: ServingModel) -> None:
         super().__init__()
         self.model = model
-        self._predictor = ModelPredictor(
-            keras_model=model.network, features_col=features_col,
-            feature_names=model.contract.feature_names,
-        )  # fmt: skip
+        names = model.contract.feature_names
+        self._predictor = ModelPredictor(model.network, features_col="event", feature_names=names)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
         scored = self._predictor.transform(dataset)
@@ -57,5 +55,5 @@ class ServingTransformer(Transformer):
         probability = probabilities[signal]
         is_signal = probability >= self.model.contract.threshold
         index = F.when(is_signal, float(signal)).otherwise(float(1 - signal))
-        # NaN gives no index; Spark treats NaN as larger than any number.
+        # A NaN gets no index, although Spark treats NaN as larger than any number.
         return F.when(probability.isNotNull() & ~F.isnan(probability), index)

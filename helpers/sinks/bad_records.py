@@ -44,13 +44,9 @@ def policy_for(on_bad_record: str, settings: Mapping[str, str] | None) -> Policy
         raise ValueError(
             f"on_bad_record is {on_bad_record!r}: it must be {', '.join(ON_BAD_RECORD)}."
         )
-    if on_bad_record == "stop":
-        return _stop
-    if on_bad_record == "skip":
-        return _skip
-    if not settings:
-        raise ValueError("dead letters go to Kafka: give its settings, too.")
-    return partial(_send, settings)
+    if on_bad_record == "dead-letter" and not settings:
+        raise ValueError("dead letters are sent to Kafka: pass its settings as well.")
+    return {"dead-letter": partial(_send, settings), "skip": _skip, "stop": _stop}[on_bad_record]
 
 
 def _stop(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
@@ -58,8 +54,8 @@ def _stop(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
     first = bad.orderBy("topic", "partition", "offset").first()
     raise BadRecordError(
         f"{first.topic}, partition {first.partition}, offset {first.offset} is not an event: "
-        f"{first.bad.reason}. To go on without such records, set on_bad_record to dead-letter or "
-        "skip."
+        f"{first.bad.reason}. To continue without such records, set on_bad_record to dead-letter "
+        "or skip."
     )
 
 
@@ -68,8 +64,6 @@ def _skip(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
     return 0
 
 
-def _send(
-    settings: Mapping[str, str], bad: DataFrame, ranges: Iterable[OffsetRange]
-) -> int:
+def _send(settings: Mapping[str, str], bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
     """Send the records to their dead-letter topics."""
     return send_dead_letters(bad, settings, {part.topic: part.topic_id for part in ranges})

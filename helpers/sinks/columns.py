@@ -1,7 +1,7 @@
-"""The columns of a sink's files: their types, and how they come from scored records.
+"""The columns of a sink's files: their types, and how they are computed from scored records.
 
-Expressions are made once for a context, because the hundreds of calls to Java would take 20 ms in
-each batch.
+Expressions are cached per context, because their hundreds of calls to Java would take 20 ms in each
+batch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pyspark.sql.types import (
 from helpers.records import MODEL_VERSION, named, vector_entries
 from helpers.streaming import OffsetRange, TopicAndPartition
 
-# The columns of the files after the event's id. `bad` holds a bad record and the reason. They are
-# not a string in DDL, where a session's settings decide which type `timestamp` is.
+# The columns of the files after the event's id. `bad` holds a bad record and the reason. No DDL
+# string, because there a session's settings decide which type `timestamp` is.
 _BAD = StructType().add("key", BinaryType()).add("value", BinaryType()).add("reason", StringType())
 _STORED = {
     "probability_0": DoubleType(),
@@ -79,7 +79,8 @@ def bounded(
     ranges : iterable of OffsetRange
         The batch's ranges.
     starts : mapping of TopicAndPartition to int
-        The first offset that is not stored yet, for each partition that has one.
+        The first offset that is not stored yet, by partition; completely stored partitions are left
+        out.
     batch : int
         The batch's number in the sink.
     """
@@ -92,8 +93,8 @@ def bounded(
         }
         for part in ranges
     }
-    # As a map, because numbers would become part of the code that Spark generates, which Java
-    # would have to compile again for each batch.
+    # A map, because numbers would become part of the code that Spark generates, which Java would
+    # have to compile for each batch.
     known = F.from_json(F.lit(json.dumps(bounds)), _BOUNDS)
     key = F.concat_ws("/", "topic", "partition")
     records = scored.withColumn("bounds", F.try_element_at(known, key))
@@ -133,14 +134,14 @@ def stored_columns(context: SparkContext, event_id: str, has_version: bool) -> l
 
 @functools.lru_cache(maxsize=8)
 def metrics(context: SparkContext, signal_index: int) -> list[Column]:
-    """Return what a sink counts in the columns of `bounded` records.
+    """Return the metrics that a sink observes on `bounded` records.
 
     Parameters
     ----------
     context : pyspark.SparkContext
         The context of the session that uses them.
     signal_index : int
-        The index of the class that counts as signal.
+        The index of the signal class.
     """
     offset, first, end = map(F.col, ("offset", "bounds.first", "bounds.end"))
     is_outside = ~F.coalesce((offset >= first) & (offset < end), F.lit(False))

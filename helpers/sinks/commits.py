@@ -22,8 +22,8 @@ from helpers.spark import JsonFolder
 from helpers.streaming import TopicAndPartition
 
 # The files of this many batches are merged into one, and this many merged files are merged again,
-# or as many of them as stay below the size limit together: rewriting a gigabyte takes minutes and
-# gains nothing.
+# or as many as together stay below the size limit: rewriting a gigabyte takes minutes and gains
+# nothing.
 FAN_IN = 100
 LARGEST_MERGE = 256 * 1024**2
 
@@ -101,7 +101,7 @@ class State:
         Returns
         -------
         list of Part
-            Two or more; none if there is nothing to merge.
+            Two or more, or none.
 
         Examples
         --------
@@ -135,7 +135,7 @@ class State:
 
     def merged(self, group: list[Part], part: Part, now: float) -> State:
         """Return the next state, in which a part replaces those that were merged into it."""
-        parts = sorted([*(p for p in self.parts if p not in group), part], key=_first)
+        parts = sorted([*(p for p in self.parts if p not in group), part], key=lambda p: p.first)
         kept = [(folder, since) for folder, since in self.replaced if now - since < KEPT_SECONDS]
         used = {part.outermost() for part in parts}
         # A folder of many batches is replaced as a whole, unless some of them weren't merged.
@@ -205,7 +205,7 @@ class CommitLog:
         state : State
             The state to write.
         batch : mapping, optional
-            Information about the new batch, for people who look.
+            Information about the new batch, for people who read the manifest.
 
         Raises
         ------
@@ -236,14 +236,14 @@ class CommitLog:
                 self._files.delete(old)
 
     def is_last(self, state: State) -> bool:
-        """Return whether the last manifest is that of a state; no other has the same files."""
+        """Return whether the last manifest is a state's; no other state has the same files."""
         name = _name(state)
         if self._files.names()[-1:] != [name]:
             return False
         return [Part(*part) for part in self._files.read(name)["parts"]] == state.parts
 
     def _old(self) -> list[Part]:
-        """Return the files in manifests of older versions, each of which lists only its batch's."""
+        """Return the files in manifests of older versions, each of which lists a single batch."""
         return [
             Part(old["batch"], 0, old["folder"], old["files"], old["events"] + old["bad"], size=0)
             for old in map(self._files.read, self._files.names())
@@ -267,7 +267,3 @@ def _longest_run(group: list[Part]) -> list[Part]:
 
 def _name(state: State) -> str:
     return f"{state.number:020d}"
-
-
-def _first(part: Part) -> int:
-    return part.first

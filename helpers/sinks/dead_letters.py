@@ -8,6 +8,7 @@ detect letters that it can't take: Kafka's client would fail the whole batch on 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ _HEADERS_ROOM = 16 * 1024  # bytes; more than a letter's headers need
 _OVERHEAD = 200  # the most that Kafka adds to a letter with six headers
 _UNPACKED_LIMIT = 64 * 1024**2  # maximum size of a letter before compression
 _CODEC = "zstd"  # compresses at least as well as whatever codec the producer used
-_PLACES_TOLD = 20
+_PLACES_LOGGED = 20
 _FEW_RECORDS = {
     "spark.sql.parquet.enableVectorizedReader": "false",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "16",
@@ -53,7 +54,7 @@ _TIMEOUTS = {
 _LONGEST = 2**31 - 1  # maximum number of milliseconds in a Kafka setting
 
 # Kafka's errors for which retrying later doesn't help.
-_FOR_GOOD = (
+_PERMANENT = (
     "RecordTooLargeException", "InvalidRecordException", "AuthorizationException",
     "UnknownTopicOrPartitionException", "InvalidTopicException", "PolicyViolationException",
     "ConfigException",
@@ -161,7 +162,7 @@ def send_dead_letters(
             place = prepare_dead_letters(bad.sparkSession, [topic], settings)[topic]
             unsent += _send_what_fits(letters, place, settings)
         except Exception as error:
-            reason = _reason_for_good(error)
+            reason = _permanent_reason(error)
             if reason is None:
                 raise
             count = letters.count()
@@ -174,7 +175,7 @@ def send_dead_letters(
 
 
 class _Admin:
-    """An admin client for topics whose calls all have a deadline."""
+    """An admin client for topics, with a deadline for each call."""
 
     def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
         self._spark = spark
@@ -226,9 +227,9 @@ class _Admin:
     def check_producer(self, topic: str, settings: Mapping[str, str]) -> None:
         """Raise `StreamError` if Kafka's producer rejects the settings for a topic's letters."""
         settings = _options(self._spark, settings)
-        bytes_as_they_are = "org.apache.kafka.common.serialization.ByteArraySerializer"
+        serializer = "org.apache.kafka.common.serialization.ByteArraySerializer"
         for part in ("key", "value"):
-            settings[f"{part}.serializer"] = bytes_as_they_are
+            settings[f"{part}.serializer"] = serializer
         try:
             producer = self._jvm.org.apache.kafka.clients.producer.KafkaProducer(
                 java_map(self._spark, settings)
@@ -245,7 +246,7 @@ class _Admin:
         producer.close(self._jvm.java.time.Duration.ZERO)
 
     def _describe(self, topic: str) -> JavaObject | None:
-        """Return Kafka's description of a topic; None if there is no such topic."""
+        """Return Kafka's description of a topic; None if the topic doesn't exist."""
         options = self._clients.DescribeTopicsOptions().includeAuthorizedOperations(True)
         names = self._jvm.java.util.List.of(topic)
         found = self._client.describeTopics(names, options).topicNameValues().get(topic)
@@ -283,13 +284,12 @@ class _Admin:
 
     def _describe_new(self, topic: str) -> JavaObject:
         """Return the description of a new topic, once the brokers' metadata includes it."""
-        ticks = self._jvm.java.lang.Thread
         for _ in range(ANSWER_SECONDS * 10):
             found = self._describe(topic)
             if found is not None:
                 return found
-            ticks.sleep(100)
-        raise StreamError(f"the topic {topic} was created, but Kafka doesn't show it: try again.")
+            time.sleep(0.1)
+        raise StreamError(f"the topic {topic} was created, but Kafka doesn't list it: try again.")
 
     def _topic_config(self, topic: str) -> dict[str, str]:
         """Return a topic's settings; none if this user is not authorized to read them."""
@@ -364,15 +364,18 @@ def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[st
         if len(unsent) < len(checked):
             messages = messages.union(large.where(_fits(place, room)))
         _send(messages.drop("source", "size").coalesce(1), _producer_settings(settings, place))
-    for letter in unsent[:_PLACES_TOLD]:
+    for letter in unsent[:_PLACES_LOGGED]:
         _LOGGER.error(
             "the bad record at %s, partition %s, offset %s is in the sink's files only: it is too "
             "large (%s bytes) for %s%s, which takes %s",
             letter.topic, letter.partition, letter.offset, letter.size, letter.topic, DEAD_LETTERS,
             place.limit,
         )  # fmt: skip
-    if len(unsent) > _PLACES_TOLD:
-        _LOGGER.error("so are %s more", len(unsent) - _PLACES_TOLD)
+    if len(unsent) > _PLACES_LOGGED:
+        _LOGGER.error(
+            "%s more bad records are in the sink's files only: they are too large",
+            len(unsent) - _PLACES_LOGGED,
+        )
     return len(unsent)
 
 
@@ -400,7 +403,7 @@ def _size() -> Column:
 
 
 def _fits(place: LetterTopic, room: int) -> Column:
-    """Return whether a letter that is too large fits once it is compressed."""
+    """Return whether a letter that is too large fits when it is compressed."""
     if place.codec == "none":
         return F.lit(False)
     codec = place.codec
@@ -446,12 +449,12 @@ def _number(settings: Mapping[str, str], name: str) -> int:
         ) from None
 
 
-def _reason_for_good(error: Exception) -> str | None:
+def _permanent_reason(error: Exception) -> str | None:
     """Return why letters can never be sent; None if a retry may help."""
     text = str(error)
     if isinstance(error, _LetterError):
         return text
-    if _NO_ADDRESS in text or not any(name in text for name in _FOR_GOOD):
+    if _NO_ADDRESS in text or not any(name in text for name in _PERMANENT):
         return None
     return summary(error)
 

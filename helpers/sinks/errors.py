@@ -15,10 +15,10 @@ def taken_over(path: str) -> SinkError:
     >>> raise taken_over("scored")
     Traceback (most recent call last):
     ...
-    helpers.sinks.errors.SinkError: another job writes to scored: end it, or give this one another
-    path. Nothing of this batch is committed.
+    helpers.sinks.errors.SinkError: another job writes to scored: stop it, or give this one
+    another path. Nothing of this batch is committed.
     """
     return SinkError(
-        f"another job writes to {path}: end it, or give this one another path. Nothing of this "
+        f"another job writes to {path}: stop it, or give this one another path. Nothing of this "
         "batch is committed."
     )

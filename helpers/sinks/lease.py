@@ -83,7 +83,7 @@ class Lease:
         except FileExistsError:
             raise taken_over(self._path) from None
         *lower, highest = self._numbers()
-        if highest != number:  # others came and went while this sink waited
+        if highest != number:  # other sinks came and went while this one waited
             self._claims.delete(_name(number))
             raise taken_over(self._path)
         for old in lower:
@@ -125,7 +125,7 @@ class Lease:
             except Exception as error:
                 if not failing:
                     _LOGGER.warning(
-                        "the claim on %s can't be renewed, and is tried again: %s",
+                        "the claim on %s can't be renewed, and is retried: %s",
                         self._path, error,
                     )  # fmt: skip
                 failing = True

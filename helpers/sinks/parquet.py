@@ -29,16 +29,16 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID
-from helpers.records import MODEL_VERSION, check_names, observed
+from helpers.records import MODEL_VERSION, name_faults, observed
 from helpers.sinks.bad_records import policy_for
 from helpers.sinks.columns import bounded, metrics, stored_columns
 from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
 from helpers.sinks.errors import SinkError
 from helpers.sinks.lease import Lease
-from helpers.sinks.parts import finished_part, merge, read_parts, with_size
+from helpers.sinks.parts import PartFiles
 from helpers.sinks.progress import Progress, check_ranges
 from helpers.sinks.starts import StartLog
-from helpers.spark import exact_path, folder_names, remove_folder
+from helpers.spark import exact_path, folder_names
 from helpers.streaming import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Counts(NamedTuple):
     events: int = 0
     signal: int = 0
     bad: int = 0
-    unused: list[str] = []  # noqa: RUF012 (nobody changes it)
+    unused: list[str] = []  # noqa: RUF012 (it is never changed)
 
 
 class ParquetSink:
@@ -72,8 +72,8 @@ class ParquetSink:
     spark : pyspark.sql.SparkSession
         The session that the stream runs in.
     path : str or path-like
-        The folder's path or URI, on any file system that Spark's Hadoop client supports. The output
-        of an earlier sink there is continued.
+        The folder's path or URI, on any file system that Spark's Hadoop client supports. A sink
+        continues the output of an earlier one there.
     signal_index : int
         The index of the signal class.
     on_bad_record : str
@@ -122,11 +122,13 @@ class ParquetSink:
         event_id: str = EVENT_ID,
         from_beginning: bool = False,
     ) -> None:
-        check_names(event_id)
+        if faults := name_faults(event_id, ()):
+            raise ValueError(f"{'; '.join(faults)}.")
         self._spark, self.path = spark, exact_path(spark, path).rstrip("/")
         self._treat_bad_records = policy_for(on_bad_record, settings)
         self._on_bad_record = on_bad_record
         self._meaning = {"event_id": event_id, "signal_index": signal_index}
+        self._files = PartFiles(spark, self.path, event_id)
         self._from_beginning = from_beginning
         self._lease: Lease | None = None
         self._commits: CommitLog | None = None
@@ -135,7 +137,7 @@ class ParquetSink:
         self._unsure: State | None = None  # a state whose manifest may or may not be committed
         self._unmerged: dict[str, int] = {}  # folders whose merge failed, and at which number
         self._leftovers: set[str] = set()
-        self._topic_ids: dict[str, str] | None = None  # of the stream's topics, once it has started
+        self._topic_ids: dict[str, str] | None = None  # of the stream's topics; None before `begin`
         self._writing = threading.Lock()
 
     def __repr__(self) -> str:
@@ -176,8 +178,8 @@ class ParquetSink:
         self._check_open()
         if self._topic_ids is not None:
             raise SinkError(
-                f"{self.path} takes the batches of another stream already: give each stream a "
-                "sink with a path of its own."
+                f"{self.path} already takes the batches of another stream: give each stream a sink "
+                "with a separate path."
             )
         self._state = replace(self._state, progress=self._progress_in(topic_ids))
         self._starts.keep(positions, topic_ids)
@@ -263,13 +265,13 @@ class ParquetSink:
             folder = self._state.new_folder()
             try:
                 rows, counts = self._write_files(scored, ranges, left, folder)  # 1
-                part = self._finished(folder, rows)  # 2
+                part = self._files.finished(folder, rows, self._state.number + 1)  # 2
                 unsent = self._treat_bad_records(self._bad(part), ranges) if counts.bad else 0  # 3
                 before_commit()  # 4
                 self._lease.check()
             except BaseException:
                 with contextlib.suppress(Exception):  # must not hide the original error
-                    self._remove(folder)
+                    self._files.remove(folder)
                 raise
             known = {"events": counts.events, "bad": counts.bad, "unsent": unsent, "rows": rows}
             self._commit(part, left, known)  # 5
@@ -287,9 +289,9 @@ class ParquetSink:
             if last.meaning.get(name, value) != value:  # older versions wrote no signal_index
                 raise SinkError(
                     f"{self.path} has results with {name} {last.meaning[name]!r}, not {value!r}: "
-                    "choose another path for these, or the model that they are from."
+                    "choose another path, or the model that produced those results."
                 )
-        parts = [with_size(self._spark, self.path, part) for part in last.parts]
+        parts = list(map(self._files.with_size, last.parts))
         self._state = replace(last, meaning=self._meaning, parts=parts)
         self._topic_ids, self._unsure, self._unmerged = None, None, {}
         # Listed now, because later folders may belong to a sink that takes over.
@@ -311,8 +313,8 @@ class ParquetSink:
         if changed:
             raise SinkError(
                 f"topic {changed[0]} was deleted and created again since the last batch in "
-                f"{self.path}, or is another cluster's: its offsets now name other records. Give "
-                "a new output path, or store the new topic from its beginning with "
+                f"{self.path}, or is another cluster's: its offsets now refer to other records. "
+                "Give a new output path, or store the new topic from its beginning with "
                 "ParquetSink(..., from_beginning=True)."
             )
 
@@ -337,40 +339,35 @@ class ParquetSink:
             if part.fromOffset > expected:
                 _LOGGER.warning(
                     "offsets %s to %s of %s, partition %s, are in no batch of %s: the stream began "
-                    "behind them, or they were deleted.",
+                    "after them, or they were deleted.",
                     expected, part.fromOffset - 1, part.topic, part.partition, self.path,
                 )  # fmt: skip
 
     def _write_files(
         self, scored: DataFrame, ranges: list[OffsetRange], left: list[OffsetRange], folder: str
     ) -> tuple[int, Counts]:
-        """Write what is left of a batch into files; return the number of rows, and the counts."""
+        """Write a batch's remaining records to files; return the number of rows, and the counts."""
         counts, context = Observation(), self._spark.sparkContext
         starts = {part.topicAndPartition(): part.fromOffset for part in left}
         records = bounded(scored, ranges, starts, self._state.number + 1)
         has_version = MODEL_VERSION in scored.columns
         columns = stored_columns(context, self._meaning["event_id"], has_version)
         counted = records.observe(counts, *metrics(context, self._meaning["signal_index"]))
-        counted.select(*columns).write.parquet(f"{self.path}/data/{folder}")
+        counted.select(*columns).write.parquet(self._files.folder(folder))
         found = observed(counts)
         if found is None:
-            raise SinkError("Spark has written a batch without counting it, so it is not stored.")
+            raise SinkError("Spark wrote a batch without counting it, so the batch is not stored.")
         if found["outside"]:
             raise SinkError(
                 f"{found['outside']} records are not in the offset ranges of their batch, such as "
-                f"{found['one_outside']}: write the records that the batch's function got."
+                f"{found['one_outside']}: write the records that the batch's function received."
             )
         unused = sorted({name for names in found["unused"] for name in names})
         return found["rows"], Counts(found["events"], found["signal"], found["bad"], unused)
 
-    def _finished(self, folder: str, rows: int) -> Part:
-        """Return a batch's files, flushed; raise if their number of rows differs."""
-        return finished_part(self._spark, self.path, folder, rows, self._state.number + 1)
-
     def _bad(self, part: Part) -> DataFrame:
         """Return the bad records in a batch's files."""
-        files = read_parts(self._spark, self.path, [part], self._meaning["event_id"])
-        return files.where(F.col("bad").isNotNull())
+        return self._files.read([part]).where(F.col("bad").isNotNull())
 
     def _commit(self, part: Part, ranges: list[OffsetRange], counts: Mapping[str, Any]) -> None:
         """Commit a batch by writing its manifest."""
@@ -403,8 +400,8 @@ class ParquetSink:
             return
         try:
             for folder in state.outdated(now):
-                self._remove(folder)
-            part = merge(self._spark, self.path, group, self._meaning["event_id"])
+                self._files.remove(folder)
+            part = self._files.merge(group)
             self._lease.check()
             state = state.merged(group, part, now)
             self._publish(state)
@@ -421,11 +418,8 @@ class ParquetSink:
         with contextlib.suppress(Exception):  # the next sink retries
             self._lease.check()
             for folder in self._leftovers - self._state.folders():
-                self._remove(folder)
+                self._files.remove(folder)
         self._leftovers = set()
-
-    def _remove(self, folder: str) -> None:
-        remove_folder(self._spark, f"{self.path}/data/{folder}")
 
 
 def read_scored(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
@@ -485,4 +479,4 @@ def _read_committed(spark: SparkSession, path: str | os.PathLike[str]) -> DataFr
     if "commits" not in folder_names(spark, path):
         raise SinkError(f"{path} is not the folder of a ParquetSink: check the path.")
     state = CommitLog(spark, path).last()
-    return read_parts(spark, path, state.parts, state.meaning.get("event_id", EVENT_ID))
+    return PartFiles(spark, path, state.meaning.get("event_id", EVENT_ID)).read(state.parts)

@@ -27,105 +27,86 @@ from helpers.spark import (
 _FILE_SIZE = 64 * 1024**2
 
 
-def read_parts(spark: SparkSession, path: str, parts: Iterable[Part], event_id: str) -> DataFrame:
-    """Return the rows of a sink's files.
+class PartFiles:
+    """The Parquet files of a sink's parts.
 
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
-        The session to read with.
+        The session to read and write with.
     path : str
         The sink's path.
-    parts : iterable of Part
-        The files.
     event_id : str
         The column that identifies an event.
     """
-    stored = stored_schema(event_id)
-    files = [f"{path}/data/{part.folder}/{name}" for part in parts for name in part.files]
-    if not files:
-        return spark.createDataFrame([], stored)
-    with _listed_by_the_driver(spark):
-        return exact_reader(spark).schema(stored).parquet(*files)
 
+    def __init__(self, spark: SparkSession, path: str, event_id: str) -> None:
+        self._spark, self._path, self._schema = spark, path, stored_schema(event_id)
 
-def finished_part(spark: SparkSession, path: str, folder: str, rows: int, first: int) -> Part:
-    """Return the files that Spark has written, once they are complete and on disk.
+    def folder(self, name: str) -> str:
+        """Return the path of a folder of files."""
+        return f"{self._path}/data/{name}"
 
-    Parameters
-    ----------
-    spark : pyspark.sql.SparkSession
-        The session that wrote them.
-    path : str
-        The sink's path.
-    folder : str
-        The files' folder in ``data``.
-    rows : int
-        The number of rows that Spark counted while writing.
-    first : int
-        The number of the first batch.
+    def remove(self, name: str) -> None:
+        """Remove a folder of files."""
+        remove_folder(self._spark, self.folder(name))
 
-    Raises
-    ------
-    SinkError
-        If the files have another number of rows, or can't be read.
-    """
-    uri = f"{path}/data/{folder}"
-    files = [name for name in folder_names(spark, uri) if name.endswith(".parquet")]
-    found = _count_rows(spark, [f"{uri}/{name}" for name in files])
-    if found != rows:
-        raise SinkError(
-            f"Spark has written {rows} records to {uri}, but the driver finds {found} there. The "
-            "driver and all executors must reach the same files: give a path on a file system "
-            "that they share, such as hdfs:."
-        )
-    flush_folder(spark, uri, inside=path)  # including the entry of `data`
-    return Part(first, 0, folder, files, rows, folder_size(spark, uri))
+    def read(self, parts: Iterable[Part]) -> DataFrame:
+        """Return the rows of parts."""
+        files = [f"{self.folder(part.folder)}/{name}" for part in parts for name in part.files]
+        if not files:
+            return self._spark.createDataFrame([], self._schema)
+        with _listed_by_the_driver(self._spark):
+            return exact_reader(self._spark).schema(self._schema).parquet(*files)
 
+    def finished(self, name: str, rows: int, first: int) -> Part:
+        """Return the part that Spark wrote, once its files are complete and on disk.
 
-def with_size(spark: SparkSession, path: str, part: Part) -> Part:
-    """Return a part with its size, which older versions didn't record.
+        Parameters
+        ----------
+        name : str
+            The files' folder.
+        rows : int
+            The number of rows that Spark counted while writing.
+        first : int
+            The number of the first batch.
 
-    Parameters
-    ----------
-    spark : pyspark.sql.SparkSession
-        The session whose Hadoop client is used.
-    path : str
-        The sink's path.
-    part : Part
-        The files.
-    """
-    return (
-        part if part.size else replace(part, size=folder_size(spark, f"{path}/data/{part.folder}"))
-    )
+        Raises
+        ------
+        SinkError
+            If the files have another number of rows, or can't be read.
+        """
+        folder = self.folder(name)
+        files = [file for file in folder_names(self._spark, folder) if file.endswith(".parquet")]
+        found = _count_rows(self._spark, [f"{folder}/{file}" for file in files])
+        if found != rows:
+            raise SinkError(
+                f"Spark wrote {rows} records to {folder}, but the driver finds {found} "
+                "there. The driver and all executors must reach the same files: give a path on a "
+                "file system that they share, such as hdfs:."
+            )
+        flush_folder(self._spark, folder, inside=self._path)  # including the entry of `data`
+        return Part(first, 0, name, files, rows, folder_size(self._spark, folder))
 
+    def with_size(self, part: Part) -> Part:
+        """Return a part with its size, which older versions didn't record."""
+        if part.size:
+            return part
+        return replace(part, size=folder_size(self._spark, self.folder(part.folder)))
 
-def merge(spark: SparkSession, path: str, group: list[Part], event_id: str) -> Part:
-    """Merge several parts into one, and return it.
-
-    Parameters
-    ----------
-    spark : pyspark.sql.SparkSession
-        The session to use.
-    path : str
-        The sink's path.
-    group : list of Part
-        Parts of the same level.
-    event_id : str
-        The column that identifies an event.
-    """
-    first, level = group[0].first, group[0].level + 1
-    folder = f"merged-{first:020d}-{uuid.uuid4()}"
-    files = max(1, sum(part.size for part in group) // _FILE_SIZE)
-    rows = read_parts(spark, path, group, event_id)
-    try:
-        rows.coalesce(files).write.parquet(f"{path}/data/{folder}")
-        part = finished_part(spark, path, folder, sum(part.rows for part in group), first)
-    except BaseException:
-        with contextlib.suppress(Exception):  # must not hide the original error
-            remove_folder(spark, f"{path}/data/{folder}")
-        raise
-    return replace(part, level=level)
+    def merge(self, group: list[Part]) -> Part:
+        """Merge several parts of the same level into one, and return it."""
+        first, level = group[0].first, group[0].level + 1
+        name = f"merged-{first:020d}-{uuid.uuid4()}"
+        files = max(1, sum(part.size for part in group) // _FILE_SIZE)
+        try:
+            self.read(group).coalesce(files).write.parquet(self.folder(name))
+            part = self.finished(name, sum(part.rows for part in group), first)
+        except BaseException:
+            with contextlib.suppress(Exception):  # must not hide the original error
+                self.remove(name)
+            raise
+        return replace(part, level=level)
 
 
 def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:

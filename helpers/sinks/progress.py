@@ -82,12 +82,12 @@ def check_ranges(ranges: list[OffsetRange]) -> None:
     >>> check_ranges([])
     Traceback (most recent call last):
     ...
-    helpers.sinks.errors.SinkError: a batch without offset ranges can't be stored: nobody knows
+    helpers.sinks.errors.SinkError: a batch without offset ranges can't be stored: it is unknown
     which records it has.
     """
     if not ranges:
         raise SinkError(
-            "a batch without offset ranges can't be stored: nobody knows which records it has."
+            "a batch without offset ranges can't be stored: it is unknown which records it has."
         )
     seen: set[TopicAndPartition] = set()
     for part in ranges:
@@ -95,12 +95,12 @@ def check_ranges(ranges: list[OffsetRange]) -> None:
         if part.topicAndPartition() in seen:
             raise SinkError(
                 f"a batch has two offset ranges of {name}: a sink takes the batches of one source, "
-                "each partition once."
+                "and each partition once."
             )
         if not 0 <= part.fromOffset < part.untilOffset:
             raise SinkError(
                 f"a batch has offsets {part.fromOffset} to {part.untilOffset} of {name}: a range "
-                "ends after its beginning."
+                "must end after it begins."
             )
         seen.add(part.topicAndPartition())
 
@@ -122,7 +122,7 @@ def check_topics(ranges: Iterable[OffsetRange], topic_ids: Mapping[str, str]) ->
     for part in ranges:
         if part.topic_id and topic_ids.get(part.topic) != part.topic_id:
             raise SinkError(
-                f"topic {part.topic} was deleted while a batch of it was read, so the batch may "
+                f"topic {part.topic} was deleted while a batch was read from it, so the batch may "
                 "lack records and is not stored. Start the stream again, with a new output path, "
                 "or with ParquetSink(..., from_beginning=True) if the topic was created again."
             )

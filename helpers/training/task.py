@@ -83,7 +83,7 @@ def _matrix(column: pyarrow.Array, name: str, width: int, what: str) -> np.ndarr
     if set(lengths) - {width}:
         found = " or ".join(map(str, sorted(lengths)))
         raise InvalidRowsError(
-            f"the column {name!r} has {found} entries a row, but the network has {width} {what}."
+            f"the column {name!r} has {found} entries per row, but the network has {width} {what}."
         )
     return _numbers(column, name).reshape(-1, width)
 
@@ -172,7 +172,7 @@ def round_task(sent: Broadcast[Round]) -> Callable[[Batches], Batches]:
         result = {"worker": worker, "totals": [0.0, 0.0, 0.0], "state": b"", "refused": ""}
         try:
             rows = read_rows(batches, *sent.value.widths)
-            found = _take_part(sent.value, worker, rows) if len(rows.labels) else {}
+            found = _result_of(sent.value, worker, rows) if len(rows.labels) else {}
         except InvalidRowsError as error:
             found = {"refused": str(error)}
             for _ in batches:  # Spark ends a Python process that leaves rows unread
@@ -183,7 +183,7 @@ def round_task(sent: Broadcast[Round]) -> Callable[[Batches], Batches]:
     return run
 
 
-def _take_part(round_: Round, worker: int, rows: Rows) -> dict[str, Any]:
+def _result_of(round_: Round, worker: int, rows: Rows) -> dict[str, Any]:
     """Train or evaluate on a worker's rows, and return the result."""
     replica = kept_network(round_.training, lambda: Replica(*round_.recipe))
     replica.state = round_.state

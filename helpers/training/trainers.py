@@ -1,10 +1,4 @@
-"""Train a Keras network on a Spark DataFrame, in one process or on several workers.
-
-Both trainers have the API of Distributed Keras: construct one with a network and the training
-options; `train(df)` returns a trained copy of the network. `SingleTrainer` trains on the driver.
-`AveragingTrainer` trains in rounds of ordinary Spark jobs: each task trains the network on its part
-of the rows, and the driver averages the weights, from which the next round starts.
-"""
+"""The trainers: the driver's part of training."""
 
 from __future__ import annotations
 
@@ -118,7 +112,7 @@ class Trainer(ABC):
         validation : pyspark.sql.DataFrame, optional
             Rows on which to evaluate loss and accuracy after each epoch.
         **others
-            Refused: Distributed Keras had `shuffle`.
+            Rejected, such as `shuffle`, which Distributed Keras takes.
 
         Raises
         ------
@@ -162,9 +156,7 @@ class Trainer(ABC):
 
     def _rows(self, df: DataFrame) -> DataFrame:
         if not isinstance(df, DataFrame):
-            raise ValueError(
-                f"{df!r} is not a DataFrame: {_ALWAYS_SHUFFLED}"
-            )
+            raise ValueError(f"{df!r} is not a DataFrame: {_ALWAYS_SHUFFLED}")
         features, label = _entries(df, self._features_col), _entries(df, self._label_col)
         return df.select(features.alias("features"), label.alias("label"))
 
@@ -323,7 +315,7 @@ class AveragingTrainer(Trainer):
 
 
 def _run(round_: Round, rows: DataFrame) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Return the totals, and the results of workers that have rows, in the order of workers."""
+    """Return the totals, and the results of workers that have rows, sorted by worker."""
     sent = rows.sparkSession.sparkContext.broadcast(round_)
     try:
         results = _collect(rows.mapInArrow(round_task(sent), RESULT)).to_pylist()
@@ -398,7 +390,7 @@ def _interruptible(spark: SparkSession, work: Callable[[], Any]) -> Any:
 
 
 def _entries(df: DataFrame, name: str) -> Column:
-    """Return a column with vectors converted to arrays; arrays and numbers stay such."""
+    """Return a column with vectors converted to arrays; arrays and numbers are kept."""
     if not isinstance(name, str):
         raise ValueError(
             f"{name!r} is not the name of a column: put several into one with "
@@ -421,11 +413,11 @@ def _widths(model: keras.Model) -> tuple[int, int]:
     try:
         shapes = {"inputs": model.input_shape, "outputs": model.output_shape}
     except AttributeError:
-        raise ValueError("the network has no inputs yet: let it begin with keras.Input.") from None
+        raise ValueError("the network has no inputs yet: begin it with keras.Input.") from None
     for name, shape in shapes.items():
         if len(shape) != 2 or not all(isinstance(size, int) for size in shape[1:]):
             raise ValueError(
-                f"the network's {name} have the shape {shape}: to train on a table they must have "
+                f"the network's {name} have the shape {shape}: to train on a table, it must be "
                 f"(rows, {name})."
             )
     return shapes["inputs"][1], shapes["outputs"][1]
@@ -435,8 +427,8 @@ def _check_loss(loss: Any) -> None:
     reduction = getattr(loss, "reduction", _MEANS[0])
     if reduction not in _MEANS:
         raise ValueError(
-            f"the loss has the reduction {reduction!r}: an update takes the mean over its rows, "
-            f"which is {_MEANS[0]!r}."
+            f"the loss has the reduction {reduction!r}: use {_MEANS[0]!r}, the mean over the rows "
+            "of an update."
         )
 
 
@@ -450,7 +442,7 @@ def _check_labels(name: str, found: DataType, loss: Any) -> None:
     if given in kinds and not isinstance(found, kinds[given][0]):
         (other,) = kinds.keys() - {given}
         raise ValueError(
-            f"the loss {given!r} takes {kinds[given][1]}, which column {name!r} doesn't hold: use "
+            f"the loss {given!r} takes {kinds[given][1]}, which column {name!r} doesn't have: use "
             f"loss={other!r}."
         )
 
