@@ -145,7 +145,7 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
         (["--kafka-option", "group.id"], "group.id is not of the form K=V"),
         (["--on-bad-record", "ignore"], "invalid choice: 'ignore'"),
         (["--checkpoint", "c", "--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
-        (["--kafka-option", "ssl.key.password=x"], "name that with --kafka-config"),
+        (["--kafka-option", "ssl.key.password=x"], "name the file with --kafka-config"),
         (["--kafka-config", "nowhere"], "nowhere: No such file or directory"),
         (["--output", "s3a://b/c", "--checkpoint", "c"], "packages org.apache.hadoop:hadoop-aws:"),
     ],
