@@ -78,7 +78,7 @@ def test_a_checkpoint_that_is_further_than_the_output_is_refused(filled, argumen
     score_all(arguments("structured"))
     run = run_python(str(JOB), *arguments("structured", output="another"), seconds=SECONDS)
     assert run.returncode == 1
-    assert "resumes after what" in run.stderr.splitlines()[-1], run.stderr
+    assert "is ahead of" in run.stderr.splitlines()[-1], run.stderr
 
 
 @pytest.mark.parametrize(
