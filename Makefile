@@ -2,12 +2,12 @@
 #        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
 # test   runs all tests, including the notebooks, in up to three processes: as many as the free
 #        memory allows, at 2.5 GB each; make test WORKERS=1 sets the number
-# test-long  runs the longest tests, which repeat the same crash many times; two hours
+# test-long  runs the longest tests, which repeat crashes many times, in two hours
 # bench  measures the throughput of the walkthrough's stream against the processor's limit
 # lab    opens the notebooks in JupyterLab
 # notebooks   executes all notebooks and stores their outputs in them
 # clean  removes everything that the other targets created
-# Each target first installs what it needs, once: see setup.sh.
+# The first target that runs installs everything: see setup.sh.
 
 NOTEBOOK = 1_walkthrough
 WORKERS = auto

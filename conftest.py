@@ -1,6 +1,6 @@
 """Shared fixtures and hooks: one real broker, one real Spark session, topics, events and models.
 
-They are here, not in tests/, because docstring examples and notebooks are tests as well.
+They are not in tests/, because docstring examples and notebooks are tests as well.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from helpers.serving import Contract, ServingModel, save_serving_model, scaled_n
 from helpers.spark import get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
 
-# How many events a count may differ by on another processor: sums in another order round otherwise,
-# so an event whose two probabilities are almost equal can change class.
+# By how many events a count may differ on another processor. Sums are rounded differently there, so
+# an event whose two probabilities are almost equal can change class.
 TOLERANCE_EVENTS = 20
 
-# How much a training's accuracy and AUC may differ between runs: sums in another order give other
-# weights after hundreds of updates. Ten runs here were within 0.004.
+# By how much accuracy and AUC may differ between trainings: differences in rounding add up over
+# hundreds of updates. Ten runs here were within 0.004.
 TOLERANCE_METRICS = 0.015
 
 # Streamed events are scored by the same network; only the rounding may differ.
 TOLERANCE_STREAMED = 0.001
 
-# What one of the processes that run tests takes, with its broker, Spark and workers.
+# Memory of a process that runs tests, including its broker, Spark and workers.
 PROCESS_MEMORY = 2.5e9
-MOST_PROCESSES = 3  # half of their time is waiting; a fourth brings nothing on 2 cores
+MOST_PROCESSES = 3  # they wait half of the time; on 2 cores, a fourth doesn't help
 
-# The tests start about fifty JVMs that live for a minute or less. In that time the second compiler
-# costs more than it saves: 5 to 10 % of the time. Spark passes this on to the driver it starts.
+# The tests start about fifty JVMs that run for a minute or less. In that time, the second compiler
+# of Java costs more than it saves: 5 to 10 %. Spark passes this option to the driver's JVM.
 os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
 # A shell's background job ignores SIGINT, and so do its children; tests send SIGINT to programs.
@@ -58,7 +58,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def kafka() -> Iterator[LocalKafka]:
-    """One broker for all tests; each test uses its own topics."""
+    """One broker for all tests; each test uses separate topics."""
     with LocalKafka() as broker:
         yield broker
 
@@ -73,7 +73,7 @@ def spark() -> Iterator[SparkSession]:
 
 @pytest.fixture(scope="session")
 def produce(kafka: LocalKafka) -> Iterator[Callable]:
-    """Write records to a topic with kafka-python, which the stream does not use."""
+    """A function that writes records to a topic with kafka-python, unlike the stream."""
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all", linger_ms=50)
 
     def write(topic: str, values: list[bytes | None], keys: list[bytes | None] | None = None):
@@ -106,7 +106,7 @@ def event_values() -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def make_serving_model(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Make and save serving models with random weights for the challenge's events."""
+    """A function that makes and saves serving models with random weights."""
     features = generate_events(1_000, seed=1)[list(FEATURES)]
 
     def make(seed: int = 1, **parts) -> ServingModel:
@@ -138,7 +138,7 @@ _WITH_SPARK = (
 
 
 def _scored_event(spark: SparkSession) -> DataFrame:
-    """Return a scored event as a batch function passes it to a sink."""
+    """Return a scored event, as a scoring function passes it to a sink."""
     columns = (
         "EventId long, predicted_index double, topic string, partition int, offset long, "
         "timestamp timestamp, bad struct<key: binary, value: binary, reason: string>, "
@@ -192,25 +192,25 @@ def names_in_docstrings(
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Start as many processes as the free memory holds; `make test WORKERS=2` starts two."""
+    """Start as many processes as fit in the free memory; `make test WORKERS=2` starts two."""
     return processes_for(psutil.virtual_memory().available)
 
 
 def processes_for(free_memory: float) -> int:
-    """Return how many processes may run tests in so many bytes of memory."""
+    """Return how many processes may run tests in an amount of memory, in bytes."""
     return max(1, min(MOST_PROCESSES, int(free_memory / PROCESS_MEMORY)))
 
 
-@pytest.hookimpl(trylast=True)  # the terminal's own plugin comes first
+@pytest.hookimpl(trylast=True)  # the terminal's plugin comes first
 def pytest_configure(config: pytest.Config) -> None:
-    """Report the progress by files where several processes run tests, as in `make test`."""
+    """Report progress per file if several processes run tests, as in `make test`."""
     if config.option.numprocesses:
         terminal = config.pluginmanager.get_plugin("terminalreporter")
         config.pluginmanager.register(FileProgress(terminal))
 
 
 class FileProgress:
-    """Shows a line for each file whose tests are done, and each test that fails, at once."""
+    """Reports each file when its tests are done, and each failed test at once."""
 
     def __init__(self, terminal: pytest.TerminalReporter) -> None:
         self._terminal = terminal
@@ -219,22 +219,22 @@ class FileProgress:
         self._started = time.monotonic()
 
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        """Count each file's tests; all processes collect the same."""
+        """Count each file's tests; all processes collect the same ones."""
         self._tests = Counter(map(_file_of, ids))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_report_teststatus(self) -> Iterator[None]:
-        """Leave out the dots, and keep the words that the summary needs."""
+        """Omit the dots, but keep the words for the summary."""
         category, _, word = yield
         return category, "", word
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Name a test that fails."""
+        """Name a failed test."""
         if report.failed:
             self._terminal.write_line(f"FAILED {report.nodeid}", red=True)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        """Show a file whose last test this was, with their number, and how far all files are."""
+        """After a file's last test, show the file, its number of tests, and the progress."""
         file = _file_of(nodeid)
         self._done[file] += 1
         if self._done[file] == self._tests[file]:
@@ -245,13 +245,13 @@ class FileProgress:
 
 
 def _file_of(nodeid: str) -> str:
-    """Return the file of a test."""
+    """Return the file that a test is in."""
     return nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> object:
-    """Compare the numbers that a notebook's last cell records with the stored ones."""
+    """Compare the numbers recorded by a notebook's last cell with the stored ones."""
     result = yield
     cell = getattr(item, "cell", None)  # nbval's items have one
     if cell is not None and "record" in cell.metadata.get("tags", []):
@@ -260,7 +260,7 @@ def pytest_runtest_call(item: pytest.Item) -> object:
 
 
 def compare_records(stored: dict[str, object], now: dict[str, object]) -> None:
-    """Fail unless both have the same names and, within the tolerances, the same values."""
+    """Fail unless both have the same names and, within tolerances, the same values."""
     assert now.keys() == stored.keys()
     assert now["events"] == stored["events"]
     for name in now.keys() - {"events", "batches"}:

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Creates .venv with everything that the notebooks need. `make` calls this script; once .venv is
-# complete, a call does nothing and needs no network. PYTHON names the interpreter to use (3.11,
+# Creates .venv with everything that the notebooks need. `make` calls this script; if .venv is
+# complete, it does nothing and needs no network. PYTHON names the interpreter to use (3.11,
 # 3.12 or 3.13).
 set -eu
 cd "$(dirname "$0")"
 
-# Its name depends on the files that define the environment; when one changes, .venv is rebuilt.
+# The name depends on the files that define the environment: if one changes, .venv is rebuilt.
 stamp=.venv/.installed-$(cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
 
 fail() {
@@ -61,7 +61,7 @@ choose_cache() {
     export UV_CACHE_DIR="$cache"
 }
 
-# uv doesn't read pip's settings, so a mirror configured for pip is passed to it.
+# uv ignores pip's settings, so a mirror that is configured for pip is passed to it.
 pass_index() {
     for setting in :env:.index-url global.index-url; do
         index=$(.venv/bin/python -m pip config get "$setting" 2> /dev/null) || continue
@@ -74,7 +74,7 @@ if [ -e "$stamp" ] && java_is_new_enough; then
 fi
 
 java_is_new_enough || {
-    # Debian 13 has 21 but not 17, Debian 12 the reverse.
+    # Debian 13 has no 17, and Debian 12 no 21.
     install_packages "Java 17 or 21" openjdk-21-jre-headless java-21-openjdk-headless openjdk@21 \
         openjdk-17-jre-headless
     java_is_new_enough || fail "Java 17 or 21 is needed: JAVA_HOME or PATH leads to another version."
@@ -91,8 +91,8 @@ python=$(find_python) || {
 
 echo "creating .venv with $("$python" --version) ..." >&2
 "$python" -m venv --clear .venv
-# uv, in the version that requirements.txt names, installs the rest: it downloads in parallel, and
-# links cached packages into the next environment.
+# uv, in the version in requirements.txt, installs the rest: it downloads in parallel, and links
+# cached packages into the next environment.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     "$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' requirements.txt)"
 choose_cache

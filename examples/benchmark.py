@@ -7,20 +7,20 @@
     python examples/benchmark.py train --csv atlas-higgs-challenge-2014-v2.csv.gz --runs 5
 
 `drain` starts a local broker and fills a topic with events. The walkthrough's stream, with the
-notebook's own functions, then drains the topic several times: each time, a new consumer group reads
-all events, scores them, and writes the scores. Before and after each drain, NumPy multiplies
+notebook's functions, then drains the topic several times: each time, a new consumer group reads all
+events, scores them, and writes the scores. Before and after each drain, NumPy multiplies
 matrices on the same cores. The network needs 2.036 million floating-point operations per event,
-nearly all of them in matrix products, so this is the upper limit for any implementation in this
+nearly all of them in matrix products, so this is the upper limit for any implementation with this
 precision.
 
 `small` writes 500 events per second to a topic of four partitions while a stream with an interval
 of one second scores them, with each engine. It reports how long a batch takes, from the call of its
-function until it is committed, and how many cores are busy; broker and producer are not counted.
+function to its commit, and how many cores are busy, not counting the broker and the producer.
 
 `latency` does the same with 2,000 events per second and intervals of one and five seconds. It
 reports the time from an event's timestamp, which the producer sets, until its batch is committed.
 
-Both measure the second half of each run, when Java has compiled its code.
+Both measure the second half of each run, after Java has compiled its code.
 
 `train` trains with `SingleTrainer`, and with `AveragingTrainer` on two workers, on 60 % of the
 events, with the parameters of the notebook on training, and evaluates on the rest. Each run uses a
@@ -250,7 +250,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class SteadyRun:
-    """What a stream did in the second half of a run at a steady rate."""
+    """Measurements of a stream in the second half of a run at a steady rate."""
 
     seconds: list[float]  # for each batch
     latencies: list[float]  # for each event, in seconds
@@ -275,7 +275,7 @@ def run_steadily(
     interval : float
         Seconds between batches.
     seconds : float
-        How long events are written.
+        For how many seconds events are written.
     """
     score = definitions("1_walkthrough", "pipeline")["process_instances"]
     topic, folder = f"steady-{uuid.uuid4()}", f"{scratch_folder()}/steady-{uuid.uuid4()}"
@@ -318,12 +318,12 @@ def run_steadily(
 
 
 def measure_small(seconds: float) -> Iterator[dict[str, Any]]:
-    """Run the `small` benchmark; return a result per engine.
+    """Run the `small` benchmark; yield a result per engine.
 
     Parameters
     ----------
     seconds : float
-        How long events are written for each engine.
+        For how many seconds events are written per engine.
     """
     with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
         for engine in ENGINES:
@@ -332,7 +332,7 @@ def measure_small(seconds: float) -> Iterator[dict[str, Any]]:
             taken["max"] = max(run.seconds)
             yield {
                 "engine": engine,
-                "events_a_batch": round(SMALL_RATE * INTERVAL_SECONDS),
+                "events_per_batch": round(SMALL_RATE * INTERVAL_SECONDS),
                 "partitions": 4,
                 "seconds": {name: round(value, 3) for name, value in taken.items()},
                 "cores_busy": round(run.cores_busy, 2),
@@ -340,12 +340,12 @@ def measure_small(seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def measure_latency(seconds: float) -> Iterator[dict[str, Any]]:
-    """Run the `latency` benchmark; return a result per engine and interval.
+    """Run the `latency` benchmark; yield a result per engine and interval.
 
     Parameters
     ----------
     seconds : float
-        How long events are written for each result.
+        For how many seconds events are written per result.
     """
     with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
         for engine in ENGINES:
@@ -366,7 +366,7 @@ def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
     Parameters
     ----------
     events : int
-        Number of events to generate, if there is no file.
+        Number of events to generate if no file is given.
     csv : str, optional
         A file of the challenge.
     runs : int
@@ -494,10 +494,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     kinds = {"small": "how long small batches take", "latency": "how old an event's score is"}
     for name, text in kinds.items():
         steady = what.add_parser(name, help=text)
-        steady.add_argument("--seconds", type=float, default=60, help="of a run; default: 60")
-    trains = what.add_parser("train", help="how well and how fast networks are trained")
+        steady.add_argument("--seconds", type=float, default=60, help="per run; default: 60")
+    trains = what.add_parser("train", help="how well and how fast the trainers train")
     trains.add_argument("--events", type=int, default=60_000, help="default: %(default)s")
-    trains.add_argument("--csv", help="the challenge's file (.csv or .csv.gz) instead")
+    trains.add_argument("--csv", help="use the challenge's file (.csv or .csv.gz)")
     trains.add_argument("--runs", type=int, default=1, help="default: %(default)s")
     return parser.parse_args(arguments)
 

@@ -45,10 +45,10 @@ from helpers.kafka_settings import ANSWER_SECONDS, check_address, config_option
 
 CODECS = ("none", "gzip", "lz4", "snappy", "zstd")
 FIRST_EVENT_ID = 100_000  # as in the challenge's file
-CHUNK = 10_000  # events that are generated or encoded at a time, to limit memory
+CHUNK = 10_000  # events generated or encoded at a time, to limit memory
 DELIVERY_SECONDS = 30
 LOOP_DELIVERY_SECONDS = 600  # an endless producer waits for its broker
-STALLED_SECONDS = 2  # how late outcomes may be
+STALLED_SECONDS = 2  # how much later than the time-out an outcome may arrive
 STOP_SECONDS = 10  # how long to wait for the last events after Ctrl-C
 REPORT_SECONDS = 5  # between two error reports
 MOST_ON_THE_WAY = 100_000  # maximum number of events without an outcome, to limit memory
@@ -69,7 +69,7 @@ class Deliveries:
         self.acknowledged = 0
         self.failed = 0
         self.error: Exception | str = "no answer"  # why the last event failed
-        self._settled_at = time.monotonic()  # last time with an outcome, or nothing to wait for
+        self._settled_at = time.monotonic()  # last outcome, or last time with nothing to wait for
         self._failing_since: float | None = None
         self._lock = threading.Lock()  # outcomes arrive in the client's thread and in this one
         threading.Thread(target=self._report, name="report", daemon=True).start()
@@ -101,7 +101,7 @@ class Deliveries:
         return 0 if since is None else time.monotonic() - since
 
     def begin_again(self) -> None:
-        """Reset the time of the first failure for a new producer; the counts stay."""
+        """Reset the time of the first failure for a new producer; keep the counts."""
         self._failing_since = None
 
     def _succeed(self, _: object) -> None:
@@ -114,7 +114,7 @@ class Deliveries:
         with self._lock:
             self.failed += 1
             self._failing_since = self._failing_since or time.monotonic()
-            if not isinstance(error, IllegalStateError):  # a closed producer's error for the rest
+            if not isinstance(error, IllegalStateError):  # from a closed producer
                 self.error = error
             self._settled_at = time.monotonic()
 
@@ -139,7 +139,7 @@ class Stopping(threading.Event):
     Attributes
     ----------
     exit_code : int
-        The exit code of a program ended by the signal.
+        The exit code of a program that the signal ends.
     """
 
     exit_code = 0
@@ -255,7 +255,7 @@ class Sender:
     deliveries : Deliveries
         Counts the outcomes of the events.
     stopping : Stopping
-        Set when the program must end.
+        Set when the program must stop.
 
     Raises
     ------
@@ -272,12 +272,12 @@ class Sender:
         self._patience = self._producer.config["delivery_timeout_ms"] / 1000 + STALLED_SECONDS
 
     def send(self, key: bytes, value: bytes) -> None:
-        """Send an event, once not too many others are waiting for their outcome.
+        """Send an event, as soon as few enough others wait for their outcome.
 
         Raises
         ------
         ProducerError
-            If the topic can't be written to; with ``--loop``, only if that fails from the start.
+            If the topic can't be written to; with ``--loop``, only if no event was sent before.
         """
         while self._deliveries.on_the_way() >= MOST_ON_THE_WAY or self._is_broken():
             if self._stopping.wait(0.01):
@@ -298,12 +298,12 @@ class Sender:
                 ) from error
 
     def close(self) -> None:
-        """Wait for the outcome of every event; those without one at the time-out have failed."""
+        """Wait for the outcome of every event; after the time-out, the others have failed."""
         seconds = STOP_SECONDS if self._stopping.is_set() else self._patience
         deadline = time.monotonic() + seconds
         try:
-            # `flush` doesn't wait for batches that are split and resent because the broker finds
-            # them too large, so it only makes sure that everything has been sent.
+            # `flush` only makes sure that everything has been sent: it doesn't wait for batches
+            # that are too large for the broker, and are split and sent again.
             with contextlib.suppress(KafkaError):
                 self._producer.flush(timeout=seconds)
             while self._deliveries.on_the_way() and time.monotonic() < deadline:
@@ -312,7 +312,7 @@ class Sender:
             self._abandon()
 
     def _is_broken(self) -> bool:
-        """Return whether nothing is being acknowledged any longer, for whatever reason."""
+        """Return whether acknowledgements have stopped, whatever the reason."""
         is_failing = self._options.loop and self._deliveries.failing() > REPORT_SECONDS
         return is_failing or self._deliveries.silence() > self._patience
 
@@ -328,7 +328,7 @@ class Sender:
                 return
 
     def _abandon(self) -> None:
-        """Close the producer; events that it couldn't send have then failed."""
+        """Close the producer; events that it couldn't send have failed."""
         # A private API; without it, `close` would wait for the broker.
         self._producer._sender.force_close()
         self._producer._sender.join(STOP_SECONDS)
@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         stopping.exit_code = 1
     except KeyboardInterrupt:
-        print("interrupted once more: what was on the way has failed", file=sys.stderr)
+        print("interrupted again: events without an outcome have failed", file=sys.stderr)
     return _summary(deliveries, options.topic, time.monotonic() - started) or stopping.exit_code
 
 
@@ -402,7 +402,7 @@ def _file_chunks(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
 
 
 def _pace(rate: float | None, stopping: Stopping) -> Callable[[], None]:
-    """Return a function to call before each event that waits to keep to the rate."""
+    """Return a function that waits as the rate requires; call it before each event."""
     started = time.monotonic()
     sent = 0
 
@@ -434,23 +434,23 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "bootstrap_servers", nargs="?", default="127.0.0.1:9092", metavar="host:port",
-        help="a Kafka broker, or several with commas between; default: %(default)s",
+        help="a Kafka broker, or several separated by commas; default: %(default)s",
     )
     parser.add_argument("--topic", default="Machine_Learning", help="default: %(default)s")
     parser.add_argument(
         "--events", type=_positive(int), help="how many; default: 100000, or the whole file"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of generated events; default: 0")
-    parser.add_argument("--csv", help="the challenge's file (.csv or .csv.gz) instead")
+    parser.add_argument("--seed", type=int, default=0, help="seed of generated events; default: 0")
+    parser.add_argument("--csv", help="send the events of the challenge's file (.csv or .csv.gz)")
     parser.add_argument(
         "--rate", type=_positive(float), help="events per second; default: full speed"
     )
     parser.add_argument("--compression", choices=CODECS, help="default: lz4")
     parser.add_argument(
         "--kafka-config", default={}, metavar="FILE", type=config_option,
-        help="settings of Kafka's clients in its properties format, passwords among them",
+        help="settings for Kafka clients, including passwords, in Kafka's properties format",
     )  # fmt: skip
-    parser.add_argument("--loop", action="store_true", help="begin again at the end, until Ctrl-C")
+    parser.add_argument("--loop", action="store_true", help="start over at the end, until Ctrl-C")
     parser.add_argument("--pause", type=float, default=0, help="seconds between rounds; default: 0")
     options = parser.parse_args(arguments)
     if options.events is None and not options.csv:

@@ -1,14 +1,14 @@
 """Send a topic's dead letters back to it, each exactly once, with their keys.
 
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T
-    python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T --repair mend.py:mend
+    python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T --repair repairs.py:repair
 
-A repair function takes a record's bytes (or None) and returns the bytes to send instead, or None if
-it can't repair the record, which then stays a dead letter for good. The function is called twice
-for each record: first for all records, so that nothing is sent if it fails for one.
+A repair function takes a record's bytes (or None), and returns repaired bytes, or None if it can't
+repair the record, which then remains a dead letter for good. The function is called twice per
+record: first for all records, so that nothing is sent if it fails for one.
 
 The records and the progress are committed together, in Kafka transactions of up to 1,000 letters:
-if the program dies before a commit, nothing of that transaction is sent, and a stream with
+if the program dies before a commit, nothing in that transaction is sent, and a stream with
 isolation.level=read_committed never sees a record twice. If a batch was retried, its dead letters
 may have duplicates, which are recognized by their headers and not sent. A letter that can't be sent
 back is left where it is, and doesn't stop the others.
@@ -61,19 +61,19 @@ BYTES_PER_TRANSACTION = 16_000_000
 
 
 class ReplayError(RuntimeError):
-    """Nothing more is sent back; the message says why and what to do."""
+    """No more letters are sent back; the message says why and what to do."""
 
 
 @dataclass
 class Letters:
-    """The places of the dead letters not handled by an earlier run; their bytes stay in Kafka.
+    """The places of dead letters that no earlier run has handled; their bytes stay in Kafka.
 
     Attributes
     ----------
     new : dict
         The source record of each letter, in the order of offsets.
     originals : set
-        The letters to send back. The others are copies, or are left where they are.
+        The letters to send back. Other letters are copies, or are left where they are.
     left : dict of str to list
         The letters that are left where they are, by reason.
     """
@@ -128,19 +128,19 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
     topic : str
         The source topic; letters that name another topic are left.
     topic_id : str
-        The Kafka id of the dead-letter topic, '' if there is none. Progress recorded for another id
-        refers to other letters.
+        The Kafka id of the dead-letter topic; '' if the topic doesn't exist. Progress recorded for
+        another id refers to other letters.
     """
     letters, seen, empty = Letters(), set(), set()
-    treated = treated_up_to(consumer, topic + DEAD_LETTERS, topic_id)
+    handled = handled_up_to(consumer, topic + DEAD_LETTERS, topic_id)
     for letter in read_records(consumer, topic + DEAD_LETTERS):
-        if letter.offset < treated.get(letter.partition, 0):
+        if letter.offset < handled.get(letter.partition, 0):
             seen.add(source_of(letter))
             continue
         letters.new[place_of(letter)] = source_of(letter)
         if letter.key is None and letter.value is None:
             empty.add(place_of(letter))
-    # After reading everything, because a handled copy may be in a partition that is read later.
+    # Only after reading everything, because a partition that is read later may have a handled copy.
     for place, source in letters.new.items():
         if source is None:
             letters.leave(place, "not a dead letter: no headers that name a record")
@@ -178,20 +178,20 @@ def parts(letters: Iterable[ConsumerRecord]) -> Iterator[list[ConsumerRecord]]:
         yield part
 
 
-def treated_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) -> dict[int, int]:
+def handled_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) -> dict[int, int]:
     """Return the next offset to handle after earlier runs, by partition."""
     if not topic_id:
         return {}
-    treated = {}
+    handled = {}
     for number in consumer.partitions_for_topic(letters_topic) or ():
         noted = consumer.committed(TopicPartition(letters_topic, number), metadata=True)
         if noted is not None and noted.metadata in ("", topic_id):
-            treated[number] = noted.offset
+            handled[number] = noted.offset
     for record in read_records(consumer, letters_topic + REPLAYED):
         number, note = int(record.key), json.loads(record.value)
         if note["topic-id"] == topic_id:
-            treated[number] = max(treated.get(number, 0), note["offset"])
-    return treated
+            handled[number] = max(handled.get(number, 0), note["offset"])
+    return handled
 
 
 def create_notes(admin: KafkaAdminClient, letters_topic: str, replicas: int) -> None:
@@ -219,9 +219,9 @@ def create_notes(admin: KafkaAdminClient, letters_topic: str, replicas: int) -> 
 
 
 def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
-    """Return the id of the dead-letter topic ('' if there is none), and the topic's size limit.
+    """Return the id of the dead-letter topic ('' if it doesn't exist), and the topic's size limit.
 
-    If the dead-letter topic exists, the topic that keeps the progress exists afterwards.
+    If the dead-letter topic exists, the topic that keeps the progress is also created.
     """
     letters_topic, topic_id, limit = topic + DEAD_LETTERS, "", DEFAULT_LIMIT
     topics = admin.list_topics()
@@ -244,7 +244,7 @@ def leave_large_ones(
 ) -> None:
     """Leave the letters of a part that are too large for a topic, even compressed.
 
-    A single one would make the whole transaction fail.
+    A single letter that is too large would make the whole transaction fail.
     """
     for letter in part:
         place = place_of(letter)
@@ -280,8 +280,8 @@ def send_back(
     letters : sequence of kafka.consumer.fetcher.ConsumerRecord
         Dead letters in the order of offsets.
     values : mapping
-        The values to send, by the dead letters' partitions and offsets. Copies, and letters that
-        can't be repaired, are not included.
+        The values to send, by the dead letters' partitions and offsets. It has neither copies nor
+        letters that can't be repaired.
     """
     producer.begin_transaction()
     for letter in letters:
@@ -302,7 +302,7 @@ def send_back(
 
 
 def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, int, int, Letters]:
-    """Send dead letters back; return how many were sent, unrepaired and copies, and all of them."""
+    """Send dead letters back; return the numbers of sent, unrepaired and copied ones, and all."""
     topic = options.topic
     group = f"replay-{topic}{DEAD_LETTERS}"
     common = {"bootstrap_timeout_ms": CONNECT_SECONDS * 1000}
@@ -327,22 +327,24 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
             letters = new_letters(consumer, topic, topic_id)
             if options.repair:
                 for letter in read_again(consumer, topic, letters.originals):
-                    mend([letter], options.repair)
+                    repaired([letter], options.repair)
             sent = 0
             for part in parts(read_again(consumer, topic, letters.new)):
                 chosen = [letter for letter in part if place_of(letter) in letters.originals]
-                mended = mend(chosen, options.repair)
-                leave_large_ones(letters, chosen, mended, limit)
-                send_back(producer, group, topic, topic_id, part, mended)
-                sent += len(mended)
+                values = repaired(chosen, options.repair)
+                leave_large_ones(letters, chosen, values, limit)
+                send_back(producer, group, topic, topic_id, part, values)
+                sent += len(values)
     finally:
         producer.close(timeout=5)
-    given_up = len(letters.originals) - sent
+    unrepaired = len(letters.originals) - sent
     copies = len(letters.new) - len(letters.originals) - sum(map(len, letters.left.values()))
-    return sent, given_up, copies, letters
+    return sent, unrepaired, copies, letters
 
 
-def mend(letters: Iterable[ConsumerRecord], repair: Repair | None) -> dict[Place, bytes | None]:
+def repaired(
+    letters: Iterable[ConsumerRecord], repair: Repair | None
+) -> dict[Place, bytes | None]:
     """Return the values to send, by the dead letters' partitions and offsets."""
     if repair is None:
         return {place_of(letter): letter.value for letter in letters}
@@ -353,12 +355,12 @@ def mend(letters: Iterable[ConsumerRecord], repair: Repair | None) -> dict[Place
         except Exception as error:
             raise ReplayError(
                 f"the repair of partition {letter.partition}, offset {letter.offset} failed: "
-                f"{error!r}. It is to return None for what it can't mend."
+                f"{error!r}. It must return None for a record that it can't repair."
             ) from error
         if not isinstance(values[place_of(letter)], bytes | None):
             raise ReplayError(
                 f"the repair of partition {letter.partition}, offset {letter.offset} returned "
-                f"{type(values[place_of(letter)]).__name__}: it is to return bytes, or None."
+                f"{type(values[place_of(letter)]).__name__}: it must return bytes or None."
             )
     return {place: value for place, value in values.items() if value is not None}
 
@@ -397,12 +399,12 @@ def main(arguments: list[str] | None = None) -> int:
         check_address(options.bootstrap_servers)
         settings = {**options.kafka_config, **dict(options.kafka_option)}
         settings["bootstrap.servers"] = options.bootstrap_servers
-        sent, given_up, copies, letters = replay(options, settings)
+        sent, unrepaired, copies, letters = replay(options, settings)
     except (ReplayError, KafkaError, ValueError, OSError) as error:
-        print(f"nothing more is sent back: {error}", file=sys.stderr)
+        print(f"no more letters are sent back: {error}", file=sys.stderr)
         return 1
     print(
-        f"{sent} dead letters sent back to {options.topic}; {given_up} could not be mended, "
+        f"{sent} dead letters sent back to {options.topic}; {unrepaired} could not be repaired, "
         f"{copies} were copies"
     )
     for reason, left in letters.left.items():
@@ -419,18 +421,18 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bootstrap_servers", metavar="host:port", help="the Kafka brokers")
-    parser.add_argument("--topic", required=True, help="the topic that they came from")
+    parser.add_argument("--topic", required=True, help="the topic that the letters came from")
     parser.add_argument(
         "--repair", type=repair_function, metavar="FILE:FUNCTION",
-        help="what mends a record's bytes; default: send them as they are",
+        help="a function that repairs a record's bytes; default: send records unchanged",
     )  # fmt: skip
     parser.add_argument(
         "--kafka-config", default={}, metavar="FILE", type=config_option,
-        help="settings of Kafka's clients in its properties format, passwords among them",
+        help="settings for Kafka clients, including passwords, in Kafka's properties format",
     )  # fmt: skip
     parser.add_argument(
         "--kafka-option", action="append", default=[], metavar="K=V", type=setting_option,
-        help="one more of these settings, such as client.id=replay",
+        help="another setting, such as client.id=replay; may be repeated",
     )  # fmt: skip
     return parser.parse_args(arguments)
 

@@ -43,84 +43,69 @@ from helpers.streaming import (
 )
 from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
-# Limits on a batch: large enough for high throughput, small enough to finish within seconds. For
-# DStreams, spark.streaming.kafka.maxRatePerPartition from spark-submit overrides this.
+# Limits on a batch: large enough for high throughput, small enough to finish within seconds.
+# spark-submit can override the DStream's limit, spark.streaming.kafka.maxRatePerPartition.
 RECORDS_PER_BATCH = 100_000
 RECORDS_PER_PARTITION_AND_SECOND = 10_000
 
 
-class Job:
-    """The pipeline between a topic and a sink.
+def run_dstream(
+    spark: SparkSession,
+    options: argparse.Namespace,
+    sink: ParquetSink,
+    score: Score,
+    stopping: threading.Event,
+) -> None:
+    """Score with a DStream, which resumes at the end of the output and needs no checkpoint."""
+    ssc = new_streaming_context(spark, options.interval)
+    stream = KafkaUtils.createDirectStream(
+        ssc, [options.topic], kafka_settings(options), positions=ends(spark, options, sink)
+    )
+    backlog = stream.lag()
+    scoring = score_stream(stream, score, sink, Monitor())
 
-    Parameters
-    ----------
-    spark : pyspark.sql.SparkSession
-        The session.
-    options : argparse.Namespace
-        The command-line options.
-    sink : ParquetSink
-        An open sink for the scored events.
-    score : callable
-        Converts a batch's records to scored events.
-    stopping : threading.Event
-        Set when the job must stop.
-    """
+    def is_over() -> bool:
+        if stopping.is_set() or not options.available_now:
+            return stopping.is_set()
+        # Offsets that Kafka deletes meanwhile are never done, but they reduce the lag.
+        return scoring.offsets_done >= backlog or stream.lag() == 0
 
-    def __init__(
-        self,
-        spark: SparkSession,
-        options: argparse.Namespace,
-        sink: ParquetSink,
-        score: Score,
-        stopping: threading.Event,
-    ) -> None:
-        self._spark, self._options, self._sink, self._stopping = spark, options, sink, stopping
-        self._score, self._settings = score, kafka_settings(options)
+    run_stream(ssc, until=is_over, timeout=math.inf)
 
-    def run_dstream(self) -> None:
-        """Score with a DStream, which resumes from the sink's offsets and needs no checkpoint."""
-        ssc = new_streaming_context(self._spark, self._options.interval)
-        stream = KafkaUtils.createDirectStream(
-            ssc, [self._options.topic], self._settings, positions=self._positions()
-        )
-        backlog = stream.lag()
-        scoring = score_stream(stream, self._score, self._sink, Monitor())
 
-        def is_over() -> bool:
-            if self._stopping.is_set() or not self._options.available_now:
-                return self._stopping.is_set()
-            # Offsets that Kafka deletes meanwhile are never done, but don't add to the lag either.
-            return scoring.offsets_done >= backlog or stream.lag() == 0
+def run_structured(
+    spark: SparkSession,
+    options: argparse.Namespace,
+    sink: ParquetSink,
+    score: Score,
+    stopping: threading.Event,
+) -> None:
+    """Score with Structured Streaming, which keeps its progress in the checkpoint."""
+    positions, monitor = ends(spark, options, sink), Monitor()
+    query = KafkaQuery(
+        spark, [options.topic], kafka_settings(options), options.checkpoint, positions,
+        RECORDS_PER_BATCH,
+    )  # fmt: skip
+    with query, monitor.follow(spark):
+        if any(positions.get(part, 0) < end for part, end in query.finished().items()):
+            raise SinkError(
+                f"{options.checkpoint} is ahead of {options.output}: give the --output that "
+                "belongs to it, or a new --checkpoint."
+            )
+        score_stream(query, score, sink, monitor)
+        interval = None if options.available_now else options.interval
+        query.run(until=stopping.is_set, interval=interval)
 
-        run_stream(ssc, until=is_over, timeout=math.inf)
 
-    def run_structured(self) -> None:
-        """Score with Structured Streaming, which keeps its progress in the checkpoint."""
-        positions, monitor = self._positions(), Monitor()
-        query = KafkaQuery(
-            self._spark, [self._options.topic], self._settings, self._options.checkpoint,
-            positions, RECORDS_PER_BATCH,
-        )  # fmt: skip
-        with query, monitor.follow(self._spark):
-            missing = [
-                part for part, end in query.finished().items() if positions.get(part, 0) < end
-            ]
-            if missing:
-                raise SinkError(
-                    f"{self._options.checkpoint} resumes after what {self._options.output} has: "
-                    "give the --output that it belongs to, or a new --checkpoint."
-                )
-            score_stream(query, self._score, self._sink, monitor)
-            interval = None if self._options.available_now else self._options.interval
-            query.run(until=self._stopping.is_set, interval=interval)
-
-    def _positions(self) -> dict[TopicAndPartition, int]:
-        """Return the offsets at which the output ends, and from which a stream resumes."""
-        return self._sink.positions(topic_ids(self._spark, [self._options.topic], self._settings))
+def ends(
+    spark: SparkSession, options: argparse.Namespace, sink: ParquetSink
+) -> dict[TopicAndPartition, int]:
+    """Return the offsets at which the output ends and a stream resumes."""
+    return sink.positions(topic_ids(spark, [options.topic], kafka_settings(options)))
 
 
 def score_with_file(file: ModelFile) -> Score:
-    """Return a function that scores each batch with the serving model that is in the file then."""
+    """Return a function that scores each batch with the serving model currently in the file."""
 
     def score(records: DataFrame) -> DataFrame:
         serving = file.current()
@@ -153,7 +138,7 @@ def kafka_settings(options: argparse.Namespace) -> dict[str, str]:
      'bootstrap.servers': 'h:9092'}
     """
     return {
-        # Records of an aborted transaction, such as an interrupted replay, are not scored.
+        # Don't score records of aborted transactions, such as those of an interrupted replay.
         "auto.offset.reset": "earliest", "isolation.level": "read_committed",
         **options.kafka_config, **dict(options.kafka_option),
         "bootstrap.servers": options.bootstrap_servers,
@@ -179,14 +164,14 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
     score, event_id, signal_index = score_as_walkthrough(), EVENT_ID, 0
     if options.model:
         file = ModelFile(options.model)
-        contract = file.model.contract  # a new version has the same id and the same signal
+        contract = file.model.contract  # new versions must have the same id and signal
         score, event_id = score_with_file(file), contract.event_id
         signal_index = contract.signal_index
     rate = {"spark.streaming.kafka.maxRatePerPartition": RECORDS_PER_PARTITION_AND_SECOND}
     spark = get_spark("Streaming job", config=rate)
     stop_at_signals(stopping)  # again, because PySpark installs its own handler for Ctrl-C
     try:
-        full_path(spark, options.output)  # refuses at once what Spark has no file system for
+        full_path(spark, options.output)  # raises if Spark has no file system for it
         settings = kafka_settings(options)
         if options.on_bad_record == "dead-letter":
             prepare_dead_letters(spark, [options.topic], settings)
@@ -195,8 +180,8 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
             on_bad_record=options.on_bad_record, settings=settings,
             from_beginning=options.from_beginning,
         ) as sink:
-            job = Job(spark, options, sink, score, stopping)
-            job.run_dstream() if options.engine == "dstream" else job.run_structured()
+            run_engine = run_dstream if options.engine == "dstream" else run_structured
+            run_engine(spark, options, sink, score, stopping)
     finally:
         spark.stop()
 
@@ -208,7 +193,7 @@ def stop_at_signals(stopping: threading.Event) -> None:
 
 
 def fail(reason: str) -> int:
-    """Print why the job fails, and return its exit code."""
+    """Print why the job failed, and return its exit code."""
     print(f"streaming_job.py: {reason}", file=sys.stderr)
     return 1
 
@@ -220,29 +205,29 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--engine", choices=("dstream", "structured"), default="structured",
-        help="which of Spark's streams; default: %(default)s")  # fmt: skip
+        help="Spark's streaming engine; default: %(default)s")  # fmt: skip
     add("--bootstrap-servers", required=True, metavar="HOST:PORT", help="the Kafka brokers")
-    add("--topic", required=True, help="where the events are")
-    add("--output", required=True, metavar="PATH", help="where the scored events go")
+    add("--topic", required=True, help="the topic with the events")
+    add("--output", required=True, metavar="PATH", help="where to write the scored events")
     add("--checkpoint", metavar="PATH",
-        help="where Spark keeps how far it is; with --engine structured only, for a DStream asks "
-        "the output")  # fmt: skip
+        help="where Spark keeps its progress; only for --engine structured, because a DStream "
+        "resumes at the end of the output")  # fmt: skip
     add("--model", metavar="PATH",
-        help="a file of helpers.serving.save_serving_model, which may be replaced while the job "
-        "runs; default: the walkthrough's random network")  # fmt: skip
+        help="a file written by helpers.serving.save_serving_model; it may be replaced while the "
+        "job runs; default: the walkthrough's random network")  # fmt: skip
     add("--interval", type=_seconds, default=1.0, metavar="S",
         help="seconds between batches; default: %(default)s")  # fmt: skip
-    add("--available-now", action="store_true", help="score what is there, and end")
+    add("--available-now", action="store_true", help="score the available records, and exit")
     add("--from-beginning", action="store_true",
-        help="when the topic was deleted and created again: add its new events to the same output, "
+        help="if the topic was deleted and created again, add its new events to the same output "
         "instead of refusing them")  # fmt: skip
     add("--on-bad-record", choices=ON_BAD_RECORD, default="dead-letter",
-        help="what to do with records that are no events; default: %(default)s")  # fmt: skip
+        help="what to do with records that are not events; default: %(default)s")  # fmt: skip
     add("--kafka-config", default={}, metavar="FILE", type=config_option,
-        help="settings of Kafka's clients in its properties format, passwords among them"
+        help="settings for Kafka clients, including passwords, in Kafka's properties format"
         )  # fmt: skip
     add("--kafka-option", action="append", default=[], metavar="K=V", type=setting_option,
-        help="one more of these settings, such as client.id=scoring; as many as needed"
+        help="another setting, such as client.id=scoring; may be repeated"
         )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.engine == "structured" and not options.checkpoint:

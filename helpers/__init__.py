@@ -27,16 +27,15 @@ import os as _os
 import sys as _sys
 from pathlib import Path as _Path
 
-# Set here because it must happen before anything imports Keras, on the workers as well. TensorFlow
-# is the backend (the kit installs no other). Its oneDNN kernels are no faster for this network, and
-# their rounding depends on the processor; without them TensorFlow also prints no notes about the
-# processor into notebook cells.
+# Keras reads these variables when it is imported, also on the workers, so they are set here.
+# TensorFlow is the only backend that the kit installs. Its oneDNN kernels are not faster for this
+# network, their rounding depends on the processor, and they print messages into notebook cells.
 _os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 _os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 # On SWAN or a cluster's edge node, SPARK_HOME points to the site's Spark. findspark puts it first
-# on sys.path, which must happen before anything, including this package, imports pyspark.
+# on sys.path, and must do so before anything, including this package, imports pyspark.
 if "pyspark" not in _sys.modules and (
     _Path(_os.environ.get("SPARK_HOME") or "/nowhere") / "python" / "pyspark"
 ).is_dir():

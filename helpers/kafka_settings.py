@@ -1,6 +1,6 @@
-"""Settings for Kafka clients, by Kafka's names: read them, and know which are secret.
+"""Settings for Kafka clients, by Kafka's names: reading them, and which of them are secret.
 
-Programs read them from a file, because every user of a machine can see its command lines.
+Secret settings come from a file, because every user of a machine can see its command lines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# How long Kafka may take to answer a question.
+# How long Kafka may take to answer a request.
 ANSWER_SECONDS = 15
 
 _LOGGER = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _LOGGER = logging.getLogger(__name__)
 SECRET_SETTINGS = r"passw|passphrase|jaas|secret|token|private\.key|keystore\.key"
 _SECRET = re.compile(SECRET_SETTINGS, re.IGNORECASE)
 
-_BLANKS = " \t\f"  # in a properties file
+_BLANKS = " \t\f"  # white space in a properties file
 
 
 def is_secret(name: str) -> bool:
@@ -33,6 +33,7 @@ def is_secret(name: str) -> bool:
     """
     return _SECRET.search(name) is not None
 
+
 def check_address(bootstrap_servers: str) -> None:
     """Raise `ValueError` unless the text is a comma-separated list of ``host:port``.
 
@@ -42,12 +43,12 @@ def check_address(bootstrap_servers: str) -> None:
     >>> check_address("127.0.0.1")
     Traceback (most recent call last):
     ...
-    ValueError: '127.0.0.1' is no address of a Kafka broker: write host:port.
+    ValueError: '127.0.0.1' is not the address of a Kafka broker: write host:port.
     """
     for address in bootstrap_servers.split(","):
         host, _, port = address.strip().rpartition(":")
         if not host or not port.isdecimal():
-            raise ValueError(f"{address!r} is no address of a Kafka broker: write host:port.")
+            raise ValueError(f"{address!r} is not the address of a Kafka broker: write host:port.")
 
 
 def read_config(path: str | Path) -> dict[str, str]:
@@ -56,7 +57,7 @@ def read_config(path: str | Path) -> dict[str, str]:
     Parameters
     ----------
     path : str or pathlib.Path
-        The file. As with `java.util.Properties`, it may have comments, continued lines and
+        The file. As for `java.util.Properties`, it may have comments, continued lines and
         ``\uXXXX``, and its encoding is Latin-1.
 
     Raises
@@ -64,7 +65,7 @@ def read_config(path: str | Path) -> dict[str, str]:
     OSError
         If the file can't be read.
     ValueError
-        If the file has a ``\u`` without four hexadecimal digits.
+        If the file has a ``\u`` that four hexadecimal digits don't follow.
 
     Warns
     -----
@@ -83,7 +84,7 @@ def read_config(path: str | Path) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if any(map(is_secret, settings)) and file.stat().st_mode & 0o044:
-        _LOGGER.warning("%s holds secrets, and other users can read it: chmod 600 %s", file, file)
+        _LOGGER.warning("%s has secrets, and other users can read it: chmod 600 %s", file, file)
     return settings
 
 
@@ -120,7 +121,7 @@ def setting_option(text: str) -> tuple[str, str]:
     if is_secret(name) or "PRIVATE KEY" in value:
         raise argparse.ArgumentTypeError(
             f"{name} holds a secret, and every user of this machine can see a command line (ps): "
-            "write it into a file, and name that with --kafka-config."
+            "write it into a file, and name the file with --kafka-config."
         )
     if not equals:
         raise argparse.ArgumentTypeError(f"{text} is not of the form K=V")
@@ -154,5 +155,5 @@ def _unescaped(text: str) -> str:
         return {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}.get(escaped, escaped)
 
     plain = re.sub(r"\\(u[0-9a-fA-F]{4}|.)", character, text, flags=re.DOTALL)
-    # Java's strings are UTF-16, in which a character such as an emoji is two escapes.
+    # Java's strings are UTF-16: an emoji, for example, is written as two escapes.
     return plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")

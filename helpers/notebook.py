@@ -1,9 +1,9 @@
-"""A notebook run from the command line, with parameters, progress, and its results in one line.
+"""Run a notebook from the command line, with parameters and progress; print its results in a line.
 
     python -m helpers.notebook 1_walkthrough EVENTS=20000
 
-The names that can be set, in capitals, are those of the cell tagged `parameters`. The notebook's
-last cell is a dictionary: what it records, and what the last line of the output repeats.
+Set the notebook's parameters, the names in the cell tagged `parameters`, in capitals. The last
+cell's value is a dictionary of results, which the last line of the output repeats.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-CELL_SECONDS = 7_200  # three trainings on the whole file of the challenge take up to an hour
+CELL_SECONDS = 7_200  # three trainings on the challenge's whole file take up to an hour
 
 
 class NotebookError(RuntimeError):
-    """A notebook or a parameter doesn't exist, a value doesn't fit, or nothing was recorded."""
+    """A notebook or parameter doesn't exist, a value is invalid, or nothing was recorded."""
 
 
 def find_notebook(name: str) -> Path:
@@ -38,7 +38,7 @@ def find_notebook(name: str) -> Path:
     Raises
     ------
     NotebookError
-        If there is none; the message lists those that there are.
+        If the notebook doesn't exist; the message lists the existing ones.
 
     Examples
     --------
@@ -48,12 +48,12 @@ def find_notebook(name: str) -> Path:
     for path in (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb"):
         if path.suffix == ".ipynb" and path.is_file():
             return path
-    there_are = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
-    raise NotebookError(f"there is no notebook {name!r}; there are: {there_are}.")
+    known = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
+    raise NotebookError(f"there is no notebook {name!r}; the notebooks are: {known}.")
 
 
 def parameters(path: Path) -> dict[str, Any]:
-    """Return the names and values of a notebook's cell tagged `parameters`.
+    """Return the names and values in a notebook's cell tagged `parameters`.
 
     Raises
     ------
@@ -76,19 +76,19 @@ def parameters(path: Path) -> dict[str, Any]:
 
 
 def parameter_values(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
-    """Return the parameters that were given as text, by their names and with their types.
+    """Return parameters that are given as text, by name and with the right types.
 
     Parameters
     ----------
     path : pathlib.Path
         The notebook.
     given : mapping of str to str
-        Values as text, by the parameters' names in capitals.
+        Values as text, by parameter names in capitals.
 
     Raises
     ------
     NotebookError
-        If there is no such parameter, or the text is not a value of the parameter's type.
+        If a parameter doesn't exist, or a text is not a value of the parameter's type.
 
     Examples
     --------
@@ -108,19 +108,19 @@ def parameter_values(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def definitions(name: str, tag: str) -> dict[str, Any]:
-    """Return what the cells of a notebook with a tag define: for programs that use its functions.
+    """Run the cells of a notebook that have a tag, and return the names that they define.
 
     Parameters
     ----------
     name : str
         The notebook, as for `find_notebook`.
     tag : str
-        Only the cells with this tag are run, in this process, one after the other.
+        Cells with this tag are run, one after the other, in this process.
 
     Returns
     -------
     dict of str to object
-        The names that they define.
+        The values, such as the notebook's functions, by name.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def definitions(name: str, tag: str) -> dict[str, Any]:
     for number, cell in enumerate(notebook.cells):
         if tag in cell.metadata.get("tags", []):
             file = f"<{name}, cell {number}, tagged {tag}>"
-            # So that a traceback, and inspect.getsource, can show its lines.
+            # So that tracebacks and inspect.getsource can show the lines.
             lines = cell.source.splitlines(keepends=True)
             linecache.cache[file] = len(cell.source), None, lines, file
             exec(compile(cell.source, file, "exec"), namespace)
@@ -140,12 +140,12 @@ def definitions(name: str, tag: str) -> dict[str, Any]:
 
 
 def recorded(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """Return what the last cell recorded: the dictionary that is its value.
+    """Return the results that a notebook records: the dictionary that is its last cell's value.
 
     Raises
     ------
     NotebookError
-        If the last cell has no dictionary as its value.
+        If the last cell's value is not a dictionary.
     """
     return record_in([cell for cell in notebook.cells if cell.cell_type == "code"][-1].outputs)
 
@@ -156,7 +156,7 @@ def record_in(outputs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     Raises
     ------
     NotebookError
-        If the cell has no dictionary as its value.
+        If the cell's value is not a dictionary.
 
     Examples
     --------
@@ -172,30 +172,30 @@ def record_in(outputs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, str | None]:
-    """Execute a notebook in a fresh kernel, in its own folder, and say on stderr where it is.
+    """Execute a notebook in a new kernel, in the notebook's folder, and report progress on stderr.
 
     Parameters
     ----------
     path : pathlib.Path
-        The notebook; the file isn't changed.
+        The notebook; the file stays unchanged.
     given : mapping of str to str
         Parameters, as for `parameter_values`.
 
     Returns
     -------
     nbformat.NotebookNode
-        The executed notebook. Where a cell fails, the rest of it isn't executed.
+        The executed notebook. If a cell fails, the cells after it aren't executed.
     str or None
-        The section, the source and the error of the cell that failed; None if none did.
+        The section, source and error of the failed cell; None if all cells succeeded.
 
     Raises
     ------
     NotebookError
-        If a parameter doesn't fit.
+        If a parameter is invalid.
     """
     values = parameter_values(path, given)
     cells = nbformat.read(path, as_version=4).cells
-    # Papermill sets the values in a cell of its own, after the parameters.
+    # Papermill adds a cell with the values after the parameters.
     progress = _Progress(sum(cell.cell_type == "code" for cell in cells) + bool(values))
     failure = None
     with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
@@ -208,23 +208,23 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
             )  # fmt: skip
         except PapermillExecutionError as error:
             failure = progress.place(f"{error.ename}: {error.evalue}")
-        except (RuntimeError, TimeoutError) as error:  # the kernel has died, or a cell takes long
+        except (RuntimeError, TimeoutError) as error:  # the kernel died, or a cell took too long
             failure = progress.place(f"{type(error).__name__}: {error}")
         return nbformat.read(executed, as_version=4), failure
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a notebook as the command line says, and return the exit code."""
+    """Run a notebook according to the command line, and return the exit code."""
     options = _options(arguments)
     try:
         path = find_notebook(options.notebook)
         given = dict(_split(setting) for setting in options.settings)
         notebook, failure = run(path, given)
-        # A run that fails leaves the page of the last one that didn't.
+        # A failed run keeps the page of the last successful one.
         name = f"{path.stem}.failed" if failure else path.stem
         page = _write_html(notebook, Path(options.html), name)
         if failure:
-            print(f"{path.name} failed {failure}\n\nThe whole of it: {page}", file=sys.stderr)
+            print(f"{path.name} failed {failure}\n\nThe whole notebook: {page}", file=sys.stderr)
             return 1
         values = recorded(notebook)
     except NotebookError as error:
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Progress:
-    """Says which cell of which section runs."""
+    """Reports which cell of which section is running."""
 
     def __init__(self, code_cells: int) -> None:
         self._code_cells = code_cells
@@ -252,7 +252,7 @@ class _Progress:
         self._started = time.monotonic()
 
     def cell_starts(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
-        """Show that a cell begins; nbclient calls this, also for the cells with text."""
+        """Report that a cell begins; nbclient calls this for cells with text as well."""
         if cell.cell_type == "markdown":
             headings = re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE)
             self._section = headings[-1] if headings else self._section
@@ -264,17 +264,17 @@ class _Progress:
         print(f"{seconds:4.0f} s  cell {cells}  {self._section}", file=sys.stderr, flush=True)
 
     def place(self, error: str) -> str:
-        """Return an error with the section and the source of the cell that runs."""
+        """Return an error with the section and source of the current cell."""
         return f"in {self._section!r}, the cell\n\n{self._source}\n\n{error}"
 
 
 def _over_sockets(folder: str) -> Config:
-    """Return how to reach the kernel: not over network ports that all users here can read."""
+    """Return settings for a kernel on sockets in a private folder: ports are open to all users."""
     return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
 
 
 def _store_outputs(executed: nbformat.NotebookNode, path: Path) -> None:
-    """Put the outputs of a run into the notebook itself, and nothing else of what was executed."""
+    """Store the outputs of a run in the notebook, and change nothing else in it."""
     notebook = nbformat.read(path, as_version=4)
     results = {cell.id: cell for cell in executed.cells}
     for cell in notebook.cells:
@@ -285,7 +285,7 @@ def _store_outputs(executed: nbformat.NotebookNode, path: Path) -> None:
 
 
 def _convert(name: str, text: str, default: Any) -> Any:
-    """Return the value that a text stands for where `default` is the parameter's usual value."""
+    """Return a parameter's value, given as text, with the type of the parameter's default."""
     kinds = {bool: "True or False", int: "a whole number", float: "a number"}
     kind = type(default)
     if kind not in kinds:
@@ -306,7 +306,7 @@ def _split(setting: str) -> tuple[str, str]:
 
 
 def _write_html(notebook: nbformat.NotebookNode, folder: Path, name: str) -> Path:
-    """Write a notebook as one HTML page, and return the page's path."""
+    """Write a notebook as an HTML page, and return the page's path."""
     exporter = HTMLExporter(embed_images=True)
     page, _ = exporter.from_notebook_node(
         notebook, resources={"metadata": {"path": str(NOTEBOOKS), "name": name}}
@@ -326,7 +326,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("notebook", help="a path, or a name such as 1_walkthrough")
     parser.add_argument("settings", nargs="*", metavar="NAME=value")
     parser.add_argument("--html", default="build", help="folder for the page; default: %(default)s")
-    parser.add_argument("--store", action="store_true", help="keep the outputs in the notebook")
+    parser.add_argument("--store", action="store_true", help="store the outputs in the notebook")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -143,4 +143,4 @@ def test_the_command_refuses_an_impossible_port_in_one_line():
     """An impossible port is reported in one line, without a traceback."""
     run = run_python("-m", "helpers.broker", "--port", "99999")
     assert run.returncode == 1
-    assert run.stderr == "port 99999 is impossible: use one between 1024 and 65535.\n"
+    assert run.stderr == "port 99999 is out of range: use one between 1024 and 65535.\n"

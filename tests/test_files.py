@@ -55,7 +55,7 @@ def test_a_relative_path_is_relative_to_this_process(spark, tmp_path, monkeypatc
         ("", "the path '' is empty"),
         ("/tmp/a\0b", "a NUL"),
         (b"/tmp/\xff", "bytes that are not UTF-8: choose another name"),
-        (Path("hdfs://host/scored"), "is a URI, which pathlib changes: give it as a string"),
+        (Path("hdfs://host/scored"), "is a URI, which pathlib changes: pass it as a string"),
         ("hdfs://host:8020/a:b", "has a colon, which HDFS doesn't allow: choose another name"),
     ],
 )

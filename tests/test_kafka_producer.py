@@ -115,7 +115,7 @@ def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):
         (["--csv", "nowhere.csv"], "no file nowhere.csv: download one from CERN Open Data"),
         (["--compression", "brotli"], "invalid choice: 'brotli'"),
         (["--events", "-5"], "argument --events: -5 is not above 0"),
-        (["--topic", "t", "--", "nowhere"], "'nowhere' is no address of a Kafka broker"),
+        (["--topic", "t", "--", "nowhere"], "'nowhere' is not the address of a Kafka broker"),
         (["--rate", "0"], "argument --rate: 0 is not above 0"),
         (["--topic", "no/topic"], 'Topic name "no/topic" is illegal'),
     ],

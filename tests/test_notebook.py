@@ -139,7 +139,7 @@ def test_an_unknown_notebook_is_refused_with_the_known_ones():
     """Otherwise the user would have to look into the folder."""
     run = run_python("-m", "helpers.notebook", "nowhere")
     assert run.returncode == 2
-    assert run.stderr.startswith("there is no notebook 'nowhere'; there are: 1_walkthrough")
+    assert run.stderr.startswith("there is no notebook 'nowhere'; the notebooks are: 1_walkthrough")
 
 
 def test_make_passes_what_was_typed_to_the_notebook():

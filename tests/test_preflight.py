@@ -174,7 +174,7 @@ def test_a_wrong_java_home_is_unset(monkeypatch, apply):
     """The remedy for a wrong JAVA_HOME is to unset it, so that PATH's Java is used."""
     monkeypatch.setenv("JAVA_HOME", "/nowhere")
     java = checks.check_java()
-    found = "JAVA_HOME is /nowhere, where there is no bin/java"
+    found = "JAVA_HOME is /nowhere, which has no bin/java"
     assert java[1:] == (False, found, "unset JAVA_HOME")
     apply(java.remedy)
     assert checks.check_java().ok
@@ -412,7 +412,7 @@ def test_a_missing_broker_is_started(impatient):
     command = shlex.split(broker.remedy)
     assert command[:-1] == [sys.executable, "-m", "helpers.broker", "--port"]
     with running(command) as process:
-        assert process.stdout.readline() == f"ready at {address}; Ctrl-C ends it\n"
+        assert process.stdout.readline() == f"ready at {address}; Ctrl-C stops it\n"
         assert checks.check_broker(address).ok
 
 
@@ -420,7 +420,7 @@ def test_a_broker_elsewhere_is_to_be_looked_after(impatient):
     """For a broker on another host, the remedy is to check it and its address."""
     broker = impatient(checks.check_broker, "no.such.host.invalid:9092")
     assert not broker.ok
-    assert broker.remedy == "check the address, and that the broker runs there"
+    assert broker.remedy == "check the address, and that the broker is running"
 
 
 @pytest.mark.parametrize("malformed", ["127.0.0.1", "kafka:http", ":9093", "9093", "one:9093,two"])
@@ -428,8 +428,8 @@ def test_a_malformed_address_is_named(malformed):
     """A malformed address is refused with an example of a valid one."""
     broker = checks.check_broker(malformed)
     assert not broker.ok
-    assert "is no address of a Kafka broker: write host:port." in broker.found
-    assert broker.remedy == "write it as in 127.0.0.1:9092"
+    assert "is not the address of a Kafka broker: write host:port." in broker.found
+    assert broker.remedy == "write it like 127.0.0.1:9092"
 
 
 def test_too_much_memory_is_made_less():

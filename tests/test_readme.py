@@ -132,10 +132,10 @@ def test_the_jobs_commands_have_its_options(command):
     assert run.returncode == 0, run.stderr
 
 
-def test_the_replay_command_mends_as_written(kafka, topic, produce, tmp_path):
+def test_the_replay_command_repairs_as_written(kafka, topic, produce, tmp_path):
     """The replay command works as written; test_replay.py has the details."""
     (command,) = commands(f"{PYTHON}examples/replay_dead_letters.py")
-    (tmp_path / "repairs.py").write_text("def mend(value):\n    return value\n")
+    (tmp_path / "repairs.py").write_text("def repair(value):\n    return value\n")
     arguments = [
         {"127.0.0.1:9092": kafka.bootstrap_servers, "Machine_Learning": topic}.get(word, word)
         for word in shlex.split(command)[2:]

@@ -60,7 +60,7 @@ def values(kafka, topic):
 def test_each_dead_letter_comes_back_once(kafka, topic, letters, replay):
     """Each dead letter is sent back once, even if it is stored twice or replayed again."""
     letters(1, 2, 2)  # a retried batch writes its dead letters again
-    assert replay() == (0, f"2 dead letters sent back to {topic}; 0 could not be mended, "
+    assert replay() == (0, f"2 dead letters sent back to {topic}; 0 could not be repaired, "
                            "1 were copies\n")  # fmt: skip
     letters(2, 3)
     assert replay()[1].startswith("1 dead letters sent back")
@@ -76,7 +76,7 @@ def test_a_copy_in_another_partition_is_not_sent_back(kafka, topic, letters, rep
     letters(1, to=0)
     letters(2, to=0)
     letters(2, to=1)
-    assert replay()[1].endswith("1 dead letters sent back to " + topic + "; 0 could not be mended, "
+    assert replay()[1].endswith(f"1 dead letters sent back to {topic}; 0 could not be repaired, "
                                 "2 were copies\n")  # fmt: skip
     assert values(kafka, topic) == [(b"1", b"rubbish"), (b"2", b"rubbish")]
 
@@ -105,23 +105,23 @@ def test_many_bytes_are_sent_back_in_several_transactions(kafka, topic, letters,
     assert [key for key, _ in values(kafka, topic)] == sorted(b"%d" % n for n in range(20))
 
 
-def test_a_repair_function_mends_what_it_can(kafka, topic, letters, replay, tmp_path):
+def test_a_repair_function_repairs_what_it_can(kafka, topic, letters, replay, tmp_path):
     """The repair function's result is sent, and letters that it can't repair are counted."""
     (tmp_path / "repairs.py").write_text(
-        "def mend(value):\n    return b'mended' if value == b'mendable' else None\n"
+        "def repair(value):\n    return b'repaired' if value == b'repairable' else None\n"
     )
-    letters(1, value=b"mendable")
+    letters(1, value=b"repairable")
     letters(2)
-    code, said = replay("--repair", f"{tmp_path}/repairs.py:mend")
-    assert (code, said.split(";")[1]) == (0, " 1 could not be mended, 0 were copies\n")
-    assert values(kafka, topic) == [(b"1", b"mended")]
+    code, said = replay("--repair", f"{tmp_path}/repairs.py:repair")
+    assert (code, said.split(";")[1]) == (0, " 1 could not be repaired, 0 were copies\n")
+    assert values(kafka, topic) == [(b"1", b"repaired")]
 
 
 def test_a_repair_that_fails_sends_nothing(kafka, topic, letters, replay, tmp_path):
     """If the repair function raises, nothing is sent, and a later run can send everything."""
-    (tmp_path / "repairs.py").write_text("def mend(value):\n    return value[100]\n")
+    (tmp_path / "repairs.py").write_text("def repair(value):\n    return value[100]\n")
     letters(1, 2)
-    code, said = replay("--repair", f"{tmp_path}/repairs.py:mend")
+    code, said = replay("--repair", f"{tmp_path}/repairs.py:repair")
     assert code == 1 and "offset 0 failed: IndexError" in said
     assert values(kafka, topic) == []
     assert replay()[1].startswith("2 dead letters sent back")
@@ -184,10 +184,10 @@ def test_dead_letters_that_were_deleted_and_come_again_are_sent_back(kafka, topi
 
 def test_a_repair_that_returns_text_is_said(kafka, topic, letters, replay, tmp_path):
     """A repair function that returns str instead of bytes is reported."""
-    (tmp_path / "repairs.py").write_text("def mend(value):\n    return value.decode()\n")
+    (tmp_path / "repairs.py").write_text("def repair(value):\n    return value.decode()\n")
     letters(1)
-    code, said = replay("--repair", f"{tmp_path}/repairs.py:mend")
-    assert code == 1 and "offset 0 returned str: it is to return bytes, or None." in said
+    code, said = replay("--repair", f"{tmp_path}/repairs.py:repair")
+    assert code == 1 and "offset 0 returned str: it must return bytes or None." in said
 
 
 def test_a_secured_broker_is_used_with_settings_from_a_file(tmp_path, capsys):
@@ -210,13 +210,13 @@ def test_a_topic_without_dead_letters_has_none_to_send(replay):
 
 def test_a_repair_that_cannot_be_loaded_is_refused(replay, tmp_path, capsys):
     """An error in the file of the repair function is a usage error."""
-    (tmp_path / "repairs.py").write_text("def mend(value)\n")
+    (tmp_path / "repairs.py").write_text("def repair(value)\n")
     with pytest.raises(SystemExit):
-        replay("--repair", f"{tmp_path}/repairs.py:mend")
+        replay("--repair", f"{tmp_path}/repairs.py:repair")
     assert "repairs.py can't be loaded: SyntaxError" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("repair", ["nofile.py:mend", "{tmp_path}/repairs.py:nothing"])
+@pytest.mark.parametrize("repair", ["nofile.py:repair", "{tmp_path}/repairs.py:nothing"])
 def test_a_repair_that_is_not_there_is_refused(replay, repair, tmp_path, capsys):
     """A repair function that doesn't exist is a usage error."""
     (tmp_path / "repairs.py").write_text("")

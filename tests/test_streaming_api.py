@@ -524,5 +524,5 @@ for use in (lambda: new_streaming_context(spark, 1),
 print(new_streaming_context(get_spark(), 1).sparkContext.range(3).count())
 """
     run = run_python("-c", program)
-    told = "this Spark session was stopped: make a new one with get_spark().\n"
+    told = "this Spark session was stopped: start a new one with get_spark().\n"
     assert run.stdout == f"{told}{told}3\n", run.stderr[-3000:]

@@ -78,7 +78,7 @@ def test_a_checkpoint_that_is_further_than_the_output_is_refused(filled, argumen
     score_all(arguments("structured"))
     run = run_python(str(JOB), *arguments("structured", output="another"), seconds=SECONDS)
     assert run.returncode == 1
-    assert "resumes after what" in run.stderr.splitlines()[-1], run.stderr
+    assert "is ahead of" in run.stderr.splitlines()[-1], run.stderr
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
         (["--kafka-option", "group.id"], "group.id is not of the form K=V"),
         (["--on-bad-record", "ignore"], "invalid choice: 'ignore'"),
         (["--checkpoint", "c", "--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
-        (["--kafka-option", "ssl.key.password=x"], "name that with --kafka-config"),
+        (["--kafka-option", "ssl.key.password=x"], "name the file with --kafka-config"),
         (["--kafka-config", "nowhere"], "nowhere: No such file or directory"),
         (["--output", "s3a://b/c", "--checkpoint", "c"], "packages org.apache.hadoop:hadoop-aws:"),
     ],

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         with LocalKafka(port=options.port, folder=options.folder) as kafka:
-            print(f"ready at {kafka.bootstrap_servers}; Ctrl-C ends it", flush=True)
+            print(f"ready at {kafka.bootstrap_servers}; Ctrl-C stops it", flush=True)
             return kafka.wait()
     except KeyboardInterrupt:
         print("stopped", flush=True)

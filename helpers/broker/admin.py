@@ -42,7 +42,7 @@ class BrokerAdmin(abc.ABC):
         name : str
             The topic's name.
         partitions : int
-            Number of partitions, which is how many tasks can read the topic in parallel.
+            Number of partitions: as many tasks can read the topic in parallel.
         config : mapping, optional
             Topic settings by Kafka's names, such as ``{"retention.ms": 3_600_000}``.
 
@@ -74,7 +74,7 @@ class BrokerAdmin(abc.ABC):
         Parameters
         ----------
         name : str
-            The user, who has no permissions yet; see `allow`.
+            The user's name. A new user has no permissions; see `allow`.
 
         Returns
         -------
@@ -108,7 +108,7 @@ class BrokerAdmin(abc.ABC):
     def allow(
         self, user: str, operations: Iterable[str], topic: str = "", group: str = ""
     ) -> None:
-        """Allow a user of a secured broker operations on a topic or a consumer group.
+        """Allow a user of a secured broker to perform operations on a topic or consumer group.
 
         Parameters
         ----------
@@ -117,7 +117,7 @@ class BrokerAdmin(abc.ABC):
         operations : iterable of str
             Operations by Kafka's names, such as ``READ``, ``WRITE``, ``DESCRIBE``, ``CREATE``.
         topic, group : str
-            The name of a topic or of a group, not both; ``*`` for all.
+            The name of a topic or a group, not both; ``*`` means all.
         """
         kind = ResourceType.TOPIC if topic else ResourceType.GROUP
         rules = [
@@ -146,7 +146,7 @@ class BrokerAdmin(abc.ABC):
 
 
 def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
-    """Return the number of records in each partition; an empty dict if there is no such topic.
+    """Return the number of records in each partition; empty if the topic doesn't exist.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
     except KafkaError as error:
         raise BrokerError(
             f"no Kafka broker answers at {bootstrap_servers} within {ANSWER_SECONDS} s: check the "
-            "address, and that the broker runs."
+            "address, and that the broker is running."
         ) from error
     return {part.partition: ends[part] - firsts[part] for part in partitions}
 

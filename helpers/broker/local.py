@@ -45,8 +45,8 @@ class LocalKafka(BrokerAdmin):
     port : int, optional
         The port for clients. The default is a free port.
     folder : str or pathlib.Path, optional
-        The data folder. A broker that is given an earlier broker's folder continues with its data.
-        The default is a temporary folder that is removed at the end.
+        The data folder; with the folder of an earlier broker, its data is available again. The
+        default is a temporary folder that is removed at the end.
     security : str, optional
         ``"SASL_SSL"`` for a secured broker: TLS with a new certificate, SCRAM-SHA-512
         authentication, and only the permissions that ACLs grant. It must use a temporary folder.
@@ -88,11 +88,11 @@ class LocalKafka(BrokerAdmin):
         security: str | None = None,
     ) -> None:
         if port is not None and not 1 <= port <= 65535:
-            raise ValueError(f"port {port} is impossible: use one between 1024 and 65535.")
+            raise ValueError(f"port {port} is out of range: use one between 1024 and 65535.")
         if security not in (None, secured.PROTOCOL):
             raise ValueError(f"security is {security!r}: it must be 'SASL_SSL', or None.")
         if security and folder is not None:
-            raise ValueError("a secured broker keeps its users' passwords in memory: no folder=.")
+            raise ValueError("a secured broker keeps passwords in memory only: leave out folder=.")
         self._passwords = server.Passwords() if security else None
         self._temporary = None
         if folder is None:
@@ -185,12 +185,12 @@ class LocalKafka(BrokerAdmin):
         self._end(signal.SIGKILL)
 
     def wait(self) -> int:
-        """Wait until the broker exits by itself, and return its exit code.
+        """Wait until the broker exits on its own, and return its exit code.
 
         Raises
         ------
         BrokerError
-            If it exits with an error; the message ends with its last log lines.
+            If it exits with an error; the message ends with the last log lines.
         """
         code = self._process.wait()
         if code != 0:
@@ -198,10 +198,10 @@ class LocalKafka(BrokerAdmin):
         return code
 
     def _check_port(self) -> None:
-        """Report a port in use at once; the broker would log it only after seconds."""
+        """Raise `BrokerError` if the port is in use; the broker would report it seconds later."""
         if not port_is_free(self._port):
             raise BrokerError(
-                f"port {self._port} is in use: stop what listens there, or choose another port."
+                f"port {self._port} is in use: stop the program there, or choose another port."
             )
 
     def _launch(self) -> None:
@@ -212,7 +212,7 @@ class LocalKafka(BrokerAdmin):
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 watched + command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal or the kernel must not reach it
+                start_new_session=True,  # so that Ctrl-C in the terminal or kernel doesn't reach it
             )  # fmt: skip
 
     def _answers(self) -> bool:
@@ -223,7 +223,7 @@ class LocalKafka(BrokerAdmin):
         return True
 
     def _end(self, signal_number: signal.Signals) -> None:
-        """Dismiss the watcher, send the process a signal, and wait for its end."""
+        """Dismiss the watcher, send the process a signal, and wait until it has ended."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -247,12 +247,12 @@ class LocalKafka(BrokerAdmin):
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nothing listens on.
+    """Return a free port of the loopback interface.
 
     Raises
     ------
     OSError
-        If no port can be opened there.
+        If no port can be opened.
 
     Examples
     --------

@@ -6,7 +6,6 @@ through `python_settings`, kafka-python all use the same dictionary.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import secrets
@@ -23,22 +22,14 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from helpers.spark import JarsError, java_command
 
 PROTOCOL = "SASL_SSL"
-
 MECHANISM = "SCRAM-SHA-512"
-
 LOOPBACK = "127.0.0.1"
-
 KEYTOOL_SECONDS = 30
-
 CERTIFICATE_DAYS = 365
 
 _SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule"
-
 _PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
-
 _ALIAS = "broker"
-
-_LOGGER = logging.getLogger(__name__)
 
 # Arguments of kafka-python's clients that can be given as text; the default shows the type.
 _ARGUMENTS = {
@@ -106,13 +97,13 @@ def broker_settings(
     """Return a broker's security settings, except its listeners.
 
     Clients authenticate with SCRAM-SHA-512, and only operations granted by an ACL are allowed. The
-    broker authenticates to its controller with a password that only it knows, because a controller
-    that accepts everyone would bypass the ACLs.
+    broker authenticates to its controller with another password, because the ACLs could be bypassed
+    through a controller that accepts everyone.
 
     Parameters
     ----------
     folder : pathlib.Path
-        The folder that was passed to `make_certificate`.
+        The folder with the files of `make_certificate`.
     store_password : str
         The key's password.
     administrator : str
@@ -120,7 +111,7 @@ def broker_settings(
     admin_password : str
         The superuser's password.
     password : str
-        The broker's own password.
+        The broker's password for its controller.
     """
     controller = f'username="{_ALIAS}" password="{password}" user_{_ALIAS}="{password}"'
     return {
@@ -215,7 +206,7 @@ def python_settings(
     tls = {name: value for name, value in settings.items() if name.startswith("ssl.")}
     for name, value in settings.items():
         if name == "sasl.jaas.config":
-            arguments |= _signing_in(value)
+            arguments |= _credentials(value)
         elif name not in tls:
             argument = name.replace(".", "_")
             if argument not in _ARGUMENTS:
@@ -244,8 +235,8 @@ def _as_argument(name: str, value: str, default: object) -> object:
         raise ValueError(f"Kafka's setting {name!r} is {value!r}: it must be {kind}.") from None
 
 
-def _signing_in(jaas: str) -> dict[str, str]:
-    """Return the user and password in a JAAS entry; an entry for Kerberos, say, has none."""
+def _credentials(jaas: str) -> dict[str, str]:
+    """Return the user and password in a JAAS entry; one for Kerberos, for example, has none."""
     fields = dict(re.findall(r'\b(username|password)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', jaas))
     return {
         f"sasl_plain_{name}": re.sub(r"\\(.)", r"\1", value[1:-1]) if value[0] == '"' else value
@@ -275,7 +266,7 @@ def _tls_context(settings: Mapping[str, str]) -> ssl.SSLContext:
 
 
 def _load_certificates(context: ssl.SSLContext, settings: Mapping[str, str]) -> None:
-    """Load the certificates that a client trusts, and its own."""
+    """Load the certificates that a client trusts, and the client's certificate and key."""
     trusted = settings.get("ssl.truststore.certificates")
     if trusted or settings.get("ssl.truststore.location"):
         context.load_verify_locations(
@@ -287,7 +278,7 @@ def _load_certificates(context: ssl.SSLContext, settings: Mapping[str, str]) -> 
     if settings.get("ssl.keystore.location"):
         context.load_cert_chain(settings["ssl.keystore.location"], password=password)
     elif settings.get("ssl.keystore.key"):
-        with tempfile.NamedTemporaryFile("w") as file:  # Python reads keys from files only
+        with tempfile.NamedTemporaryFile("w") as file:  # Python can load a key only from a file
             file.write(_pem(settings["ssl.keystore.key"]))
             file.write(_pem(settings.get("ssl.keystore.certificate.chain", "")))
             file.flush()
@@ -308,10 +299,10 @@ def _keytool(*arguments: str, password: str) -> None:
     """Run Java's `keytool`, with the password in its environment: command lines are visible."""
     program = Path(java_command()).resolve().parent / "keytool"
     if not program.exists():
-        raise JarsError(f"{program} is missing: install a Java that has it, as OpenJDK does.")
+        raise JarsError(f"{program} is missing: install a Java that includes it, such as OpenJDK.")
     run = subprocess.run(
         [str(program), *arguments], env={**os.environ, "STORE_PASSWORD": password},
         capture_output=True, text=True, timeout=KEYTOOL_SECONDS, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if run.returncode != 0:
-        raise JarsError(f"keytool made no certificate: {(run.stdout + run.stderr).strip()}")
+        raise JarsError(f"keytool failed: {(run.stdout + run.stderr).strip()}")

@@ -18,7 +18,7 @@ from helpers.spark import fetch_jars, java_command, spark_home
 KAFKA_VERSION = "4.4.0"
 KAFKA_JARS = (
     f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}",
-    "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it the broker logs nothing
+    "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it, the broker logs nothing
 )
 ADMINISTRATOR = "admin"
 START_SECONDS = 60
@@ -40,7 +40,7 @@ class BrokerError(RuntimeError):
 
 
 class Passwords:
-    """The passwords of a secured broker: its own, its key store's and its administrator's."""
+    """The passwords of a secured broker, its key store and its administrator."""
 
     def __init__(self) -> None:
         self.broker, self.store, self.administrator = (security.new_password() for _ in range(3))
@@ -131,7 +131,7 @@ def _broker_settings(
         "share.coordinator.state.topic.replication.factor": 1,
         "share.coordinator.state.topic.min.isr": 1,
         "share.coordinator.state.topic.num.partitions": 1,
-        # ACLs can restrict users, as on a site's brokers; without ACLs, everything is allowed.
+        # ACLs can restrict users, as on other brokers; without ACLs, everything is allowed.
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "allow.everyone.if.no.acl.found": "true",
         # A group on one laptop needn't wait for other members to join.

@@ -7,7 +7,7 @@ is to distinguish decays of a Higgs boson into two tau leptons (signal, ``s``) f
 that look similar (background, ``b``).
 
 `read_events` reads the published files. `generate_events` draws similar events from a simplified
-physics model, so the tutorial needs no download.
+physics model, so that the tutorial needs no download.
 
 References
 ----------

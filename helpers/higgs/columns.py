@@ -49,7 +49,7 @@ FEATURES = (
 """Names of the 30 feature columns, in the order of the published files."""
 
 LABEL = "Label"
-"""Name of the column that holds the class of an event, ``"s"`` or ``"b"``."""
+"""Name of the column with the class of an event, ``"s"`` or ``"b"``."""
 
 LABELS = ("b", "s")
 """The classes, background and signal; a class's index is the number that a network learns."""
@@ -61,7 +61,7 @@ MISSING = -999.0
 """Value of a feature that is not defined for an event."""
 
 INTEGERS = (EVENT_ID, "PRI_jet_num")
-"""Names of the columns that hold whole numbers."""
+"""Names of the columns of whole numbers."""
 
 SOURCE = "CERN Open Data record 328 (https://opendata.cern.ch/record/328)"
 """Source of the published files."""

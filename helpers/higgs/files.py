@@ -1,6 +1,6 @@
 """Read the published event files into pandas or Spark.
 
-Both ways share one parser, pandas', so they accept the same files and return the same values.
+Both use pandas' parser, so they accept the same files and return the same values.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _LAYOUTS = ((), (LABEL,), ("Weight", LABEL), BOOKKEEPING)
 
 _TEXTS = (LABEL, "KaggleSet")
 _COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
-_ROWS = 10_000  # that are parsed at a time
-# Names of local files that Hadoop can't open, because of a colon, or that Spark hides.
+_ROWS = 10_000  # parsed at a time
+# Names of local files that Hadoop can't open, because of a colon, or that Spark ignores.
 _UNREADABLE = re.compile(r"^[._]|:")
 _CONTENT = StructType().add("content", BinaryType())
 _VERDICT = StructType().add("columns", ArrayType(StringType())).add("fault", StringType())
@@ -70,7 +70,7 @@ def read_events(path: str | os.PathLike[str]) -> pd.DataFrame:
     FileNotFoundError
         If `path` is not a file.
     ValueError
-        If the file is no CSV file, or if a column is missing, unknown, or contains invalid values.
+        If the file is not a CSV file, or a column is missing, unknown, or contains invalid values.
 
     References
     ----------
@@ -92,10 +92,10 @@ def read_events(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def read_events_in_spark(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
-    """Read a file of the Higgs boson challenge with Spark, from any file system Spark supports.
+    """Read a file of the Higgs boson challenge with Spark, from any of Spark's file systems.
 
-    The file is checked at once, in a Spark job, and parsed again by each action: cache the events,
-    or write them to Parquet, if several actions use them. They are in one partition.
+    A Spark job checks the file at once. Each action parses it again: if several actions use the
+    events, cache them or write them to Parquet. The events are in one partition.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def read_events_in_spark(spark: SparkSession, path: str | os.PathLike[str]) -> D
     name, size = os.fspath(path), file_size(spark, path)
     if size is None:
         raise _no_file(path)
-    if size == 0:  # Spark has no row for it
+    if size == 0:  # Spark returns no row for an empty file
         raise _empty(name)
     content = _content(spark, path)
     verdict = content.mapInPandas(lambda parts: _verdicts(parts, name), _VERDICT).first()
@@ -145,15 +145,15 @@ def _content(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
 
 
 def _events(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame]:
-    """Return the events in a file's content, on a worker."""
+    """Yield the events in a file's content, on a worker."""
     for part in parts:
         for content in part["content"]:
             yield from _parsed(content, path)
 
 
 def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame]:
-    """Return a file's columns, or why it can't be used, on a worker."""
-    for part in parts:  # the file's; other partitions have none
+    """Yield a file's columns, or why it can't be used, on a worker."""
+    for part in parts:  # only the partition with the file has any
         columns, fault = None, None
         try:
             for events in _events([part], path):
@@ -164,7 +164,7 @@ def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame
 
 
 def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
-    """Return the events in a file's content, a number of rows at a time."""
+    """Yield the events in a file's content, `_ROWS` at a time."""
     try:
         with pd.read_csv(
             io.BytesIO(content), compression=_COMPRESSION.get(Path(path).suffix.lower()),
@@ -177,7 +177,7 @@ def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
         raise
     except pd.errors.EmptyDataError as error:
         raise _empty(path) from error
-    except Exception as error:  # pandas and the codecs raise many kinds
+    except Exception as error:  # pandas and the codecs raise errors of many kinds
         reason = str(error).strip().rstrip(".")
         raise ValueError(
             f"{path} can't be read as CSV ({reason}): download it again from {SOURCE}."
@@ -191,7 +191,7 @@ class _RefusedError(ValueError):
 def _checked(events: pd.DataFrame, path: str) -> pd.DataFrame:
     """Return events with their types and in the published order; refuse invalid values."""
     layout = _layout_of(events.columns, path)
-    if not isinstance(events.index, pd.RangeIndex):  # pandas takes the first value for a row's name
+    if not isinstance(events.index, pd.RangeIndex):  # pandas takes surplus values for names of rows
         raise _RefusedError(f"{path} has rows with more values than columns: remove the surplus.")
     for column in layout:
         if column not in _TEXTS:
@@ -237,11 +237,11 @@ def _numbers(values: pd.Series, path: str) -> pd.Series:
         )
     limit = 2**63 if spark_type(values.name) == LongType() else 2**31
     if numbers.dtype == "float64":
-        limit = min(limit, 2**53)  # beyond, a float may be another integer, rounded
+        limit = min(limit, 2**53)  # above, a float may be another integer, rounded
     if not ((numbers > -limit) & (numbers < limit)).all():
         raise _RefusedError(
             f"{path} has numbers of {limit} or more in the column {values.name!r}: write smaller "
-            "ones, and all without a point."
+            "ones, and all without a decimal point."
         )
     return numbers.astype("int64")
 

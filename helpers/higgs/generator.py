@@ -94,7 +94,7 @@ SIGNAL_SHARE = 0.34
 """Fraction of the events that are signal."""
 
 TAU_PT, LEP_PT, JET_PT = 20.0, 26.0, 30.0
-"""Minimum pt in GeV at which the data contain a tau, a lepton and a jet."""
+"""Minimum pt in GeV of a tau, a lepton and a jet in the data."""
 
 TAU_LEP_ETA, JET_ETA = 2.5, 4.5
 """Largest pseudorapidities of taus and leptons, and of jets."""
@@ -142,7 +142,7 @@ def generate_events(n: int, seed: int = 0, first_event_id: int = 100_000) -> pd.
     """Draw events that resemble those of the challenge.
 
     The model is a sketch of the physics. A boson recoils against up to three jets and softer
-    particles. It decays to a tau and a lepton, while neutrinos carry momentum away; or the tau
+    particles. It decays to a tau and a lepton, and neutrinos carry momentum away; or the tau
     comes from elsewhere. The detector measures soft particles poorly and loses low momenta.
     `derive_columns` computes every derived column from the drawn primitive ones, except
     ``DER_mass_MMC``. The MMC mass is the result of a likelihood calculation without a closed
@@ -161,7 +161,7 @@ def generate_events(n: int, seed: int = 0, first_event_id: int = 100_000) -> pd.
     seed : int, default 0
         Random seed: the same arguments give the same events.
     first_event_id : int, default 100000
-        Identifier of the first event; the following ones count up from it.
+        Identifier of the first event; the next events count up from it.
 
     Returns
     -------
@@ -236,11 +236,11 @@ def _draw_jets(
 ) -> tuple[dict[str, NDArray], NDArray[np.complex128], NDArray[np.float64]]:
     """Draw the jets' columns, total transverse momentum and middle pseudorapidity."""
     number = generator.choice(4, size=n, p=process.jet_shares)
-    is_there = np.arange(3)[:, np.newaxis] < number
+    exists = np.arange(3)[:, np.newaxis] < number
     mean = process.jet_pt * (1 + process.jet_growth * (number - 1))
     # The leading jet comes first, and the zeros of absent jets last.
-    excess = np.sort(generator.exponential(mean, (3, n)) * is_there, axis=0)[::-1]
-    pt = (JET_PT + excess) * is_there
+    excess = np.sort(generator.exponential(mean, (3, n)) * exists, axis=0)[::-1]
+    pt = (JET_PT + excess) * exists
     # The published number of jets stops at three, so the third also represents any further ones.
     pt[2] *= 1 + generator.poisson(FURTHER_JETS, n)
     eta = _draw_jet_eta(generator, process, n)
@@ -251,7 +251,7 @@ def _draw_jets(
     columns = {"PRI_jet_num": number, "PRI_jet_all_pt": pt.sum(axis=0)}
     for row, name in enumerate(("leading", "subleading")):
         for part, values in (("pt", pt), ("eta", eta), ("phi", phi)):
-            columns[f"PRI_jet_{name}_{part}"] = np.where(is_there[row], values[row], MISSING)
+            columns[f"PRI_jet_{name}_{part}"] = np.where(exists[row], values[row], MISSING)
     return columns, plane(pt, phi).sum(axis=0), eta.mean(axis=0)
 
 
@@ -290,7 +290,7 @@ def _is_kept(tau: Particle, lep: Particle) -> NDArray[np.bool_]:
         & (lep.pt > LEP_PT)
         & (np.abs(tau.eta) < TAU_LEP_ETA)
         & (np.abs(lep.eta) < TAU_LEP_ETA)
-        & (angular_distance(tau.eta, tau.phi, lep.eta, lep.phi) > TAU_LEP_DISTANCE)
+        & (angular_distance(tau, lep) > TAU_LEP_DISTANCE)
     )
 
 
@@ -300,7 +300,7 @@ def _draw_decay(
     recoil: NDArray[np.complex128],
     jet_middle: NDArray[np.float64],
 ) -> tuple[Particle, Particle]:
-    """Draw a tau and a lepton for each recoil, wherever they go."""
+    """Draw a tau and a lepton for each recoil, whether or not the detector keeps them."""
     n = len(recoil)
     rapidity = generator.normal(RAPIDITY_PULL * jet_middle, process.rapidity)
     boson = recoil - _draw_plane(generator, process.unseen_pt, n)

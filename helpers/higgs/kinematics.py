@@ -11,6 +11,17 @@ from numpy.typing import ArrayLike, NDArray
 from helpers.higgs.columns import MISSING
 
 
+class Particle(NamedTuple):
+    """Momenta of one kind of particle: three arrays of shape (n,), with one entry per event."""
+
+    pt: NDArray[np.float64]
+    """Transverse momentum in GeV: the component perpendicular to the beams."""
+    eta: NDArray[np.float64]
+    """Pseudorapidity: 0 perpendicular to the beams, large along them."""
+    phi: NDArray[np.float64]
+    """Azimuth angle around the beams, in radians."""
+
+
 def transverse_mass(
     pt_1: ArrayLike, phi_1: ArrayLike, pt_2: ArrayLike, phi_2: ArrayLike
 ) -> NDArray[np.float64]:
@@ -26,11 +37,7 @@ def transverse_mass(
     Returns
     -------
     ndarray, shape (n,)
-        Transverse mass in GeV.
-
-    References
-    ----------
-    ``DER_mass_transverse_met_lep`` in the appendix of [1]_.
+        Transverse mass in GeV: ``DER_mass_transverse_met_lep`` in the appendix of [1]_.
 
     Examples
     --------
@@ -40,73 +47,41 @@ def transverse_mass(
     return np.sqrt(2 * np.multiply(pt_1, pt_2) * (1 - np.cos(np.subtract(phi_1, phi_2))))
 
 
-def invariant_mass(
-    pt_1: ArrayLike,
-    eta_1: ArrayLike,
-    phi_1: ArrayLike,
-    pt_2: ArrayLike,
-    eta_2: ArrayLike,
-    phi_2: ArrayLike,
-) -> NDArray[np.float64]:
+def invariant_mass(first: Particle, second: Particle) -> NDArray[np.float64]:
     r"""Compute the invariant mass of two massless particles.
 
     The formula is :math:`\sqrt{2 p_1 p_2 (\cosh\Delta\eta - \cos\Delta\phi)}`. The published jets
     have a mass that no column contains, so ``DER_mass_jet_jet`` is a few GeV too small.
 
-    Parameters
-    ----------
-    pt_1, pt_2 : array_like, shape (n,)
-        Transverse momenta in GeV.
-    eta_1, eta_2 : array_like, shape (n,)
-        Pseudorapidities.
-    phi_1, phi_2 : array_like, shape (n,)
-        Azimuth angles in radians.
-
     Returns
     -------
     ndarray, shape (n,)
-        Invariant mass in GeV.
-
-    References
-    ----------
-    ``DER_mass_vis`` and ``DER_mass_jet_jet`` in the appendix of [1]_.
+        Invariant mass in GeV: ``DER_mass_vis`` and ``DER_mass_jet_jet`` in the appendix of [1]_.
 
     Examples
     --------
-    >>> float(invariant_mass(45.0, 1.0, 0.0, 45.0, 1.0, np.pi))
+    >>> float(invariant_mass(Particle(45.0, 1.0, 0.0), Particle(45.0, 1.0, np.pi)))
     90.0
     """
-    delta_eta, delta_phi = np.subtract(eta_1, eta_2), np.subtract(phi_1, phi_2)
-    return np.sqrt(2 * np.multiply(pt_1, pt_2) * (np.cosh(delta_eta) - np.cos(delta_phi)))
+    delta_eta, delta_phi = np.subtract(first.eta, second.eta), np.subtract(first.phi, second.phi)
+    return np.sqrt(2 * first.pt * second.pt * (np.cosh(delta_eta) - np.cos(delta_phi)))
 
 
-def angular_distance(
-    eta_1: ArrayLike, phi_1: ArrayLike, eta_2: ArrayLike, phi_2: ArrayLike
-) -> NDArray[np.float64]:
-    r"""Compute the angular distance :math:`\sqrt{\Delta\eta^2 + \Delta\phi^2}` of two directions.
-
-    Parameters
-    ----------
-    eta_1, eta_2 : array_like, shape (n,)
-        Pseudorapidities.
-    phi_1, phi_2 : array_like, shape (n,)
-        Azimuth angles in radians; their difference is taken the short way around the circle.
+def angular_distance(first: Particle, second: Particle) -> NDArray[np.float64]:
+    r"""Compute the angular distance :math:`\sqrt{\Delta\eta^2 + \Delta\phi^2}` of two particles.
 
     Returns
     -------
     ndarray, shape (n,)
-        Angular distance.
-
-    References
-    ----------
-    ``DER_deltar_tau_lep`` in the appendix of [1]_.
+        Angular distance, the short way around the circle: ``DER_deltar_tau_lep`` in the appendix
+        of [1]_.
 
     Examples
     --------
-    >>> float(angular_distance(0.0, 3.0, 0.0, -3.0).round(3))
+    >>> float(angular_distance(Particle(20.0, 0.0, 3.0), Particle(30.0, 0.0, -3.0)).round(3))
     0.283
     """
-    return np.hypot(np.subtract(eta_1, eta_2), wrapped(np.subtract(phi_1, phi_2)))
+    return np.hypot(first.eta - second.eta, wrapped(first.phi - second.phi))
 
 
 def phi_centrality(phi: ArrayLike, phi_1: ArrayLike, phi_2: ArrayLike) -> NDArray[np.float64]:
@@ -117,20 +92,15 @@ def phi_centrality(phi: ArrayLike, phi_1: ArrayLike, phi_2: ArrayLike) -> NDArra
 
     Parameters
     ----------
-    phi : array_like, shape (n,)
-        Azimuth angle of the direction in radians.
-    phi_1, phi_2 : array_like, shape (n,)
-        Azimuth angles of the two other directions in radians.
+    phi, phi_1, phi_2 : array_like, shape (n,)
+        Azimuth angles, in radians, of the direction and of the two others.
 
     Returns
     -------
     ndarray, shape (n,)
-        :math:`\sqrt 2` midway between the two directions, 1 on either of them, :math:`-\sqrt 2`
-        opposite the middle; 0 where all three lie on one line, which leaves the middle undefined.
-
-    References
-    ----------
-    ``DER_met_phi_centrality`` in the appendix of [1]_.
+        ``DER_met_phi_centrality`` in the appendix of [1]_: :math:`\sqrt 2` midway between the two
+        directions, 1 on either of them, :math:`-\sqrt 2` opposite the middle; 0 where all three lie
+        on one line, which leaves the middle undefined.
 
     Examples
     --------
@@ -152,19 +122,14 @@ def eta_centrality(eta: ArrayLike, eta_1: ArrayLike, eta_2: ArrayLike) -> NDArra
 
     Parameters
     ----------
-    eta : array_like, shape (n,)
-        Pseudorapidity.
-    eta_1, eta_2 : array_like, shape (n,)
-        Pseudorapidities of the jets.
+    eta, eta_1, eta_2 : array_like, shape (n,)
+        The pseudorapidity, and those of the jets.
 
     Returns
     -------
     ndarray, shape (n,)
-        1 midway between the jets, 1/e on either of them, approaching 0 outside.
-
-    References
-    ----------
-    ``DER_lep_eta_centrality`` in the appendix of [1]_.
+        ``DER_lep_eta_centrality`` in the appendix of [1]_: 1 midway between the jets, 1/e on either
+        of them, approaching 0 outside.
 
     Examples
     --------
@@ -174,17 +139,6 @@ def eta_centrality(eta: ArrayLike, eta_1: ArrayLike, eta_2: ArrayLike) -> NDArra
     middle, gap = np.add(eta_1, eta_2) / 2, np.subtract(eta_1, eta_2)
     # Jets at the same pseudorapidity enclose nothing: a tiny gap gives the limit, not 0 / 0.
     return np.exp(-4 * ((eta - middle) / np.maximum(np.abs(gap), 1e-9)) ** 2)
-
-
-class Particle(NamedTuple):
-    """Momenta of one kind of particle, one entry per event."""
-
-    pt: NDArray[np.float64]
-    """Transverse momentum in GeV: the component perpendicular to the beams."""
-    eta: NDArray[np.float64]
-    """Pseudorapidity: 0 perpendicular to the beams, large along them."""
-    phi: NDArray[np.float64]
-    """Azimuth angle around the beams, in radians."""
 
 
 def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
@@ -225,12 +179,12 @@ def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
     jets = sum(np.nan_to_num(plane(jet.pt, jet.phi)) for jet in (leading, subleading))
     derived = {
         "DER_mass_transverse_met_lep": transverse_mass(lep.pt, lep.phi, met, met_phi),
-        "DER_mass_vis": invariant_mass(*tau, *lep),
+        "DER_mass_vis": invariant_mass(tau, lep),
         "DER_pt_h": np.abs(higgs),
         "DER_deltaeta_jet_jet": np.abs(leading.eta - subleading.eta),
-        "DER_mass_jet_jet": invariant_mass(*leading, *subleading),
+        "DER_mass_jet_jet": invariant_mass(leading, subleading),
         "DER_prodeta_jet_jet": leading.eta * subleading.eta,
-        "DER_deltar_tau_lep": angular_distance(tau.eta, tau.phi, lep.eta, lep.phi),
+        "DER_deltar_tau_lep": angular_distance(tau, lep),
         "DER_pt_tot": np.abs(higgs + jets),
         "DER_sum_pt": tau.pt + lep.pt + column["PRI_jet_all_pt"].to_numpy(),
         "DER_pt_ratio_lep_tau": lep.pt / tau.pt,

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 EXPECTED_SIGNAL, EXPECTED_BACKGROUND = 692.0, 411_000.0
-"""Number of events of each class that the challenge expects in its data: the sums of the weights in
-Kaggle's training file."""
+"""Number of events of each class that the challenge expects: the sums of the weights in Kaggle's
+training file."""
 
 
 def significance(signal: ArrayLike, background: ArrayLike) -> NDArray[np.float64]:
@@ -16,7 +16,8 @@ def significance(signal: ArrayLike, background: ArrayLike) -> NDArray[np.float64
     Parameters
     ----------
     signal, background : array_like
-        The summed weights of the selected events of each class: how many the detector would see.
+        The summed weights of the selected events of each class, which is how many the detector
+        would see.
 
     Returns
     -------
@@ -39,7 +40,7 @@ def significance(signal: ArrayLike, background: ArrayLike) -> NDArray[np.float64
 def significance_curve(
     scores: ArrayLike, is_signal: ArrayLike, weights: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return, for each threshold, the AMS of selecting the events that score at least that much.
+    """Return the AMS at each threshold, which selects the events that score at least that much.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ def significance_curve(
         Whether each event is signal.
     weights : array_like, shape (n,)
         The weight of each event in its class. They are scaled so that each class sums to the number
-        that the challenge expects, whatever fraction of its events is given.
+        that the challenge expects, whatever part of its events is given.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Check the requirements of a run, and name the command that fixes each missing one.
+"""Check the requirements of a run, and name the command that provides each missing one.
 
 `preflight` returns the checks as a table for a notebook; ``python -m helpers.preflight`` prints it.
 """

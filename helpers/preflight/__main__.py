@@ -11,7 +11,7 @@ from helpers.preflight import preflight
 
 
 def _as_text(table: pd.DataFrame) -> str:
-    """Return the checks as lines of aligned text, with the remedy below each missing one."""
+    """Return the checks as aligned lines of text, with a remedy below each failed one."""
     width = table["what"].str.len().max()
     lines = []
     for check in table.itertuples():
@@ -23,13 +23,13 @@ def _as_text(table: pd.DataFrame) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a run's requirements and whether they are met; return 1 if one is missing."""
-    description = "Check all that a run needs, and name the command that fixes each missing thing."
+    description = "Check what a run needs, and name the command that provides what is missing."
     parser = argparse.ArgumentParser(prog="python -m helpers.preflight", description=description)
     parser.add_argument(
         "--bootstrap-servers", default="", metavar="host:port", help="the broker of the run"
     )
     parser.add_argument("--memory", default="2g", help="Java's memory; default: %(default)s")
-    parser.add_argument("--cores", type=int, help="tasks at a time; default: one per core")
+    parser.add_argument("--cores", type=int, help="concurrent tasks; default: one per core")
     options = parser.parse_args(arguments)
     table = preflight(options.bootstrap_servers, options.memory, options.cores)
     print(_as_text(table))

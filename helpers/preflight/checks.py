@@ -1,4 +1,4 @@
-"""One check per requirement of a run: what was found, and the command that fixes it."""
+"""One check per requirement of a run: its result, and the command that provides what is missing."""
 
 from __future__ import annotations
 
@@ -24,13 +24,7 @@ from py4j.protocol import Py4JError
 from pyspark import SparkContext
 
 import helpers
-from helpers.broker import (
-    KAFKA_JARS,
-    KAFKA_VERSION,
-    LOOPBACK,
-    free_port,
-    port_is_free,
-)
+from helpers.broker import KAFKA_JARS, KAFKA_VERSION, LOOPBACK, free_port, port_is_free
 from helpers.kafka_settings import ANSWER_SECONDS, check_address
 from helpers.spark import (
     CONNECTOR,
@@ -52,14 +46,14 @@ BROKER_PORT = 9092
 _OLDEST_SPARK = (4, 1)  # the first with `arrow_udf`
 _REQUIREMENTS = Path(helpers.__file__).resolve().parents[1] / "requirements.txt"
 _FETCH = "from helpers import broker, spark; broker.fetch(); spark.fetch()"
-_OWN_PYTHON = "{}.{}".format(*sys.version_info)
+_PYTHON_VERSION = "{}.{}".format(*sys.version_info)
 
 _GB = 2**30
-# Memory used by the broker, the kernel and the workers, besides Spark's. Measured at the peak of a
-# run: 4.1 GB with MEMORY=2g on 2 cores, 3.1 GB with MEMORY=1g CORES=1.
+# Memory for the broker, the kernel and the workers, in addition to Java's. The peak of a run was
+# 4.1 GB with MEMORY=2g on 2 cores, and 3.1 GB with MEMORY=1g CORES=1.
 _MEMORY_BESIDE_SPARK = 2 * _GB
-_MEMORY_OF_A_WORKER = 0.6 * _GB  # from the third on; it holds TensorFlow and the network
-_CGROUP = Path("/sys/fs/cgroup")  # in a container, the container's
+_MEMORY_OF_A_WORKER = 0.6 * _GB  # beyond the second, with TensorFlow and the network
+_CGROUP = Path("/sys/fs/cgroup")  # in a container, it has the container's limits
 _DISK = _GB  # the broker's data and Spark's files for some 100,000 events
 
 
@@ -75,7 +69,7 @@ class Check(NamedTuple):
     found : str
         What was found, on one line.
     remedy : str
-        The command that fixes it; '' if there is nothing to fix.
+        The command that provides it; '' if nothing is missing.
 
     Examples
     --------
@@ -92,7 +86,7 @@ class Check(NamedTuple):
 def preflight(
     bootstrap_servers: str = "", memory: str = "2g", cores: int | None = None
 ) -> pd.DataFrame:
-    """Check all requirements of a run, and name the command that fixes each missing one.
+    """Check all requirements of a run, and name the command that provides each missing one.
 
     Nothing is changed, except that missing jars of Kafka and of the connector are fetched.
 
@@ -142,7 +136,7 @@ def check_java() -> Check:
     try:
         command = java_command()
     except JarsError:
-        found = f"JAVA_HOME is {home}, where there is no bin/java" if home else "no java on PATH"
+        found = f"JAVA_HOME is {home}, which has no bin/java" if home else "no java on PATH"
         return _missing("Java", found, remedy)
     version = _java_version(command)
     if int(re.match(r"\d*", version)[0] or 0) < OLDEST_JAVA:
@@ -204,7 +198,7 @@ def check_worker_python() -> Check:
     if missing:
         install = _python("-m", "pip", "install", "-r", str(_REQUIREMENTS))
         return _missing(what, f"{sys.executable} can't import {', '.join(missing)}", install)
-    return _available(what, f"{_OWN_PYTHON}, this one")
+    return _available(what, f"{_PYTHON_VERSION}, this one")
 
 
 def check_broker(bootstrap_servers: str = "") -> Check:
@@ -219,7 +213,7 @@ def check_broker(bootstrap_servers: str = "") -> Check:
     Examples
     --------
     >>> check_broker("127.0.0.1").found
-    "'127.0.0.1' is no address of a Kafka broker: write host:port."
+    "'127.0.0.1' is not the address of a Kafka broker: write host:port."
     """
     what = "Kafka broker"
     if not bootstrap_servers:
@@ -227,14 +221,14 @@ def check_broker(bootstrap_servers: str = "") -> Check:
     try:
         check_address(bootstrap_servers)
     except ValueError as error:
-        return _missing(what, str(error), f"write it as in {LOOPBACK}:{BROKER_PORT}")
+        return _missing(what, str(error), f"write it like {LOOPBACK}:{BROKER_PORT}")
     if _answers(bootstrap_servers):
         return _available(what, f"answers at {bootstrap_servers}")
     found = f"no Kafka broker answers at {bootstrap_servers} within {ANSWER_SECONDS} s"
     host, _, port = bootstrap_servers.rpartition(":")
     if host in (LOOPBACK, "localhost") and port_is_free(int(port)):
         return _missing(what, found, _start_broker(int(port)))
-    return _missing(what, found, "check the address, and that the broker runs there")
+    return _missing(what, found, "check the address, and that the broker is running")
 
 
 def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
@@ -243,8 +237,8 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
     Parameters
     ----------
     memory : str
-        Java's memory, such as ``"2g"``. A run takes about 2 GB besides, and 0.6 GB for each core
-        from the third on.
+        Java's memory, such as ``"2g"``. A run needs about 2 GB more, and 0.6 GB for each core
+        beyond the second.
     cores : int, optional
         Number of concurrent tasks, each in its own worker; by default one per core.
 
@@ -255,7 +249,7 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
     """
     amount = re.fullmatch(r"(\d+)([kmgt])b?", memory.lower())
     if amount is None:
-        return _missing("memory", f"{memory!r} is not an amount of memory", "write it as in 2g")
+        return _missing("memory", f"{memory!r} is not an amount of memory", "write it like 2g")
     needed = int(amount[1]) * 2 ** (10 * "_kmgt".index(amount[2])) + _MEMORY_BESIDE_SPARK
     needed += max(0, (cores or os.cpu_count()) - 2) * _MEMORY_OF_A_WORKER
     available = _available_memory()
@@ -266,7 +260,7 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
 
 
 def _available_memory() -> int:
-    """Return the number of free bytes; in a container, as on JupyterHub, within its limit."""
+    """Return the number of free bytes; in a container, such as on JupyterHub, within its limit."""
     available = psutil.virtual_memory().available
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
@@ -289,11 +283,11 @@ def check_disk() -> Check:
     """
     # Python silently ignores a TMPDIR that it can't use.
     folder = os.environ.get("TMPDIR") or "/tmp"
-    found, has_space = _look_at_folder(folder)
+    found, has_space = _free_space(folder)
     if has_space:
         return _available("disk", found)
     others = ("/tmp", "/var/tmp", str(Path.home()))
-    better = next((other for other in others if _look_at_folder(other)[1]), "/a/folder/with/space")
+    better = next((other for other in others if _free_space(other)[1]), "/a/folder/with/space")
     return _missing("disk", found, f"export TMPDIR={shlex.quote(better)}")
 
 
@@ -376,7 +370,7 @@ def _check_jars(what: str, found: str, *coordinates: str) -> Check:
     except (JarsError, OSError) as error:
         remedy = f"{_python('-c', _FETCH)}  # once the network is available"
         if os.environ.get("SPARK_HOME") and isinstance(error, NoSuchJarError | OSError):
-            remedy = "unset SPARK_HOME"  # for the kit's Spark, whose connector is on Maven Central
+            remedy = "unset SPARK_HOME"  # the kit's Spark has its connector on Maven Central
         return _missing(what, str(error), check_java().remedy or remedy)
     return _available(what, found)
 
@@ -385,12 +379,12 @@ def _check_workers(what: str, context: SparkContext) -> Check:
     """Query a session's workers, with a job that is cancelled at the deadline."""
     modules, tag = WORKERS_IMPORT, "preflight"
     remedy = (
-        f"set PYSPARK_PYTHON to a Python {_OWN_PYTHON} with the packages of requirements.txt, on "
-        "each machine, and restart Spark"
+        f"set PYSPARK_PYTHON to a Python {_PYTHON_VERSION} with the packages of requirements.txt, "
+        "on each machine, and restart Spark"
     )
 
-    # Nested because Spark serializes such a function by value. For a module-level function, the
-    # executors would have to import `helpers`, which they may not have yet.
+    # Nested, because Spark serializes a nested function by value. To run a module-level function,
+    # the executors would have to import `helpers`, which they may not have yet.
     def ask(_: object) -> Iterator[tuple[str, list[str]]]:
         yield sys.executable, [name for name in modules if find_spec(name) is None]
 
@@ -402,14 +396,14 @@ def _check_workers(what: str, context: SparkContext) -> Check:
         answers = context.parallelize(range(tasks), tasks).mapPartitions(ask).collect()
     except (Py4JError, *JAVA_ERRORS):
         found = f"no worker of {context.master} answers within {WORKERS_SECONDS} s as Python "
-        return _missing(what, f"{found} {_OWN_PYTHON}", remedy)
+        return _missing(what, f"{found} {_PYTHON_VERSION}", remedy)
     finally:
         deadline.cancel()
         context.removeJobTag(tag)
     for python, missing in answers:
         if missing:
             return _missing(what, f"{python} can't import {', '.join(missing)}", remedy)
-    return _available(what, f"{_OWN_PYTHON}, {answers[0][0]}")
+    return _available(what, f"{_PYTHON_VERSION}, {answers[0][0]}")
 
 
 def _answers(bootstrap_servers: str) -> bool:
@@ -430,8 +424,8 @@ def _start_broker(port: int) -> str:
     return _python("-m", "helpers.broker", "--port", str(port))
 
 
-def _look_at_folder(folder: str) -> tuple[str, bool]:
-    """Return a folder's free space as text, and whether it suffices for temporary files."""
+def _free_space(folder: str) -> tuple[str, bool]:
+    """Return a folder's free space as text, and whether it is enough for temporary files."""
     try:
         free = shutil.disk_usage(folder).free
         found = f"{free / _GB:,.1f} GB free in {folder}"

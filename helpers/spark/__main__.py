@@ -1,9 +1,9 @@
 """Prepare this machine's Spark: ``python -m helpers.spark`` fetches jars and writes an archive.
 
-Loading and checking ten thousand classes is most of what Spark's start costs. Java can keep them in
-the form that it needs in memory ("class data sharing"): the start then takes 8 s of processor time
-instead of 15. `get_spark` uses the archive if it exists, and Java ignores one that was written by
-another version of itself.
+Most of Spark's startup time is spent on loading and verifying ten thousand classes. With an archive
+of these classes as they are in memory ("class data sharing"), startup takes 8 s of processor time
+instead of 15. `get_spark` uses the archive if it exists; Java ignores one that another version of
+Java has written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WRITE_SECONDS = 300
 
 
 def write_class_archive() -> None:
-    """Start Spark, run a job of the usual kind, and let Java write the archive when it ends."""
+    """Start Spark, run a typical job, and let Java write the archive when it exits."""
     archive = class_archive()
     unfinished = archive.with_suffix(f".{os.getpid()}")
     options = f"-Djava.io.tmpdir={scratch_folder()} -XX:ArchiveClassesAtExit={unfinished}"

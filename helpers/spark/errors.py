@@ -1,4 +1,4 @@
-"""Java's errors: the exceptions that they are in Python, and the reason that they give."""
+"""Java's errors in Python: how to catch them, and how to find the reason in them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from py4j.java_gateway import JavaObject
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 
-# What a call to Java may raise: PySpark replaces some of py4j's errors with its own, once a session
-# exists.
+# The exceptions that a call to Java may raise. Once a session exists, PySpark converts some of
+# py4j's errors.
 JAVA_ERRORS = (Py4JJavaError, PySparkException)
 
-# What stands before an exception in the text of an error. Java's exceptions and Python's can wrap
-# each other several times; where Spark can't send a task's exception, only its text is left.
+# The text before each exception in an error's text. Exceptions of Java and Python can wrap each
+# other several times; if Spark can't serialize a task's exception, only its text is left.
 _BEFORE_AN_EXCEPTION = re.compile(
     r"^Caused by: |^: |Traceback \(most recent call last\):\n(?:[ \t].*\n)+"
     r"|Lost task \S+ in stage \S+ \(TID \d+\) \([^)]*\): ",
     re.MULTILINE,
 )
 
-# Exceptions that only pass on another one: a class of Java's without a message, and py4j's.
-_SAYS_NOTHING = re.compile(
+# Exceptions that only wrap another one: a class name of Java without a message, or py4j's message.
+_ONLY_WRAPS = re.compile(
     r"((\w+\.)+[\w$]+(: null)?|.*An error occurred while calling \S+"
     r"|.*An exception was raised by (the )?Python.*)?"
 )
@@ -77,12 +77,12 @@ def cause_message(error: Exception) -> str:
 
 
 def summary(error: Exception | str) -> str:
-    """Return the reason that an error gives: the line of the innermost exception with a message.
+    """Return the reason for an error: the line of the innermost exception that has a message.
 
     Parameters
     ----------
     error : Exception or str
-        An exception, or the text of one, with the stack traces of Java and Python in it.
+        An exception, or its text, which may include stack traces of Java and Python.
 
     Examples
     --------
@@ -92,20 +92,20 @@ def summary(error: Exception | str) -> str:
     >>> summary(OSError("the disk is full"))
     'the disk is full'
     """
-    # PySpark's exceptions leave out Java's causes, but keep the text that has them.
+    # PySpark's exceptions drop Java's causes, but keep the text that contains them.
     text = error if isinstance(error, str) else getattr(error, "_stackTrace", None) or str(error)
     starts = [0, *(found.end() for found in _BEFORE_AN_EXCEPTION.finditer(text))]
     ends = [*starts[1:], len(text)]
     exceptions = [_reason(text[start:end]) for start, end in zip(starts, ends, strict=True)]
     return next(
-        (each for each in reversed(exceptions) if not _SAYS_NOTHING.fullmatch(each)),
+        (reason for reason in reversed(exceptions) if not _ONLY_WRAPS.fullmatch(reason)),
         exceptions[-1],
     )
 
 
 def _reason(exception: str) -> str:
-    """Return the line of an exception's text that has the reason."""
-    # Spark's Kafka source tells of lost data in general first.
+    """Return the line with the reason from an exception's text."""
+    # Spark's Kafka source begins with general remarks on lost data.
     _, _, given = exception.partition("\nReason:\n")
     first_line, _, _ = (given or exception).strip().partition("\n")
     return first_line.rstrip("; ")

@@ -1,8 +1,8 @@
 """Paths, and small files written atomically, on any file system of Spark's Hadoop client.
 
-Hadoop and Spark read more into a path than its name: patterns, a scheme, a host. `exact_path` and
-`exact_reader` are the two places that prevent this. Small files are flushed to disk on the local
-file system, so that they survive a power cut.
+Hadoop and Spark interpret parts of a path as patterns, a scheme or a host; `exact_path` and
+`exact_reader` prevent this. On the local file system, small files are flushed to disk, so that they
+survive a power cut.
 """
 
 from __future__ import annotations
@@ -22,17 +22,13 @@ from pyspark.sql import DataFrameReader, SparkSession
 from helpers.spark.errors import JAVA_ERRORS, java_causes, summary
 from helpers.spark.jars import JarsError
 
-# What can't be a path on any file system of Hadoop: nothing, a NUL, bytes that are not UTF-8.
+# Matches paths that no file system of Hadoop accepts: empty, with a NUL, or not UTF-8.
 _UNUSABLE = re.compile(r"^$|[\0\ud800-\udfff]")
 # The beginning of a URI, up to its path.
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(//[^/]*)?(?=/)")
-# Which of Hadoop's jars has the file system for a scheme; Spark comes without these.
-_FILE_SYSTEMS = {
-    "org.apache.hadoop:hadoop-aws": ("s3a",),
-    "org.apache.hadoop:hadoop-azure": ("abfs", "abfss", "wasb", "wasbs"),
-    "org.apache.hadoop:hadoop-aliyun": ("oss",),
-    "org.apache.hadoop:hadoop-gcp": ("gs",),
-}
+# Hadoop's jars for the file systems of clouds, by scheme; Spark doesn't include them.
+_JARS = dict.fromkeys(("abfs", "abfss", "wasb", "wasbs"), "hadoop-azure")
+_JARS |= {"s3a": "hadoop-aws", "oss": "hadoop-aliyun", "gs": "hadoop-gcp"}
 
 
 class _CannotLinkError(Exception):
@@ -49,7 +45,7 @@ class JsonFolder:
     """A folder of JSON files, each written once.
 
     A file is written under a temporary name and then renamed atomically: a reader sees the complete
-    file or none, and an existing file is never replaced.
+    file or nothing, and an existing file is never replaced.
 
     Parameters
     ----------
@@ -105,7 +101,7 @@ class JsonFolder:
         FileExistsError
             If a file of that name exists; it stays unchanged.
         """
-        # The draft's name doesn't contain `name`, which may already have the maximum length.
+        # The draft's name doesn't contain `name`, which may have the maximum length already.
         draft = self._path(f".{uuid.uuid4()}.draft")
         file = self._files.create(draft, False)
         try:
@@ -113,7 +109,7 @@ class JsonFolder:
             file.hsync()
         finally:
             file.close()
-        if self._local:  # where Hadoop's hsync reaches the system's cache only
+        if self._local:  # where Hadoop's hsync reaches only the system's cache
             _flush(_local_path(draft))
         try:
             self._publish(draft, self._path(f"{name}.json"))
@@ -171,7 +167,7 @@ class JsonFolder:
     def _publish(self, draft: JavaObject, path: JavaObject) -> None:
         """Give a file its name atomically; fail if the name is taken."""
         if self._local:
-            # Hadoop's rename checks first and then renames; another process may do so in between.
+            # Hadoop checks for the target before it renames; another process may create it between.
             with contextlib.suppress(_CannotLinkError):
                 return self._link(draft, path)
         no_options = self._gateway.new_array(
@@ -198,7 +194,7 @@ class JsonFolder:
 def java_class(spark: SparkSession, name: str) -> JavaClass:
     """Return a Java class by its full name.
 
-    ``spark._jvm`` makes a call to Java for each part of the name, each time.
+    ``spark._jvm`` would make a call to Java for each part of the name.
 
     Examples
     --------
@@ -209,10 +205,10 @@ def java_class(spark: SparkSession, name: str) -> JavaClass:
 
 
 def exact_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
-    """Return a path as Hadoop must be given it to use exactly this path.
+    """Return a path in the form in which Hadoop uses exactly this path.
 
-    A relative path on the local file system is made absolute, because Java may have another current
-    folder than this process, and because Hadoop takes the text before a colon for a file system.
+    A relative path on the local file system is made absolute, because Java's current folder may be
+    another one, and because Hadoop takes the text before a colon for a scheme.
 
     Parameters
     ----------
@@ -238,12 +234,12 @@ def exact_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
             text, "is empty, or has a NUL or bytes that are not UTF-8: choose another name"
         )
     if uri and isinstance(path, os.PathLike):
-        raise _path_error(text, "is a URI, which pathlib changes: give it as a string")
+        raise _path_error(text, "is a URI, which pathlib changes: pass it as a string")
     if not uri:
-        text = re.sub("^//+", "/", text)  # to Hadoop, two slashes begin the name of a host
+        text = re.sub("^//+", "/", text)  # Hadoop takes the name after two slashes for a host
     name = text[uri.end() :] if uri else text
     if name.startswith("/") and name.isascii() and ":" not in name:
-        return text  # without a question to Java
+        return text  # without a call to Java
     scheme = uri["scheme"].lower() if uri else _default_scheme(spark)
     if scheme == "file":
         text = text if uri else os.path.abspath(text)
@@ -256,8 +252,8 @@ def exact_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
 def exact_reader(spark: SparkSession) -> DataFrameReader:
     """Return a reader that takes paths from `exact_path` as they are, not as patterns.
 
-    Spark alone would read ``scored*`` as every path that begins with ``scored``, and would not find
-    ``scored[1]``.
+    Otherwise Spark would read ``scored*`` as all paths that begin with ``scored``, and would not
+    find ``scored[1]``.
 
     Examples
     --------
@@ -267,12 +263,12 @@ def exact_reader(spark: SparkSession) -> DataFrameReader:
     3
     """
     # Spark sets this option (DataSource.GLOB_PATHS_KEY) for files that it has listed. Escaping the
-    # pattern doesn't replace it, because Hadoop's patterns can't have a colon.
+    # path is not enough, because Hadoop's patterns can't contain a colon.
     return spark.read.option("__globPaths__", "false")
 
 
 def full_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
-    """Return a path with its file system, as Structured Streaming needs it for a checkpoint.
+    """Return a path with its scheme, as Structured Streaming needs it for a checkpoint.
 
     Parameters
     ----------
@@ -300,7 +296,7 @@ def folder_names(spark: SparkSession, folder: str) -> list[str]:
     path, files = _file_system(spark, folder)
     if not files.exists(path):
         return []
-    # As one string, because a call to Java per name would take a second per thousand names.
+    # As one string, because one call per name would take a second per thousand names.
     file_util = java_class(spark, "org.apache.hadoop.fs.FileUtil")
     found = file_util.stat2Paths(files.listStatus(path))
     wrapped = java_class(spark, "scala.Predef").genericWrapArray(found)
@@ -386,16 +382,16 @@ def remove_folder(spark: SparkSession, folder: str) -> None:
 
 
 def _default_scheme(spark: SparkSession) -> str:
-    """Return the scheme of the file system of paths without one."""
+    """Return the scheme of paths that have none."""
     file_system = java_class(spark, "org.apache.hadoop.fs.FileSystem")
     return file_system.getDefaultUri(spark._jsc.hadoopConfiguration()).getScheme()
 
 
 def _check_encoding(spark: SparkSession, path: str) -> None:
-    """Raise `ValueError` if Java can't write a local path in the encoding of its locale."""
+    """Raise `ValueError` if Java can't write a local path in its locale's encoding."""
     encoding = java_class(spark, "java.lang.System").getProperty("sun.jnu.encoding")
     charset = java_class(spark, "java.nio.charset.Charset").forName(encoding)
-    if charset.decode(charset.encode(path)).toString() != path:  # it puts ? for what it can't write
+    if charset.decode(charset.encode(path)).toString() != path:  # `encode` writes ? if it can't
         raise _path_error(
             path,
             f"can't be written in {encoding}, the encoding of Java's locale: start Python with the "
@@ -431,13 +427,12 @@ def _file_system(
 
 
 def _missing_jar(spark: SparkSession, name: str) -> str:
-    """Return which jar Spark lacks for a name's file system, and how to add it."""
+    """Return a message that names the jar Spark lacks for a file system, and how to add it."""
     scheme = name.partition(":")[0]
-    artifact = next((jar for jar, schemes in _FILE_SYSTEMS.items() if scheme in schemes), None)
-    if artifact is None:
+    if scheme not in _JARS:
         return f"Spark has no file system for {scheme!r}, as in {name!r}: check the path."
     version = java_class(spark, "org.apache.hadoop.util.VersionInfo").getVersion()
-    jar = f"{artifact}:{version}"
+    jar = f"org.apache.hadoop:{_JARS[scheme]}:{version}"
     return (
         f"Spark lacks the jar that {scheme}: needs, as in {name!r}: start Spark with it, by "
         f'get_spark(config={{"spark.jars.packages": "{jar}"}}) or spark-submit --packages {jar}.'

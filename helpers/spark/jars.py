@@ -1,7 +1,7 @@
 """The `java` command, and jars from Maven Central.
 
-PySpark ships a Maven resolver (Apache Ivy, used by ``spark-submit --packages``), so running a Kafka
-broker or adding Spark's Kafka connector needs only PySpark and Java.
+PySpark ships a Maven resolver (Apache Ivy, used by ``spark-submit --packages``), so PySpark and
+Java are enough to run a Kafka broker or to add Spark's Kafka connector.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pyspark
+
 CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_{scala}:{spark}"
 RESOLVE_SECONDS = 300
 
-# A class in the Hadoop client of every Spark that prints its version and exits: `spark-submit`
-# resolves the packages before it runs the class, and only that is needed here.
+# `spark-submit` resolves packages before it runs a class. This one, which every Spark has, only
+# prints the version of Hadoop.
 _HARMLESS_MAIN_CLASS = "org.apache.hadoop.util.VersionInfo"
 
 # The command for each system's package manager. Homebrew doesn't put its Java on PATH.
 INSTALL_JAVA = {
-    # Debian 13 has 21 but not 17, Debian 12 the reverse; "default-jre" is 11 on older releases.
+    # Debian 13 has no 17, and Debian 12 no 21; "default-jre" is 11 on older releases.
     "apt-get": "sudo apt-get update && (sudo apt-get install -y openjdk-21-jre-headless || "
     "sudo apt-get install -y openjdk-17-jre-headless)",
     "dnf": "sudo dnf install java-21-openjdk-headless",
@@ -67,7 +69,7 @@ def java_command() -> str:
 
 
 def spark_home() -> Path:
-    """Return the folder of the Spark that `import pyspark` uses: the site's, or PySpark's own.
+    """Return the folder of the Spark that `import pyspark` uses: the site's, or PySpark's.
 
     Returns
     -------
@@ -79,11 +81,7 @@ def spark_home() -> Path:
     >>> (spark_home() / "bin" / "spark-submit").exists()
     True
     """
-    if os.environ.get("SPARK_HOME"):
-        return Path(os.environ["SPARK_HOME"])
-    import pyspark
-
-    return Path(pyspark.__file__).parent
+    return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
 
 
 def spark_and_scala() -> tuple[str, str]:
@@ -125,7 +123,7 @@ def fetch_jars(*coordinates: str) -> list[Path]:
     Raises
     ------
     NoSuchJarError
-        If Maven Central doesn't have one of them.
+        If Maven Central doesn't have one of the jars.
     JarsError
         If Maven Central can't be reached, or Java is missing.
 
@@ -168,7 +166,7 @@ def class_archive() -> Path:
 
 
 def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
-    """Fetch the jars with Ivy, and move them to `folder` atomically once all are complete."""
+    """Fetch the jars with Ivy, and move them to `folder` atomically when they are complete."""
     java_command()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".resolving-") as ivy:
@@ -194,7 +192,7 @@ def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
 
 
 def _explain(coordinates: tuple[str, ...], log: str) -> JarsError:
-    """Return an error that sums up Ivy's long output in one sentence."""
+    """Return an error that summarizes Ivy's log in one sentence."""
     if re.search(r"Host \S*maven\S* not found|UnknownHost|Connection (refused|timed out)", log):
         return JarsError(
             f"Maven Central can't be reached, and {', '.join(coordinates)} must be fetched from it "
@@ -204,6 +202,5 @@ def _explain(coordinates: tuple[str, ...], log: str) -> JarsError:
     if unresolved:
         missing = ", ".join(":".join(parts) for parts in dict.fromkeys(unresolved))
         return NoSuchJarError(f"Maven Central has no {missing}: use a version that it has.")
-    last_lines = "\n".join(log.strip().splitlines()[-8:])
-    failed = f"fetching {', '.join(coordinates)} failed; the resolver's last lines:\n{last_lines}"
-    return JarsError(failed)
+    tail = "\n".join(log.strip().splitlines()[-8:])
+    return JarsError(f"fetching {', '.join(coordinates)} failed; the log ends with:\n{tail}")

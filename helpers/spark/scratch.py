@@ -17,12 +17,12 @@ from helpers.spark.files import exact_path
 
 _LOGGER = logging.getLogger(__name__)
 
-# Names that Spark and the kit write into the checkpoint of a streaming context.
+# Names of files that Spark and the kit write into the checkpoint of a streaming context.
 _CHECKPOINT_FILES = (
     r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
 )
 
-# Java may still be shutting down when this starts, and write once more.
+# Repeated, because Java may still be shutting down and write more files.
 _REMOVE_AT_THE_END = """
 cat
 for attempt in 1 2 3 4 5; do rm -rf "$1" && sleep 1 && test ! -e "$1" && exit; done
@@ -33,7 +33,7 @@ _WATCHERS: list[subprocess.Popen] = []
 
 
 def log_file() -> Path:
-    """Return the log file of a Spark started by `get_spark`: the first place to look.
+    """Return the log file of the Spark that `get_spark` started.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def log_file() -> Path:
 
 @functools.cache
 def scratch_folder() -> Path:
-    """Return the folder for Spark's temporary files; it is removed when this process ends.
+    """Return the folder for Spark's temporary files, which is removed when this process ends.
 
     Examples
     --------
@@ -95,6 +95,6 @@ def protect_folder(spark: SparkSession, path: str) -> None:
             files.setPermission(folder, only_mine)
             return
     _LOGGER.warning(
-        "%s holds settings with their passwords, and other users can read it: chmod 700 it, or use "
-        "a folder of its own.", path,
+        "%s holds settings, including passwords, and other users can read it: chmod 700 it, or use "
+        "a separate folder.", path,
     )  # fmt: skip

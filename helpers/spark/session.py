@@ -52,16 +52,16 @@ def get_spark(
 ) -> SparkSession:
     """Return the existing Spark session, or else a new one; either can read Kafka.
 
-    An existing session (made by the notebook's connector on SWAN, by an earlier cell elsewhere)
-    keeps its settings, whatever the parameters say.
+    An existing session (such as SWAN's, or one from an earlier cell) keeps its settings, and the
+    parameters have no effect.
 
     Parameters
     ----------
     app_name : str
         The name in the Spark UI and in YARN's list of applications.
     master : str, optional
-        Where Spark runs. The default is this machine, ``local[cores,4]``, where a task may be tried
-        four times as on a cluster. ``yarn`` for a YARN cluster.
+        Where Spark runs: ``yarn`` for a YARN cluster. The default is this machine,
+        ``local[cores,4]``; the 4 allows three retries of a task, as on a cluster.
     executors : int
         Number of executors to request from a cluster; no effect on this machine.
     cores : int, optional
@@ -81,8 +81,8 @@ def get_spark(
     Raises
     ------
     SessionError
-        If Spark doesn't start, the session is one of Spark Connect, or there is no Kafka connector
-        for its version or it can't be fetched.
+        If Spark doesn't start, the session uses Spark Connect, or the Kafka connector for its
+        version doesn't exist or can't be fetched.
     helpers.spark.JarsError
         If Java or Spark's jars are missing.
 
@@ -95,27 +95,27 @@ def get_spark(
     _refuse_connect()
     if SparkContext._active_spark_context is not None:
         spark = SparkSession.builder.getOrCreate()
-        if not _has_connector(spark):
-            _add_connector(spark)
     else:
         submitted = _submitted_settings()
         master = submitted.get("spark.master", master)
         settings = _settings(app_name, master, executors, cores, memory, config or {})
         spark = _start({**settings, **submitted})
+    if not _has_connector(spark):  # an existing session, or Java of an earlier one, may lack it
+        _add_connector(spark)
     _hide_secrets(spark)
     _ship_helpers(spark)
     return spark
 
 
 def check_running(spark: SparkSession) -> None:
-    """Raise `SessionError` for a session that was stopped, by another cell for instance.
+    """Raise `SessionError` if a session was stopped, for example by another cell.
 
     Examples
     --------
     >>> check_running(spark)
     """
     if spark.sparkContext._jsc is None:
-        raise SessionError("this Spark session was stopped: make a new one with get_spark().")
+        raise SessionError("this Spark session was stopped: start a new one with get_spark().")
 
 
 def fetch() -> None:
@@ -144,16 +144,16 @@ def _settings(
         # Batches of 4,096 events fit in the processor's caches: 5 to 10 % faster than 10,000.
         "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
         "spark.sql.session.timeZone": "UTC",
-        # Otherwise each expression asks Java three times where in the program it was made: that is
-        # half of the calls to Java, and 30 ms of each batch.
+        # Otherwise PySpark makes three calls to Java per expression to record where in the program
+        # it was created: half of all calls, and 30 ms per batch.
         "spark.python.sql.dataFrameDebugging.enabled": "false",
-        # History in the Spark UI; a few minutes are enough for a stream. Up to the default of a
-        # thousand each, Java's memory grows by 5 MB per minute at one batch per second.
+        # A few minutes of history in the Spark UI are enough for a stream. With the defaults of a
+        # thousand, Java's memory would grow by 5 MB per minute at one batch per second.
         "spark.ui.retainedJobs": "200",
         "spark.ui.retainedStages": "200",
         "spark.sql.ui.retainedExecutions": "200",
-        # Records fetched beyond a batch's end are useful only to the next batch. Kept for five
-        # minutes (those of retried batches, for instance), they would fill Java's memory.
+        # Records fetched beyond the end of a batch are useful only to the next batch. By default,
+        # Spark keeps unused ones for five minutes, which would fill Java's memory.
         "spark.kafka.consumer.fetchedData.cache.timeout": "2s",
         "spark.kafka.consumer.fetchedData.cache.evictorThreadRunInterval": "1s",
     }
@@ -172,7 +172,7 @@ def _settings(
 
 
 def _java_options() -> list[str]:
-    """Return the options of Java for a Spark on this machine."""
+    """Return Java's options for Spark on this machine."""
     options = [f"-Djava.io.tmpdir={scratch_folder()}"]
     if class_archive().exists():
         options.append(f"-XX:SharedArchiveFile={class_archive()}")
@@ -180,18 +180,18 @@ def _java_options() -> list[str]:
 
 
 def _refuse_connect() -> None:
-    """Raise `SessionError` where sessions are of Spark Connect, which has no access to Java."""
+    """Raise `SessionError` if sessions use Spark Connect, which has no access to Java."""
     mode = os.environ.get("SPARK_API_MODE") or default_api_mode()
     if "SPARK_REMOTE" in os.environ or is_remote() or mode == "connect":
         raise SessionError(
-            "this is Spark Connect, which can't reach Spark's Java, and so neither Kafka's clients "
-            "nor DStreams: unset SPARK_REMOTE (and SPARK_API_MODE), start Python again, and name "
-            "the cluster as master, as in get_spark(master='yarn')."
+            "this is Spark Connect, which has no access to Java, and so to neither Kafka's clients "
+            "nor DStreams: unset SPARK_REMOTE (and SPARK_API_MODE), restart Python, and name the "
+            "cluster as master, as in get_spark(master='yarn')."
         )
 
 
 def _submitted_settings() -> dict[str, str]:
-    """Return the settings given to spark-submit; none if it didn't start this program."""
+    """Return the settings given to spark-submit; none if this program was started without it."""
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         return {}
     SparkContext._ensure_initialized()  # connects to spark-submit's Java
@@ -215,32 +215,29 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         os.environ["PYSPARK_PYTHON"] = sys.executable
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # binds the Spark UI as well
     else:
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # a cluster may have its own
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # a cluster may set another
     gateway = SparkContext._gateway  # exists if an earlier session was stopped
     if gateway is None:
         with log_file().open("ab") as log:
             try:
-                # In a new process session: at shutdown, a kernel waits for children in its own
-                # session until it is killed. Java ends when this process does.
+                # In a new process session, because a kernel that shuts down would wait for Java
+                # otherwise, until it is killed. Java ends when this process does.
                 how = {"stdout": log, "stderr": log, "start_new_session": True}
                 gateway = launch_gateway(conf, how)
             except PySparkRuntimeError:
                 tail = "\n".join(log_file().read_text(errors="replace").splitlines()[-10:])
-                raise SessionError(f"Java did not start for Spark; it said:\n{tail}") from None
+                raise SessionError(f"Java did not start; its log ends with:\n{tail}") from None
     # The Spark UI listens on the network unless Java was started with this variable, which
     # spark-submit doesn't set; no Spark setting has the same effect.
     if is_local and gateway.jvm.java.lang.System.getenv("SPARK_LOCAL_IP") is None:
         conf.setIfMissing("spark.ui.enabled", "false")
     try:
-        spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
+        return SparkSession(SparkContext(conf=conf, gateway=gateway))
     except JAVA_ERRORS as error:
         raise SessionError(
             f"Spark did not start on {settings['spark.master']}: {summary(error)} "
             f"More is in {log_file()}."
         ) from None
-    if not _has_connector(spark):  # the gateway was launched without it
-        _add_connector(spark)
-    return spark
 
 
 def _connector_jars(spark: str, scala: str) -> list[Path]:
@@ -273,13 +270,13 @@ def _has_connector(spark: SparkSession) -> bool:
 
 
 def _add_connector(spark: SparkSession) -> None:
-    """Add the connector to a running session, for which it is too late to set `spark.jars`."""
+    """Add the connector to a running session, where setting `spark.jars` has no effect."""
     scala = ".".join(spark._jvm.scala.util.Properties.versionNumberString().split(".")[:2])
     for jar in _connector_jars(spark.version, scala):
         spark.sql(f"ADD JAR '{jar.as_uri()}'")
     if not _has_connector(spark):
         raise SessionError(
-            "this Spark session has no Kafka connector and can't take one: restart it with "
+            "this Spark session has no Kafka connector and can't load one: restart it with "
             f"spark.jars.packages={CONNECTOR.format(scala=scala, spark=spark.version)}."
         )
 
