@@ -25,7 +25,7 @@ from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-CELL_SECONDS = 7_200  # three trainings on the challenge's whole file take up to an hour
+CELL_SECONDS = 7_200  # trainings on the whole file of the challenge take up to an hour
 
 
 class NotebookError(RuntimeError):
