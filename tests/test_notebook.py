@@ -1,7 +1,10 @@
-"""Notebooks run from the command line: parameters, progress, errors, and the last line."""
+"""Notebooks run from the command line, and what all of them have: exercises, outputs, links."""
+
+import re
 
 import nbformat
 import pytest
+from notebook_cells import broken_links, cells_of, text_of
 from processes import ROOT, dry_run_make, run_python
 
 from conftest import compare_records
@@ -162,6 +165,31 @@ def test_notebooks_can_be_run_by_name_and_were_stored_whole(path):
         if cell.cell_type == "code":
             assert cell.execution_count is not None
             assert not [o for o in cell.outputs if o.get("name") == "stderr"]
+
+
+TUTORIALS = ["1_walkthrough", "2_structured_streaming"]
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_most_outputs_are_compared(name):
+    """At most two code cells in ten have an output that nbval ignores."""
+    code = [cell for cell in cells_of(name) if cell.cell_type == "code"]
+    ignored = [cell for cell in code if "nbval-ignore-output" in cell.metadata.get("tags", [])]
+    assert len(ignored) <= 0.2 * len(code)
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_every_link_has_a_target(name):
+    """Links lead to existing files and sections."""
+    assert broken_links(name) == []
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_there_are_three_exercises_with_a_hidden_solution(name):
+    """The solutions are folded, so that they are not read with the question."""
+    exercises = text_of(name).split("## Exercises")[-1]
+    assert len(re.findall(r"^\*\*\d\.", exercises, re.MULTILINE)) == 3
+    assert exercises.count("<details><summary>Solution</summary>") == 3
 
 
 @pytest.mark.parametrize("change", [{"events": 99}, {"signal": 71}, {"batches": 0}])

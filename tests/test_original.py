@@ -1,9 +1,7 @@
-"""The walkthrough: the original's calls in the original's order, its exercises and its links."""
+"""The walkthrough: the original's calls in the original's order, and its exercises."""
 
-import ast
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -11,6 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 from kafka import KafkaConsumer
+from notebook_cells import solution
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import build_model
@@ -19,7 +18,6 @@ from helpers.records import to_columns
 
 PATH = find_notebook("1_walkthrough")
 CELLS = nbformat.read(PATH, as_version=4).cells
-TEXT = "\n\n".join(cell.source for cell in CELLS if cell.cell_type == "markdown")
 
 # The notebook of 2016, cell by cell, without what Spark 4, Kafka 4 and Keras 3 rule out.
 ORIGINAL = """
@@ -155,21 +153,6 @@ def test_the_model_written_out_is_the_kits():
     np.testing.assert_allclose(model.predict(features, verbose=0), expected, atol=1e-6)
 
 
-def test_most_outputs_are_compared():
-    """At most two code cells in ten have an output that nbval ignores."""
-    code = [cell for cell in CELLS if cell.cell_type == "code"]
-    ignored = [cell for cell in code if "nbval-ignore-output" in cell.metadata.get("tags", [])]
-    assert len(ignored) <= 0.2 * len(code)
-
-
-def test_every_link_has_a_target():
-    """Links lead to existing files and sections."""
-    sections = {name.replace(" ", "-") for name in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)}
-    for file, section in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", TEXT):
-        assert not file or (PATH.parent / file).exists(), file
-        assert file or section in sections, section
-
-
 @pytest.fixture(scope="module")
 def notebook_names(spark, kafka, produce):
     """The names of the notebook that the exercises use, with 20 events in the topic."""
@@ -195,35 +178,19 @@ def lines_of(events):
     return events.to_json(orient="records", lines=True).splitlines()
 
 
-def solution(number, names):
-    """Run the solution of an exercise, and return the value of its last line."""
-    code = re.findall(r"<summary>Solution</summary>\n\n```python\n(.*?)```", TEXT, re.DOTALL)
-    *statements, last = ast.parse(code[number - 1]).body
-    names = dict(names)
-    exec(compile(ast.Module(statements, []), f"solution {number}", "exec"), names)
-    return eval(compile(ast.Expression(last.value), f"solution {number}", "eval"), names)
-
-
-def test_there_are_three_exercises_with_a_hidden_solution():
-    """The solutions are folded, so that they are not read with the question."""
-    exercises = TEXT.split("## Exercises")[1]
-    assert len(re.findall(r"^\*\*\d\.", exercises, re.MULTILINE)) == 3
-    assert exercises.count("<details><summary>Solution</summary>") == 3
-
-
 def test_a_lower_threshold_takes_the_first_class(notebook_names):
     """Class 0 is asked first, so with 0.45 each event gets it."""
-    at_055, at_045 = solution(1, notebook_names)
+    at_055, at_045 = solution("1_walkthrough", 1, notebook_names)
     assert 0 < at_055 < at_045 == 20
 
 
 def test_a_feature_is_added(notebook_names):
     """`prepare_dataframe` takes the new column, and the model has an input for it."""
-    assert solution(2, notebook_names) == (31, (None, 31))
+    assert solution("1_walkthrough", 2, notebook_names) == (31, (None, 31))
 
 
 def test_a_broken_record_has_its_reason(notebook_names):
     """Each broken record names the field that breaks it."""
-    reasons = solution(3, notebook_names)
+    reasons = solution("1_walkthrough", 3, notebook_names)
     fields = ("PRI_jet_num", "EventId", "PRI_met")
     assert all(name in reason for name, reason in zip(fields, reasons, strict=True))
