@@ -277,6 +277,19 @@ def test_a_third_of_the_events_is_signal(events):
     assert (events["Label"] == "s").mean() == pytest.approx(0.34, abs=0.015)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
+def test_another_share_of_signal_can_be_generated(share):
+    """The given fraction of the events is signal; the ends of the range are allowed."""
+    labels = higgs.generate_events(2_000, signal_share=share)["Label"]
+    assert (labels == "s").mean() == pytest.approx(share, abs=0.03)
+
+
+def test_a_share_beyond_one_is_refused():
+    """A share of signal above 1 is an error."""
+    with pytest.raises(ValueError, match="Probabilities"):
+        higgs.generate_events(10, signal_share=1.5)
+
+
 @pytest.mark.parametrize("label", ["s", "b"])
 @pytest.mark.parametrize("feature", PUBLISHED)
 def test_generated_feature_resembles_the_published_one(events, feature, label):

@@ -1,10 +1,10 @@
-"""Notebooks run from the command line: parameters, progress, errors, and the last line."""
+"""Notebooks run from the command line, and what all of them have: exercises, outputs, links."""
 
 import re
 
 import nbformat
 import pytest
-from exercises import text_of
+from notebook_cells import broken_links, cells_of, text_of
 from processes import ROOT, dry_run_make, run_python
 
 from conftest import compare_records
@@ -167,39 +167,27 @@ def test_notebooks_can_be_run_by_name_and_were_stored_whole(path):
             assert not [o for o in cell.outputs if o.get("name") == "stderr"]
 
 
-# The notebooks that follow the walkthrough's form.
-FORMED = ["1_walkthrough", "3_train_and_serve"]
+TUTORIALS = ["1_walkthrough", "2_structured_streaming", "3_train_and_serve"]
 
 
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_most_outputs_are_compared(name):
     """At most two code cells in ten have an output that nbval ignores."""
-    cells = nbformat.read(find_notebook(name), as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
+    code = [cell for cell in cells_of(name) if cell.cell_type == "code"]
     ignored = [cell for cell in code if "nbval-ignore-output" in cell.metadata.get("tags", [])]
     assert len(ignored) <= 0.2 * len(code)
 
 
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_every_link_has_a_target(name):
     """Links lead to existing files and sections."""
-    page = find_notebook(name)
-    for file, section in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text_of(name)):
-        target = page.parent / file if file else page
-        assert target.exists(), file
-        assert not section or section in anchors(target), section
+    assert broken_links(name) == []
 
 
-def anchors(page):
-    """Return the anchors of a page's headings: in lower case on GitHub, but not in Jupyter."""
-    text = text_of(page.stem) if page.suffix == ".ipynb" else page.read_text().lower()
-    return [title.replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
-
-
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_there_are_three_exercises_with_a_hidden_solution(name):
     """The solutions are folded, so that they are not read with the question."""
-    exercises = text_of(name).split("## Exercises")[1]
+    exercises = text_of(name).split("## Exercises")[-1]
     assert len(re.findall(r"^\*\*\d\.", exercises, re.MULTILINE)) == 3
     assert exercises.count("<details><summary>Solution</summary>") == 3
 

@@ -8,8 +8,8 @@ import sys
 import nbformat
 import numpy as np
 import pytest
-from exercises import solution
 from kafka import KafkaConsumer
+from notebook_cells import solution
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import build_model

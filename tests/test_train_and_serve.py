@@ -2,7 +2,7 @@
 
 import nbformat
 import pytest
-from exercises import solution
+from notebook_cells import solution
 
 from helpers.notebook import find_notebook
 

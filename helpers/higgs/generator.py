@@ -91,7 +91,7 @@ PROCESSES = (
 """The kinds of collision in the challenge: four signals and three backgrounds."""
 
 SIGNAL_SHARE = 0.34
-"""Fraction of the events that are signal."""
+"""Fraction of the challenge's events that are signal."""
 
 TAU_PT, LEP_PT, JET_PT = 20.0, 26.0, 30.0
 """Minimum pt in GeV of a tau, a lepton and a jet in the data."""
@@ -138,7 +138,9 @@ MMC_LIMIT, MMC_STEEPNESS = 88.0, 5.3
 fraction changes."""
 
 
-def generate_events(n: int, seed: int = 0, first_event_id: int = 100_000) -> pd.DataFrame:
+def generate_events(
+    n: int, seed: int = 0, first_event_id: int = 100_000, signal_share: float = SIGNAL_SHARE
+) -> pd.DataFrame:
     """Draw events that resemble those of the challenge.
 
     The model is a sketch of the physics. A boson recoils against up to three jets and softer
@@ -162,17 +164,19 @@ def generate_events(n: int, seed: int = 0, first_event_id: int = 100_000) -> pd.
         Random seed: the same arguments give the same events.
     first_event_id : int, default 100000
         Identifier of the first event; the next events count up from it.
+    signal_share : float, default 0.34
+        Fraction of the events that are signal, from 0 to 1.
 
     Returns
     -------
     pandas.DataFrame, shape (n, 32)
-        `EVENT_ID`, the 30 `FEATURES` and `LABEL`, of which 34 % are signal. Momenta, masses and
-        energies are in GeV, angles in radians, all rounded to 3 decimals.
+        `EVENT_ID`, the 30 `FEATURES` and `LABEL`. Momenta, masses and energies are in GeV, angles
+        in radians, all rounded to 3 decimals.
 
     Raises
     ------
     ValueError
-        If `n` is negative.
+        If `n` is negative, or `signal_share` is not from 0 to 1.
 
     References
     ----------
@@ -187,7 +191,7 @@ def generate_events(n: int, seed: int = 0, first_event_id: int = 100_000) -> pd.
     [100000, 100001, 100002]
     """
     generator = np.random.default_rng(seed)
-    class_shares = {"s": SIGNAL_SHARE, "b": 1 - SIGNAL_SHARE}
+    class_shares = {"s": signal_share, "b": 1 - signal_share}
     shares = [process.share * class_shares[process.label] for process in PROCESSES]
     kinds = generator.choice(len(PROCESSES), size=n, p=shares)
     parts = []
