@@ -1,5 +1,6 @@
 """Tests of examples/streaming_job.py: the pipeline as a program, with either engine."""
 
+import contextlib
 import os
 import random
 import signal
@@ -208,7 +209,8 @@ def kill(process_id):
     """End a driver as a crash does: its Python, its Java and the workers, at once."""
     driver = psutil.Process(process_id)
     for part in (driver, *driver.children(recursive=True)):
-        part.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker may end by itself
+            part.kill()
 
 
 def ids_in(kafka, topic):

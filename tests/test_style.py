@@ -1,5 +1,7 @@
 """The style of code and English, and what must not be committed."""
 
+import ast
+import json
 import re
 import subprocess
 
@@ -7,7 +9,7 @@ import pytest
 from processes import ROOT, run_python
 
 # The files whose English is checked, as patterns of paths.
-PROSE = ["README.md", "docs/*.md"]
+PROSE = ["README.md", "docs/*.md", "notebooks/*.ipynb", "helpers/**/*.py", "examples/*.py"]
 
 # Patterns of unidiomatic English: the pattern, a sentence that has it, and a better one.
 UNIDIOMATIC = [
@@ -84,12 +86,30 @@ def test_the_english_is_idiomatic(glob):
     found = [
         f"{file.name}, {match[0]!r} in: {paragraph}"
         for file in sorted(ROOT.glob(glob))
-        for paragraph in paragraphs(file.read_text())
+        for paragraph in paragraphs(prose_of(file))
         for pattern, *_ in UNIDIOMATIC
         for match in [re.search(pattern, paragraph)]
         if match
     ]
     assert found == []
+
+
+def prose_of(file):
+    """Return what a file says to people: text cells; docstrings, messages and comments."""
+    text = file.read_text()
+    if file.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] != "code")
+    if file.suffix != ".py":
+        return text
+    strings = [
+        node.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    comments = re.sub(r"^(?!\s*#).*$", "", text, flags=re.MULTILINE).replace("# ", "")
+    examples = r"^\s*(>>>|\.\.\.) .*$"
+    return re.sub(examples, "", "\n\n".join([*strings, comments]), flags=re.MULTILINE)
 
 
 def paragraphs(text):

@@ -7,9 +7,9 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.figure import Figure
 from pyspark.sql import SparkSession
 
 from helpers.monitor.display import (
@@ -23,7 +23,9 @@ from helpers.monitor.display import (
 )
 from helpers.monitor.figures import Batch
 from helpers.monitor.listener import QueryListener
-from helpers.monitor.plots import figure_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # How many of the last batches are kept for the table and plot. The totals include all batches.
 BATCHES_KEPT = 1_000
@@ -224,6 +226,9 @@ class Monitor:
         ...
         ValueError: there is no batch to plot yet: run the stream first.
         """
+        # Here, because importing Matplotlib takes a second, and a job never plots.
+        from helpers.monitor.plots import figure_of
+
         table = self.table()
         if table.empty:
             raise ValueError("there is no batch to plot yet: run the stream first.")

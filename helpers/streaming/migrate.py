@@ -108,7 +108,7 @@ _CHANGES = [
         "StringIO": "io", "ConfigParser": "configparser", "Queue": "queue"}.items()],
 ]  # fmt: skip
 
-# What differs in the calls of a stream, for files that import the old module. Where a rule says
+# Differences in the calls of a stream, for files that import the old module. Where a rule says
 # 'the same', the call stays as it is, and the file's first one is enough.
 _STREAM_CHANGES = [
     (r"\bSparkContext\(", "get_spark(config={...}).sparkContext",
