@@ -27,7 +27,7 @@ KEPT_SECONDS = 600
 
 @dataclass(frozen=True)
 class StreamDefinition:
-    """What defines a stream; Spark's checkpoint keeps it to recreate the stream after a crash.
+    """The definition of a stream; Spark's checkpoint keeps it to recreate the stream after a crash.
 
     Attributes
     ----------
