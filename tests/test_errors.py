@@ -123,11 +123,11 @@ def test_both_kinds_of_error_name_the_cause(spark):
          r"lacks the jar that s3a: needs.*packages org\.apache\.hadoop:hadoop-aws:3\.\d+\.\d+\."),
         ("abfss://container/scored", JarsError, r"hadoop-azure:3\."),
         ("nonsense://scored", JarsError, r"Spark has no file system for 'nonsense'"),
-        ("", OSError, r"'' can't be used: .*Can not create a Path from an empty string"),
+        ("", ValueError, r"the path '' is empty.*: choose another name\."),
     ],
 )  # fmt: skip
 def test_a_path_that_spark_cannot_use_is_one_sentence(spark, name, error, reason):
-    """A missing jar is named with the way to add it."""
+    """A missing jar is named with the way to add it, and so is what is wrong with a path."""
     for use in (full_path, JsonFolder):
         with pytest.raises(error, match=reason) as told:
             use(spark, name)
