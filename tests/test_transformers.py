@@ -290,7 +290,7 @@ REFUSED = {
                                            vocabulary=["a"]),
             shape=(), dtype="string",
         ),
-        "its input is of type string: encode",
+        "its input is of type string: convert it to numbers",
     ),
     "several open sizes": (
         lambda: sequential(keras.layers.GlobalMaxPooling2D(), dense(2), shape=(None, None, 1)),

@@ -116,6 +116,7 @@ def read_events_in_spark(spark: SparkSession, path: str | os.PathLike[str]) -> D
 
     Examples
     --------
+    >>> from helpers.higgs import generate_events
     >>> path = getfixture("tmp_path") / "events.csv.gz"
     >>> generate_events(5, seed=1).to_csv(path, index=False)
     >>> read_events_in_spark(spark, path).select("EventId", "Label").first()
