@@ -114,6 +114,29 @@ def test_a_service_runs_until_it_is_told_to_stop(query_of, one, produce, setting
         query.run(timeout=1, interval=0.2)
 
 
+def test_a_second_query_on_a_checkpoint_does_not_end_the_first_in_silence(
+    query_of, one, produce, settings
+):
+    """Spark stops the first query when the second starts; the first one's `run` says so."""
+    produce(one, [b"1"])
+    first, second, seen, errors = query_of([one], settings), query_of([one], settings), [], []
+
+    def run_first():
+        try:
+            first.run(timeout=60, interval=0.2)
+        except StreamError as error:
+            errors.append(str(error))
+
+    for query in (first, second):
+        query.foreachBatch(lambda df, batch_id: seen.append(batch_id))
+    thread = threading.Thread(target=run_first)
+    thread.start()
+    wait_until(lambda: seen)
+    second.run(until=lambda: not thread.is_alive(), timeout=60, interval=0.2)
+    thread.join()
+    assert len(seen) == 1 and "another query starts with the same checkpoint" in errors[0]
+
+
 def test_a_query_begins_where_it_began_first(query_of, one, produce, settings):
     """What arrives before the first batch is read after a crash, with ``latest`` as well."""
     produce(one, [b"old"] * 4)

@@ -179,7 +179,8 @@ class KafkaQuery:
         TimeoutError
             If it takes longer than `timeout`.
         StreamError
-            If a batch fails twice, or the broker is away for more than 60 s.
+            If a batch fails twice, the broker is away for more than 60 s, or a query with an
+            interval is stopped by something else.
         """
         deadline = time.monotonic() + timeout
         with java_watched(), interrupt_noted() as interrupted:
@@ -194,6 +195,8 @@ class KafkaQuery:
                         )
                     try:
                         if query.awaitTermination(0.1):
+                            if interval is not None and not interrupted.is_set():
+                                raise StreamError(_stopped_by_others(self._checkpoint))
                             break
                         if self._away_since is not None and _is_idle(query):
                             self._away_since = None  # the broker is back, with nothing new
@@ -353,6 +356,15 @@ class KafkaQuery:
             if time.monotonic() > deadline:
                 return
             time.sleep(0.05)
+
+
+def _stopped_by_others(checkpoint: str) -> str:
+    """Return the message for a query that ended although nothing here stopped it."""
+    return (
+        f"the query with the checkpoint {checkpoint} was stopped from outside: Spark does that if "
+        "another query starts with the same checkpoint. Finished batches are kept. Give each query "
+        "a separate checkpoint."
+    )
 
 
 class CheckpointOffsets:
