@@ -42,6 +42,15 @@ def test_data_survives_a_stop_and_a_sigkill():
             assert read(kafka, "events", 10) == list(range(10))
 
 
+def test_the_broker_starts_in_any_locale(monkeypatch):
+    """In Turkish, the capital of i has a dot, and Kafka would not find its names in capitals."""
+    monkeypatch.setenv("JDK_JAVA_OPTIONS", "-Duser.language=tr -Duser.country=TR")
+    with LocalKafka() as kafka:
+        kafka.create_topic("events", partitions=1)
+        write(kafka, "events", 1)
+        assert read(kafka, "events", 1) == [0]
+
+
 def test_a_failed_restart_keeps_the_data():
     """A restart that fails because the port is taken loses no records."""
     with LocalKafka() as kafka:

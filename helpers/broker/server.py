@@ -32,7 +32,12 @@ rootLogger.level = INFO
 rootLogger.appenderRef.console.ref = console
 """
 
-_JVM_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+_JVM_OPTIONS = (
+    "-Xmx512m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-Duser.language=en",  # in a Turkish locale, Kafka would not find its names in capitals
+)
 
 
 class BrokerError(RuntimeError):
