@@ -80,6 +80,8 @@ DRAIN_SECONDS = 600
 WORKERS = 2
 TRAINING_SHARE = 6  # of ten
 ENGINES = ("dstream", "structured")
+PARTITIONS = 4
+SAMPLE_SECONDS = 1.0  # between samples of the processor time, which take some themselves
 SMALL_RATE = 500  # events per second
 LATENCY_RATE = 2_000
 LATENCY_INTERVALS = (1.0, 5.0)  # seconds
@@ -232,7 +234,9 @@ class Processes:
     samples: list[tuple[float, float]] = field(default_factory=list)  # times, processor seconds
 
     def sample(self) -> None:
-        """Record the processor time so far."""
+        """Record the processor time so far, unless that was done within `SAMPLE_SECONDS`."""
+        if self.samples and time.time() - self.samples[-1][0] < SAMPLE_SECONDS:
+            return
         seconds = 0.0
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -280,7 +284,7 @@ def run_steadily(
     score = definitions("1_walkthrough", "pipeline")["process_instances"]
     topic, folder = f"steady-{uuid.uuid4()}", f"{scratch_folder()}/steady-{uuid.uuid4()}"
     settings = {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
-    kafka.create_topic(topic, partitions=4)
+    kafka.create_topic(topic, partitions=PARTITIONS)
     monitor, sink = StoredTimes(), ParquetSink(spark, f"{folder}/scored", signal_index=0)
     with sink, contextlib.ExitStack() as at_the_end:
         if engine == "dstream":
@@ -325,18 +329,16 @@ def measure_small(seconds: float) -> Iterator[dict[str, Any]]:
     seconds : float
         For how many seconds events are written per engine.
     """
-    with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
-        for engine in ENGINES:
-            run = run_steadily(spark, kafka, engine, SMALL_RATE, INTERVAL_SECONDS, seconds)
-            taken = {"min": min(run.seconds), "median": statistics.median(run.seconds)}
-            taken["max"] = max(run.seconds)
-            yield {
-                "engine": engine,
-                "events_per_batch": round(SMALL_RATE * INTERVAL_SECONDS),
-                "partitions": 4,
-                "seconds": {name: round(value, 3) for name, value in taken.items()},
-                "cores_busy": round(run.cores_busy, 2),
-            }
+    for engine, interval, run in _steady_runs(SMALL_RATE, [INTERVAL_SECONDS], seconds):
+        taken = {"min": min(run.seconds), "median": statistics.median(run.seconds)}
+        taken["max"] = max(run.seconds)
+        yield {
+            "engine": engine,
+            "events_per_batch": round(SMALL_RATE * interval),
+            "partitions": PARTITIONS,
+            "seconds": {name: round(value, 3) for name, value in taken.items()},
+            "cores_busy": round(run.cores_busy, 2),
+        }
 
 
 def measure_latency(seconds: float) -> Iterator[dict[str, Any]]:
@@ -347,17 +349,24 @@ def measure_latency(seconds: float) -> Iterator[dict[str, Any]]:
     seconds : float
         For how many seconds events are written per result.
     """
+    for engine, interval, run in _steady_runs(LATENCY_RATE, LATENCY_INTERVALS, seconds):
+        quantiles = np.quantile(run.latencies, [0.5, 0.95, 0.99])
+        yield {
+            "engine": engine,
+            "interval": interval,
+            "events_per_s": LATENCY_RATE,
+            **dict(zip(("p50", "p95", "p99"), quantiles.round(3).tolist(), strict=True)),
+        }
+
+
+def _steady_runs(
+    rate: int, intervals: Iterable[float], seconds: float
+) -> Iterator[tuple[str, float, SteadyRun]]:
+    """Yield a run with each engine and interval, all on one broker and in one session."""
     with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
         for engine in ENGINES:
-            for interval in LATENCY_INTERVALS:
-                run = run_steadily(spark, kafka, engine, LATENCY_RATE, interval, seconds)
-                quantiles = np.quantile(run.latencies, [0.5, 0.95, 0.99])
-                yield {
-                    "engine": engine,
-                    "interval": interval,
-                    "events_per_s": LATENCY_RATE,
-                    **dict(zip(("p50", "p95", "p99"), quantiles.round(3).tolist(), strict=True)),
-                }
+            for interval in intervals:
+                yield engine, interval, run_steadily(spark, kafka, engine, rate, interval, seconds)
 
 
 def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:

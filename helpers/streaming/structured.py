@@ -271,9 +271,10 @@ class KafkaQuery:
         starts = self._offsets.planned() or _starts(
             self._spark, self._topics, self._settings, begun or positions
         )
+        offsets = by_topic(starts)
         for topic in self._topic_ids.keys() - kept.keys():
-            offsets = by_topic(starts).get(topic, {})
-            files.write(topic, {"topic_id": self._topic_ids[topic], "starts": offsets})
+            content = {"topic_id": self._topic_ids[topic], "starts": offsets.get(topic, {})}
+            files.write(topic, content)
         return starts
 
     def _start(self, interval: float | None) -> StreamingQuery:
