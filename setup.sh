@@ -99,11 +99,9 @@ choose_cache
 pass_index
 echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, a minute or more) ..." >&2
 .venv/bin/uv pip install --quiet --python .venv -r requirements.txt --editable .
-echo "fetching the jars of Kafka and of Spark's Kafka connector, and speeding up Spark's start ..." >&2
+echo "fetching the jars of Kafka and of Spark's Kafka connector, and speeding up their start ..." >&2
 {
-    .venv/bin/python -c 'import sys; sys.tracebacklimit = 0
-from helpers import broker
-broker.fetch()' && .venv/bin/python -m helpers.spark
+    .venv/bin/python -m helpers.broker.archive && .venv/bin/python -m helpers.spark
 } &
 jars=$!
 # Meanwhile this import compiles TensorFlow's Python files, which saves the first run 10 s.

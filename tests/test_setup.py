@@ -16,7 +16,7 @@ case "$*" in
 *"config get :env:"*) [ -n "$PIP_INDEX_URL" ] && echo "$PIP_INDEX_URL"; exit;;
 *"config get"*) exit 1;;
 *"-m venv"*) mkdir -p .venv/bin; for name in python uv; do cp tools/python3 .venv/bin/$name; done;;
-*broker.fetch*) exit "$FETCH";;
+*broker.archive*) exit "$FETCH";;
 esac
 echo "${0##*/} $*, cache $UV_CACHE_DIR, index $UV_DEFAULT_INDEX" >> calls
 """

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from helpers.broker import security
 from helpers.broker.security import LOOPBACK
-from helpers.spark import fetch_jars, java_command, spark_home
+from helpers.spark import archive_option, fetch_jars, java_command, spark_home
 
 KAFKA_VERSION = "4.4.0"
+KAFKA_PROGRAM = f"kafka-{KAFKA_VERSION}"
 KAFKA_JARS = (
     f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}",
     "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it, the broker logs nothing
@@ -179,6 +180,7 @@ def _java(folder: Path, main_class: str, argument: str) -> list[str]:
     jars = [*fetch_jars(*KAFKA_JARS), *spark_home().glob("jars/scala-library-*.jar")]
     options = [
         *_JVM_OPTIONS,
+        *archive_option(KAFKA_PROGRAM),
         f"-Djava.io.tmpdir={folder}",
         f"-Dlog4j2.configurationFile={folder / 'log4j2.properties'}",
     ]

@@ -24,11 +24,13 @@ from helpers.spark.jars import (
     INSTALL_JAVA,
     JarsError,
     NoSuchJarError,
+    archive_option,
     class_archive,
     fetch_jars,
     java_command,
     spark_and_scala,
     spark_home,
+    spark_program,
 )
 from helpers.spark.scratch import log_file, protect_folder, scratch_folder
 from helpers.spark.session import SessionError, check_running, fetch, get_spark

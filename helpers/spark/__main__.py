@@ -2,8 +2,7 @@
 
 Most of Spark's startup time is spent on loading and verifying ten thousand classes. With an archive
 of these classes as they are in memory ("class data sharing"), startup takes 8 s of processor time
-instead of 15. `get_spark` uses the archive if it exists; Java ignores one that another version of
-Java has written.
+instead of 15. `get_spark` uses the archive if it exists.
 """
 
 from __future__ import annotations
@@ -14,14 +13,22 @@ import sys
 from pyspark import SparkContext
 from pyspark.sql import functions as F
 
-from helpers.spark import JarsError, SessionError, class_archive, fetch, get_spark, scratch_folder
+from helpers.spark import (
+    JarsError,
+    SessionError,
+    class_archive,
+    fetch,
+    get_spark,
+    scratch_folder,
+    spark_program,
+)
 
 WRITE_SECONDS = 300
 
 
 def write_class_archive() -> None:
     """Start Spark, run a typical job, and let Java write the archive when it exits."""
-    archive = class_archive()
+    archive = class_archive(spark_program())
     unfinished = archive.with_suffix(f".{os.getpid()}")
     options = f"-Djava.io.tmpdir={scratch_folder()} -XX:ArchiveClassesAtExit={unfinished}"
     spark = get_spark(cores=2, config={"spark.driver.extraJavaOptions": options})

@@ -154,15 +154,47 @@ def jars_folder() -> Path:
     return Path(cache) / "kafka-spark-keras" / "jars"
 
 
-def class_archive() -> Path:
-    """Return the file in which ``python -m helpers.spark`` keeps Spark's classes for a fast start.
+def spark_program() -> str:
+    """Return the name and version of the Spark that will be started, such as 'spark-4.2.0'.
 
     Examples
     --------
-    >>> class_archive().suffix
-    '.jsa'
+    >>> spark_program().startswith("spark-")
+    True
     """
-    return jars_folder() / f"spark-{spark_and_scala()[0]}.jsa"
+    return f"spark-{spark_and_scala()[0]}"
+
+
+def class_archive(program: str) -> Path:
+    """Return the file for a program's classes as they are in memory ("class data sharing").
+
+    Java loads classes from such an archive in half the time. `make setup` writes the archives.
+
+    Parameters
+    ----------
+    program : str
+        The program and its version.
+
+    Examples
+    --------
+    >>> class_archive("kafka-4.4.0").name
+    'kafka-4.4.0.jsa'
+    """
+    return jars_folder() / f"{program}.jsa"
+
+
+def archive_option(program: str) -> list[str]:
+    """Return the option with which Java uses a program's class archive; none if there is no file.
+
+    Java ignores an archive that another version of Java has written.
+
+    Examples
+    --------
+    >>> archive_option("kafka-0.8")
+    []
+    """
+    archive = class_archive(program)
+    return [f"-XX:SharedArchiveFile={archive}"] if archive.exists() else []
 
 
 def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:

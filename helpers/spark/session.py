@@ -23,11 +23,12 @@ from helpers.spark.errors import JAVA_ERRORS, summary
 from helpers.spark.jars import (
     CONNECTOR,
     JarsError,
-    class_archive,
+    archive_option,
     fetch_jars,
     java_command,
     spark_and_scala,
     spark_home,
+    spark_program,
 )
 from helpers.spark.scratch import log_file, scratch_folder
 
@@ -160,7 +161,8 @@ def _settings(
     if master.startswith("local"):
         settings["spark.driver.memory"] = memory
         settings["spark.local.dir"] = str(scratch_folder())
-        settings["spark.driver.extraJavaOptions"] = " ".join(_java_options())
+        java_options = [f"-Djava.io.tmpdir={scratch_folder()}", *archive_option(spark_program())]
+        settings["spark.driver.extraJavaOptions"] = " ".join(java_options)
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
         settings["spark.python.daemon.module"] = "helpers.spark.daemon"
         settings["spark.executorEnv.PYTHONPATH"] = str(Path(helpers.__file__).parent.parent)
@@ -169,14 +171,6 @@ def _settings(
         settings["spark.executor.cores"] = str(cores or 1)
         settings["spark.executor.memory"] = memory
     return {**settings, **{key: str(value) for key, value in config.items()}}
-
-
-def _java_options() -> list[str]:
-    """Return Java's options for Spark on this machine."""
-    options = [f"-Djava.io.tmpdir={scratch_folder()}"]
-    if class_archive().exists():
-        options.append(f"-XX:SharedArchiveFile={class_archive()}")
-    return options
 
 
 def _refuse_connect() -> None:
