@@ -25,7 +25,7 @@ UNREACHABLE = f"{PROXY.format('http')} {PROXY.format('https')}"
 PYSPARK = Path(pyspark.__file__).parent
 JAVA = os.path.realpath(shutil.which("java"))
 SH, LN = shutil.which("sh"), shutil.which("ln")
-MODULES = "numpy, pandas, pyarrow, orjson, keras, tensorflow"
+MODULES = "numpy, pandas, pyarrow, orjson, msgspec, keras, tensorflow"
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from helpers.spark import (
 )
 
 OLDEST_JAVA = 17
-WORKERS_IMPORT = ("numpy", "pandas", "pyarrow", "orjson", "keras", "tensorflow")
+WORKERS_IMPORT = ("numpy", "pandas", "pyarrow", "orjson", "msgspec", "keras", "tensorflow")
 PROGRAM_SECONDS = 30
 WORKERS_SECONDS = 60
 BROKER_PORT = 9092
