@@ -126,7 +126,7 @@ def uv_call(folder, **environment):
 def test_the_uv_of_the_requirements_installs_them(complete):
     """The version is in one place, and its cache in the home folder."""
     call = uv_call(complete, HOME=str(complete / "home"))
-    assert call.startswith("uv pip install --quiet --python .venv -r requirements.txt --editable .")
+    assert call.startswith("uv pip install --quiet --python .venv --compile-bytecode -r ")
     assert call.endswith(f", cache {complete}/home/.cache/uv, index ")
     (pinned,) = re.findall(r"^uv==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert f"-m pip install --quiet --disable-pip-version-check {pinned}," in (
