@@ -1,26 +1,41 @@
-"""The process that Spark's Python workers are forked from, with Keras already imported.
+"""The process that Spark's Python workers are forked from, with their modules already imported.
 
-Importing Keras and TensorFlow costs a process nine seconds and 230 MB. Spark starts a worker for
+Importing Keras and TensorFlow costs a process four seconds and 230 MB. Spark starts a worker for
 each task slot, and a new one after a failure or an idle minute. A worker forked from this process
-has both modules from the start, and shares their memory. `get_spark` names this module in
+has all modules from the start, and shares their memory. `get_spark` names this module in
 ``spark.python.daemon.module`` on this machine; a cluster's executors use Spark's default.
 """
 
 import gc
+import os
 import sys
 
 from pyspark.daemon import manager
 
-# Keras imports these where it finds them, for wrappers and plots that no worker uses: another three
-# seconds. A worker that needs one of them can still import it.
+# Keras imports these where it finds them, for wrappers and plots that no worker uses: another
+# 1.5 s. A worker that needs one of them can still import it.
 _UNUSED = ("IPython", "matplotlib", "sklearn")
 
-if __name__ == "__main__":
+
+def _import_keras() -> None:
+    """Import Keras without what it doesn't need."""
     sys.modules.update(dict.fromkeys(_UNUSED))  # None: an import raises ImportError
     import keras  # noqa: F401
 
     for name in _UNUSED:
         del sys.modules[name]
+
+
+if __name__ == "__main__":
+    import pyspark.worker  # noqa: F401
+
+    import helpers.serving
+    import helpers.transformers  # noqa: F401
+
+    # Spark has separate daemons for functions on DataFrames and on RDDs. It sets this variable for
+    # the former only. The latter seldom run a network, and import Keras when they do.
+    if "SPARK_SIMPLIFIED_TRACEBACK" in os.environ:
+        _import_keras()
     # A worker collects garbage after each task, which takes half a second with the objects of these
     # modules. Frozen objects are skipped, and their memory stays shared.
     gc.freeze()

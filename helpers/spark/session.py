@@ -36,6 +36,8 @@ _REDACTED_OPTIONS = "spark.sql.redaction.options.regex"
 
 _CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
 
+_DAEMON = "helpers.spark.daemon"
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -164,7 +166,7 @@ def _settings(
         java_options = [f"-Djava.io.tmpdir={scratch_folder()}", *archive_option(spark_program())]
         settings["spark.driver.extraJavaOptions"] = " ".join(java_options)
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
-        settings["spark.python.daemon.module"] = "helpers.spark.daemon"
+        settings["spark.python.daemon.module"] = _DAEMON
         settings["spark.executorEnv.PYTHONPATH"] = str(Path(helpers.__file__).parent.parent)
     else:
         settings["spark.executor.instances"] = str(executors)
@@ -278,6 +280,10 @@ def _add_connector(spark: SparkSession) -> None:
 def _ship_helpers(spark: SparkSession) -> None:
     """Make `import helpers` work on the executors, wherever they are."""
     context = spark.sparkContext
+    # Workers on this machine have this package on their path. Each task would read the archive's
+    # directory, and each worker would compile its modules.
+    if context.getConf().get("spark.python.daemon.module", "") == _DAEMON:
+        return
     if any(file.endswith("/helpers.zip") for file in context.listFiles):
         return
     package = Path(helpers.__file__).parent
