@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from processes import run_python
@@ -164,7 +165,7 @@ def test_a_long_stream_keeps_the_last_batches_and_the_totals_of_all(capsys, monk
     assert monitor.batches[0].batch_id == NOON + 15_000
     share = monitor.plot().axes[1]
     assert share.lines[0].get_ydata() == pytest.approx([75] * 9 + [100 * 77 / 101])
-    assert monitor.plot().axes[2].get_xlabel().endswith("the first batch of the last 10")
+    assert monitor.plot().axes[2].get_xlabel().endswith("first batch of the last 10 was planned")
     assert "the last 20 of 25 batches; the total includes all" in monitor.contents()["text/plain"]
     monitor.begin()
     assert monitor.totals()["batches"] == 0
@@ -230,15 +231,16 @@ def test_the_plot_has_the_batches():
     figure = monitor_of((40, 30, 0.5, 10), (0, 0, 0.1, None), (10, 5, 0.25, 0)).plot()
     events, share, lag, seconds = figure.axes
     assert [bar.get_height() for bar in events.patches] == [40, 0, 10]
-    assert [bar.get_center()[0] for bar in events.patches] == pytest.approx([0, 1, 2])
-    assert seconds.lines[0].get_xydata().tolist() == [[0, 0.5], [1, 0.1], [2, 0.25]]
-    assert share.lines[0].get_xydata().tolist() == [[0, 75], [1, 75], [2, 70]]
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in events.patches]
+    assert np.allclose(spans, [(0, 0.5), (1, 1.1), (2, 2.25)])
+    assert seconds.lines[0].get_xydata().tolist() == [[0.5, 0.5], [1.1, 0.1], [2.25, 0.25]]
+    assert share.lines[0].get_xydata().tolist() == [[0.5, 75], [1.1, 75], [2.25, 70]]
     assert lag.lines[0].get_xydata().tolist() == [[0.5, 10], [2.25, 0]]
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == [
-        "events a batch", "signal so far, %", "lag, records", "processing time, seconds"
+        "events per batch", "signal so far, %", "lag, records", "processing time, seconds"
     ]
-    assert lag.get_xlabel() == "seconds since the first batch"
+    assert lag.get_xlabel() == "seconds since the first batch was planned"
     assert figure.get_figwidth() == 9
 
 

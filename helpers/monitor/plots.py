@@ -25,52 +25,51 @@ def figure_of(table: pd.DataFrame, totals: Mapping[str, int]) -> Figure:
         The sums of all batches, as `Monitor.totals` returns them.
     """
     since_first = (table["time"] - table["time"].iloc[0]).dt.total_seconds()
-    done = _done(since_first, table["seconds"])
+    began, done = _span(since_first, table["seconds"])
     figure, (events, share, lag) = plt.subplots(
         3, 1, figsize=(9, 7), sharex=True, layout="constrained", height_ratios=(3, 2, 2)
     )
     # Otherwise a notebook shows it twice: as the cell's value and as an open figure.
     plt.close(figure)
-    _plot_events(events, since_first, table)
+    _plot_events(events, began, done, table)
     earlier = {name: totals[name] - table[name].sum() for name in ("events", "signal")}
-    _plot_share(share, since_first, table, earlier)
+    _plot_share(share, done, table, earlier)
     _plot_lag(lag, done, table)
-    # The panels share their axis, and the last batch may be done long after it was planned.
-    events.set_xlim(right=max(events.get_xlim()[1], 1.02 * done.iloc[-1]))
     shown = f" of the last {len(table):,}" if totals["batches"] > len(table) else ""
-    lag.set_xlabel(f"seconds since the first batch{shown}")
+    lag.set_xlabel(f"seconds since the first batch{shown} was planned")
     figure.align_ylabels()
     return figure
 
 
-def _done(planned: pd.Series, seconds: pd.Series) -> pd.Series:
-    """Return when each batch was done: a batch begins when it is planned and none is running."""
-    ends = []
-    for begin, duration in zip(planned, seconds, strict=True):
-        ends.append(max(begin, ends[-1] if ends else begin) + duration)
-    return pd.Series(ends, index=planned.index)
+def _span(planned: pd.Series, seconds: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Return when each batch began and was done: it begins when planned and none is running."""
+    began, done = [], []
+    for plan, duration in zip(planned, seconds, strict=True):
+        began.append(max(plan, done[-1] if done else plan))
+        done.append(began[-1] + duration)
+    return pd.Series(began, index=planned.index), pd.Series(done, index=planned.index)
 
 
-def _plot_events(axes: Axes, since_first: pd.Series, table: pd.DataFrame) -> None:
-    """Draw events as bars, and the processing time of each batch on a second axis."""
-    gap = since_first.diff().min() if len(table) > 1 else 1.0
-    axes.bar(since_first, table["events"], width=0.8 * gap, color=_GREEN, alpha=0.6)
-    axes.set_xlim(-gap, since_first.iloc[-1] + gap)
-    axes.set_ylabel("events a batch", color=_GREEN)
+def _plot_events(axes: Axes, began: pd.Series, done: pd.Series, table: pd.DataFrame) -> None:
+    """Draw a bar of events for the time of each batch, and its length on a second axis."""
+    bars = {"width": done - began, "align": "edge", "edgecolor": "white"}
+    axes.bar(began, table["events"], color=_GREEN, alpha=0.6, **bars)
+    axes.set_xlim(0, max(1.02 * done.iloc[-1], 0.1))
+    axes.set_ylabel("events per batch", color=_GREEN)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     seconds = axes.twinx()
-    seconds.plot(since_first, table["seconds"], color=_BROWN, **_POINTS)
+    seconds.plot(done, table["seconds"], color=_BROWN, **_POINTS)
     seconds.set_ylabel("processing time, seconds", color=_BROWN)
     seconds.set_ylim(bottom=0)
 
 
 def _plot_share(
-    axes: Axes, since_first: pd.Series, table: pd.DataFrame, earlier: dict[str, int]
+    axes: Axes, done: pd.Series, table: pd.DataFrame, earlier: dict[str, int]
 ) -> None:
-    """Draw the cumulative percentage of signal events up to each batch."""
+    """Draw the percentage of signal in all events so far, when each batch was done."""
     sums = table[["events", "signal"]].cumsum() + pd.Series(earlier)
     share = 100 * sums["signal"] / sums["events"]
-    axes.plot(since_first, share, color=_GREEN, **_POINTS)
+    axes.plot(done, share, color=_GREEN, **_POINTS)
     axes.set_ylabel("signal so far, %")
     axes.ticklabel_format(axis="y", useOffset=False)
     # A range of at least five percentage points, so that chance doesn't look like a trend.
