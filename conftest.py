@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 
 import orjson
-import psutil
 import pytest
 from kafka import KafkaProducer
 from pyspark.ml.functions import array_to_vector
@@ -29,7 +28,7 @@ from helpers.model import build_model
 from helpers.notebook import record_in
 from helpers.records import parse_events
 from helpers.serving import Contract, ServingModel, save_serving_model, scaled_network
-from helpers.spark import get_spark
+from helpers.spark import available_memory, get_spark
 from helpers.streaming import KafkaUtils, new_streaming_context, stop_streaming
 
 # By how many events a count may differ on another processor. Sums are rounded differently there, so
@@ -193,7 +192,7 @@ def names_in_docstrings(
 
 def pytest_xdist_auto_num_workers() -> int:
     """Start as many processes as fit in the free memory; `make test WORKERS=2` starts two."""
-    return processes_for(psutil.virtual_memory().available)
+    return processes_for(available_memory())
 
 
 def processes_for(free_memory: float) -> int:

@@ -34,7 +34,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -63,7 +62,7 @@ from helpers.monitor import Batch, Monitor
 from helpers.notebook import definitions, find_notebook, parameters
 from helpers.scoring import Score, score_stream
 from helpers.sinks import ParquetSink, read_scored
-from helpers.spark import get_spark, scratch_folder
+from helpers.spark import available_cores, get_spark, scratch_folder
 from helpers.streaming import KafkaQuery, KafkaUtils, new_streaming_context, run_stream
 from helpers.training import AveragingTrainer, SingleTrainer, Trainer
 from helpers.transformers import ModelPredictor
@@ -206,7 +205,7 @@ def measure(events: int, runs: int) -> dict[str, Any]:
     drained = {"min": min(speeds), "median": speed, "max": max(speeds)}
     return {
         "events": events,
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "limit_events_per_s": round(limit),
         "drain_events_per_s": {name: round(value) for name, value in drained.items()},
         "ratio": round(speed / limit, 3),
@@ -402,7 +401,7 @@ def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
             }
             for name, trainer in trainers.items():
                 found.setdefault(name, []).append(judge(trainer, table, split))
-        result = {"events": table.count(), "cores": os.cpu_count()}
+        result = {"events": table.count(), "cores": available_cores()}
     for name, rows in found.items():
         seconds, accuracies, aucs = zip(*rows, strict=True)
         result[name] = {

@@ -450,18 +450,6 @@ def test_more_cores_need_more_memory():
     assert "9,003.2 GB needed" in checks.check_memory("9000g", cores=4).found
 
 
-@pytest.mark.parametrize("limit, free", [("3221225472", "2.0 GB free"), ("max", "GB free")])
-def test_a_containers_limit_counts(monkeypatch, tmp_path, limit, free):
-    """In a container, as on JupyterHub, its memory limit determines what is free."""
-    files = {"max": limit, "current": "2147483648", "stat": "inactive_file 1073741824\n"}
-    for name, content in files.items():
-        (tmp_path / f"memory.{name}").write_text(content)
-    monkeypatch.setattr(checks, "_CGROUP", tmp_path)
-    memory = checks.check_memory("1g", cores=1)
-    assert free in memory.found
-    assert memory.ok is (limit == "max")
-
-
 @pytest.mark.parametrize("malformed", ["2", "g", "2 gigabytes", ""])
 def test_what_is_no_amount_of_memory_is_corrected(malformed):
     """An invalid amount of memory is refused, and the remedy has a valid one."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-import psutil
 import pyspark
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
@@ -32,6 +31,8 @@ from helpers.spark import (
     JAVA_ERRORS,
     JarsError,
     NoSuchJarError,
+    available_cores,
+    available_memory,
     fetch_jars,
     java_command,
     spark_and_scala,
@@ -53,7 +54,6 @@ _GB = 2**30
 # 4.1 GB with MEMORY=2g on 2 cores, and 3.1 GB with MEMORY=1g CORES=1.
 _MEMORY_BESIDE_SPARK = 2 * _GB
 _MEMORY_OF_A_WORKER = 0.6 * _GB  # beyond the second, with TensorFlow and the network
-_CGROUP = Path("/sys/fs/cgroup")  # in a container, it has the container's limits
 _DISK = _GB  # the broker's data and Spark's files for some 100,000 events
 
 
@@ -97,7 +97,7 @@ def preflight(
     memory : str
         Java's memory in the run, such as ``"2g"``.
     cores : int, optional
-        Number of concurrent tasks of the run on this machine; by default one per core.
+        Number of concurrent tasks of the run on this machine; by default one per available core.
 
     Returns
     -------
@@ -240,7 +240,7 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
         Java's memory, such as ``"2g"``. A run needs about 2 GB more, and 0.6 GB for each core
         beyond the second.
     cores : int, optional
-        Number of concurrent tasks, each in its own worker; by default one per core.
+        Number of concurrent tasks, each in its own worker; by default one per available core.
 
     Examples
     --------
@@ -251,26 +251,12 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
     if amount is None:
         return _missing("memory", f"{memory!r} is not an amount of memory", "write it like 2g")
     needed = int(amount[1]) * 2 ** (10 * "_kmgt".index(amount[2])) + _MEMORY_BESIDE_SPARK
-    needed += max(0, (cores or os.cpu_count()) - 2) * _MEMORY_OF_A_WORKER
-    available = _available_memory()
+    needed += max(0, (cores or available_cores()) - 2) * _MEMORY_OF_A_WORKER
+    available = available_memory()
     found = f"{available / _GB:,.1f} GB free, {needed / _GB:,.1f} GB needed"
     if available >= needed:
         return _available("memory", found)
     return _missing("memory", found, "make run MEMORY=1g CORES=1  # needs 3 GB")
-
-
-def _available_memory() -> int:
-    """Return the number of free bytes; in a container, such as on JupyterHub, within its limit."""
-    available = psutil.virtual_memory().available
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        cache = re.search(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.M)
-    except OSError:  # not a container, or one without cgroup v2
-        return available
-    if limit == "max":
-        return available
-    return min(available, int(limit) - used + int(cache[1] if cache else 0))
 
 
 def check_disk() -> Check:

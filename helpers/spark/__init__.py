@@ -2,7 +2,8 @@
 
 `get_spark` returns the existing session or starts one with the Kafka connector. `jars` fetches jars
 from Maven Central, `errors` finds the reason in Java's errors, `files` reads and writes small files
-on any of Spark's file systems, and `scratch` provides the folder for temporary files and the log.
+on any of Spark's file systems, `machine` finds the available cores and memory, and `scratch`
+provides the folder for temporary files and the log.
 """
 
 from helpers.spark.errors import JAVA_ERRORS, cause_message, cause_name, java_causes, summary
@@ -32,5 +33,6 @@ from helpers.spark.jars import (
     spark_home,
     spark_program,
 )
+from helpers.spark.machine import available_cores, available_memory
 from helpers.spark.scratch import log_file, protect_folder, scratch_folder
 from helpers.spark.session import SessionError, check_running, fetch, get_spark

@@ -30,6 +30,7 @@ from helpers.spark.jars import (
     spark_home,
     spark_program,
 )
+from helpers.spark.machine import available_cores
 from helpers.spark.scratch import log_file, scratch_folder
 
 _REDACTED_OPTIONS = "spark.sql.redaction.options.regex"
@@ -68,8 +69,8 @@ def get_spark(
     executors : int
         Number of executors to request from a cluster; no effect on this machine.
     cores : int, optional
-        Number of concurrent tasks, on this machine (default: all its cores) or in each executor
-        (default: 1).
+        Number of concurrent tasks, on this machine (default: all available cores) or in each
+        executor (default: 1).
     memory : str
         Java's memory, such as ``"2g"``: for the single process on this machine, or for each
         executor on a cluster.
@@ -135,7 +136,7 @@ def _settings(
     config: Mapping[str, object],
 ) -> dict[str, str]:
     """Return the settings of a new session."""
-    master = master or f"local[{cores or os.cpu_count()},4]"
+    master = master or f"local[{cores or available_cores()},4]"
     settings = {
         "spark.app.name": app_name,
         "spark.master": master,
