@@ -294,10 +294,11 @@ class KafkaQuery:
     def _process(self, df: DataFrame, batch_id: int) -> None:
         """Call the function with a batch; Spark calls this."""
         self._batches_begun += 1
+        began = time.time_ns() // 1_000_000
         ranges = self.ranges_of(batch_id)
         self._client.topic_ids(self._topics, self._topic_ids)
         if ranges:  # Spark also runs empty batches: the first one of an empty topic
-            self._call(PlannedBatch(batch_id, ranges, few_tasks(df, ranges)))
+            self._call(PlannedBatch(batch_id, ranges, few_tasks(df, ranges), began))
         self._away_since = None
 
     def _call(self, batch: PlannedBatch) -> None:
