@@ -446,7 +446,8 @@ class CheckpointOffsets:
                 f"the query of {self._checkpoint} has {len(lines) - _SOURCE_LINE} sources, so a "
                 "batch can't be identified by its offsets: read all topics with one KafkaQuery."
             )
-        return by_partition(json.loads(lines[_SOURCE_LINE]))
+        # With `spark.sql.streaming.offsetLog.formatVersion` 2, the source's name comes first: 0:{}.
+        return by_partition(json.loads(lines[_SOURCE_LINE].lstrip("0123456789:")))
 
     def _lines(self, name: str) -> list[str]:
         try:
