@@ -274,7 +274,13 @@ class KafkaQuery:
         offsets = by_topic(starts)
         for topic in self._topic_ids.keys() - kept.keys():
             content = {"topic_id": self._topic_ids[topic], "starts": offsets.get(topic, {})}
-            files.write(topic, content)
+            try:
+                files.write(topic, content)
+            except FileExistsError:
+                raise StreamError(
+                    f"another query has just begun with the checkpoint {self._checkpoint}: give "
+                    "each query a separate checkpoint."
+                ) from None
         return starts
 
     def _start(self, interval: float | None) -> StreamingQuery:
