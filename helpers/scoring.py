@@ -70,7 +70,10 @@ class Scoring:
         seconds = time.monotonic() - began
         if self._monitor is not None:
             lag = self._source.lag_after(batch.batch_id)
-            figures = Batch(batch.batch_id, counts.events, counts.signal, counts.bad, seconds, lag)
+            figures = Batch(
+                batch.batch_id, counts.events, counts.signal, counts.bad, seconds, lag,
+                batch.planned_at,
+            )  # fmt: skip
             self._monitor.add(figures, counts.unused)
 
 

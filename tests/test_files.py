@@ -93,6 +93,13 @@ def folder(spark, tmp_path):
     return JsonFolder(spark, str(tmp_path / "files"))
 
 
+def test_a_folder_inside_a_file_is_refused(spark, tmp_path):
+    """A folder whose parent is a file can't be created, and the message names both."""
+    (tmp_path / "note").touch()
+    with pytest.raises(OSError, match=r"note/files can't be created: .*note\. Check the path\."):
+        JsonFolder(spark, tmp_path / "note" / "files")
+
+
 def test_a_file_is_never_replaced(folder):
     """Writing a file that exists fails and leaves its content unchanged."""
     folder.write("0", {"writer": "first"})

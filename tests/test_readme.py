@@ -9,6 +9,7 @@ import socket
 import sys
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime, timedelta
 
 import keras
 import numpy as np
@@ -156,7 +157,7 @@ def test_the_check_before_a_run_finds_all_there(command):
 
 
 def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
-    """The example scores another topic, schema and model, and keeps the bad record."""
+    """The example scores another topic, schema and model, shows when, and keeps the bad record."""
     readings = pd.DataFrame({
         "reading": range(500),
         "temperature": np.linspace(20, 90, 500),
@@ -177,6 +178,7 @@ def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
     path = tmp_path / command.removeprefix(PYTHON)
     path.write_text(program.replace("127.0.0.1:9092", kafka.bootstrap_servers))
 
+    began = datetime.now(UTC)
     run = run_python(str(path), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
     scored = pd.read_parquet(tmp_path / "pumps-scored" / "data").sort_values("reading")
@@ -188,6 +190,9 @@ def test_the_worked_example_scores_its_own_topic(kafka, produce, tmp_path):
     np.testing.assert_allclose(streamed, model.predict(features, verbose=0), atol=1e-5)
     signal = int((streamed[:, 1] > 0.5).sum())
     assert f"'events': 500, 'signal': {signal}, 'bad': 1" in run.stdout
+    times = re.findall(r"^\d\d:\d\d:\d\d", run.stdout, re.MULTILINE)
+    seconds = (began + timedelta(seconds=number) for number in range(1_200))
+    assert times and set(times) <= {f"{second:%H:%M:%S}" for second in seconds}
 
 
 def symptoms():

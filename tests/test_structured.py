@@ -84,6 +84,38 @@ def test_a_query_resumes_where_its_checkpoint_ends(query_of, one, produce, setti
         query.ranges_of(2)
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_both_formats_of_a_checkpoint_are_read(
+    spark, query_of, one, produce, settings, request, version
+):
+    """A query reads its offsets in the format of any `offsetLog.formatVersion`."""
+    name = "spark.sql.streaming.offsetLog.formatVersion"
+    request.addfinalizer(lambda: spark.conf.unset(name))
+    spark.conf.set(name, version)
+    produce(one, [b"1", b"2", b"3"])
+    values, query = Values(), query_of([one], settings)
+    query.foreachBatch(values)
+    query.run(timeout=600)
+    assert values.all() == [b"1", b"2", b"3"]
+    assert query.ranges_of(0) == [OffsetRange(one, 0, 0, 3)]
+
+
+def test_of_queries_that_begin_a_checkpoint_together_one_is_refused(
+    query_of, one, settings, monkeypatch
+):
+    """A query that finds its new checkpoint taken by another one is refused, with the remedy."""
+    find = structured._starts
+
+    def be_late(*arguments):
+        monkeypatch.setattr(structured, "_starts", find)
+        query_of([one], settings)
+        return find(*arguments)
+
+    monkeypatch.setattr(structured, "_starts", be_late)
+    with pytest.raises(StreamError, match=r"another query has just begun .* separate checkpoint"):
+        query_of([one], settings)
+
+
 def test_a_checkpoint_is_at_exactly_its_path(spark, one, produce, settings, tmp_path):
     """A query resumes from a checkpoint whose path is a pattern to Spark, given as a `Path`."""
     values, checkpoint = Values(), tmp_path / "all [1]{a,b}*?\\,%20#:ü"

@@ -59,6 +59,11 @@ class JsonFolder:
     uri : str
         The folder's path with its scheme.
 
+    Raises
+    ------
+    OSError
+        If the folder can't be created, for example because a parent is a file.
+
     Examples
     --------
     >>> folder = JsonFolder(spark, str(getfixture("tmp_path") / "plans"))
@@ -160,7 +165,11 @@ class JsonFolder:
             while not above.exists():
                 missing.append(above)
                 above = above.parent
-        self._files.mkdirs(self._folder)
+        try:
+            self._files.mkdirs(self._folder)
+        except JAVA_ERRORS as error:
+            reason = summary(error).removesuffix(".")
+            raise OSError(f"{self._folder} can't be created: {reason}. Check the path.") from None
         for folder in missing:
             _flush(folder.parent)
 

@@ -88,11 +88,14 @@ class PlannedBatch:
         Its offsets, with the ids of their topics.
     records : pyspark.sql.DataFrame
         Its records, with the columns of Spark's Kafka source.
+    planned_at : int or None
+        When Spark began it, in milliseconds since 1970, if its id is not a time.
     """
 
     batch_id: int
     ranges: list[OffsetRange]
     records: DataFrame
+    planned_at: int | None = None
 
 
 def ends_of(ranges: list[OffsetRange]) -> dict[TopicAndPartition, int]:

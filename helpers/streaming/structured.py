@@ -274,7 +274,13 @@ class KafkaQuery:
         offsets = by_topic(starts)
         for topic in self._topic_ids.keys() - kept.keys():
             content = {"topic_id": self._topic_ids[topic], "starts": offsets.get(topic, {})}
-            files.write(topic, content)
+            try:
+                files.write(topic, content)
+            except FileExistsError:
+                raise StreamError(
+                    f"another query has just begun with the checkpoint {self._checkpoint}: give "
+                    "each query a separate checkpoint."
+                ) from None
         return starts
 
     def _start(self, interval: float | None) -> StreamingQuery:
@@ -294,10 +300,11 @@ class KafkaQuery:
     def _process(self, df: DataFrame, batch_id: int) -> None:
         """Call the function with a batch; Spark calls this."""
         self._batches_begun += 1
+        began = time.time_ns() // 1_000_000
         ranges = self.ranges_of(batch_id)
         self._client.topic_ids(self._topics, self._topic_ids)
         if ranges:  # Spark also runs empty batches: the first one of an empty topic
-            self._call(PlannedBatch(batch_id, ranges, few_tasks(df, ranges)))
+            self._call(PlannedBatch(batch_id, ranges, few_tasks(df, ranges), began))
         self._away_since = None
 
     def _call(self, batch: PlannedBatch) -> None:
@@ -445,7 +452,8 @@ class CheckpointOffsets:
                 f"the query of {self._checkpoint} has {len(lines) - _SOURCE_LINE} sources, so a "
                 "batch can't be identified by its offsets: read all topics with one KafkaQuery."
             )
-        return by_partition(json.loads(lines[_SOURCE_LINE]))
+        # With `spark.sql.streaming.offsetLog.formatVersion` 2, the source's name comes first: 0:{}.
+        return by_partition(json.loads(lines[_SOURCE_LINE].lstrip("0123456789:")))
 
     def _lines(self, name: str) -> list[str]:
         try:
