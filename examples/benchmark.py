@@ -124,7 +124,7 @@ def limit_events_per_s(model: keras.Model, seconds: float = SGEMM_SECONDS) -> fl
 
 
 def drain(
-    spark: SparkSession, bootstrap_servers: str, score: Score
+    spark: SparkSession, bootstrap_servers: str, score: Score, engine: str
 ) -> tuple[dict[str, int], float]:
     """Stream the topic from its beginning to its end into a new sink.
 
@@ -136,6 +136,8 @@ def drain(
         The broker's address.
     score : callable
         Converts a batch's records to scored events.
+    engine : str
+        One of `ENGINES`.
 
     Returns
     -------
@@ -149,28 +151,36 @@ def drain(
         "group.id": f"benchmark-{uuid.uuid4()}",
         "auto.offset.reset": "earliest",
     }
-    ended = 0.0
+    monitor, folder = Monitor(), f"{scratch_folder()}/drain-{uuid.uuid4()}"
+    with ParquetSink(spark, f"{folder}/scored", signal_index=0) as sink:
+        if engine == "structured":
+            query = KafkaQuery(spark, [TOPIC], settings, f"{folder}/checkpoint")
+            with query:
+                score_stream(query, score, sink, monitor)
+                began = time.time()
+                query.run(timeout=DRAIN_SECONDS)
+            return monitor.totals(), time.time() - began
+        ended = 0.0
 
-    def is_drained() -> bool:
-        nonlocal ended
-        ended = time.time()
-        return stream.lag() == 0
+        def is_drained() -> bool:
+            nonlocal ended
+            ended = time.time()
+            return stream.lag() == 0
 
-    monitor, folder = Monitor(), f"{scratch_folder()}/scored-{uuid.uuid4()}"
-    ssc = new_streaming_context(spark, INTERVAL_SECONDS)
-    stream = KafkaUtils.createDirectStream(ssc, [TOPIC], settings)
-    with ParquetSink(spark, folder, signal_index=0) as sink:
+        ssc = new_streaming_context(spark, INTERVAL_SECONDS)
+        stream = KafkaUtils.createDirectStream(ssc, [TOPIC], settings)
         score_stream(stream, score, sink, monitor)
         run_stream(ssc, until=is_drained, timeout=DRAIN_SECONDS)
-    planned = monitor.batches[0].batch_id / 1000
-    return monitor.totals(), ended - planned
+    return monitor.totals(), ended - monitor.batches[0].batch_id / 1000
 
 
-def measure(events: int, runs: int) -> dict[str, Any]:
+def measure(engine: str, events: int, runs: int) -> dict[str, Any]:
     """Run the `drain` benchmark, and return its result.
 
     Parameters
     ----------
+    engine : str
+        One of `ENGINES`.
     events : int
         Number of events in the topic.
     runs : int
@@ -179,9 +189,9 @@ def measure(events: int, runs: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``events``, ``cores``, ``limit_events_per_s`` (the median of measurements before and after
-        each drain), ``drain_events_per_s`` (``min``, ``median``, ``max``), and ``ratio``: the
-        median drain divided by the limit.
+        ``engine``, ``events``, ``cores``, ``limit_events_per_s`` (the median of measurements before
+        and after each drain), ``drain_events_per_s`` (``min``, ``median``, ``max``), and ``ratio``:
+        the median drain divided by the limit.
 
     Raises
     ------
@@ -193,10 +203,10 @@ def measure(events: int, runs: int) -> dict[str, Any]:
     with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
         _produce(kafka.bootstrap_servers, events)
         for _ in range(WARM_UPS):
-            drain(spark, kafka.bootstrap_servers, score)
+            drain(spark, kafka.bootstrap_servers, score, engine)
         limits, speeds = [limit_events_per_s(model)], []
         for _ in range(runs):
-            totals, seconds = drain(spark, kafka.bootstrap_servers, score)
+            totals, seconds = drain(spark, kafka.bootstrap_servers, score, engine)
             if totals["events"] != events:
                 raise RuntimeError(f"{totals['events']} events were scored, not {events}.")
             speeds.append(events / seconds)
@@ -204,6 +214,7 @@ def measure(events: int, runs: int) -> dict[str, Any]:
     limit, speed = statistics.median(limits), statistics.median(speeds)
     drained = {"min": min(speeds), "median": speed, "max": max(speeds)}
     return {
+        "engine": engine,
         "events": events,
         "cores": available_cores(),
         "limit_events_per_s": round(limit),
@@ -333,7 +344,7 @@ def measure_small(seconds: float) -> Iterator[dict[str, Any]]:
         taken["max"] = max(run.seconds)
         yield {
             "engine": engine,
-            "events_per_batch": round(SMALL_RATE * interval),
+            "events_a_batch": round(SMALL_RATE * interval),
             "partitions": PARTITIONS,
             "seconds": {name: round(value, 3) for name, value in taken.items()},
             "cores_busy": round(run.cores_busy, 2),
@@ -458,7 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _results(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """Run the chosen benchmark, and return its results."""
     if options.what == "drain":
-        return [measure(options.events, options.runs)]
+        return [measure(options.engine, options.events, options.runs)]
     if options.what == "small":
         return measure_small(options.seconds)
     if options.what == "latency":
@@ -499,6 +510,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     drains = what.add_parser("drain", help="how fast the walkthrough's stream is")
     drains.add_argument("--events", type=int, default=200_000, help="default: %(default)s")
     drains.add_argument("--runs", type=int, default=3, help="default: %(default)s")
+    drains.add_argument("--engine", choices=ENGINES, default="dstream", help="default: %(default)s")
     kinds = {"small": "how long small batches take", "latency": "how old an event's score is"}
     for name, text in kinds.items():
         steady = what.add_parser(name, help=text)
