@@ -206,6 +206,31 @@ def test_an_idle_stream_keeps_its_offsets_alive(
     run_stream(ssc, until=is_committed_again, timeout=300)
 
 
+def test_an_idle_stream_that_commits_by_hand_keeps_the_offsets_of_an_earlier_one_alive(
+    spark, kafka, one, produce, settings, monkeypatch
+):
+    """What an earlier stream of the group committed by hand stays, though this one asks nothing."""
+    monkeypatch.setattr(source, "RECOMMIT_SECONDS", 0.5)
+    settings = {**settings, "auto.offset.reset": "earliest", "enable.auto.commit": "false"}
+    partition, forgotten = TopicAndPartition(one, 0), []
+    produce(one, [b"x"] * 5)
+    ssc = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(ssc, [one], settings)
+    stream.foreachRDD(lambda rdd: stream.commitAsync(rdd.offsetRanges()))
+    run_stream(ssc, until=lambda: committed(spark, settings, partition) == 5, timeout=300)
+
+    ssc = new_streaming_context(spark, 0.5)
+    stream, _ = collected(ssc, one, settings)
+
+    def is_committed_again():
+        if not forgotten:
+            with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+                forgotten.append(admin.delete_groups([settings["group.id"]]))
+        return committed(spark, settings, partition) == 5
+
+    run_stream(ssc, until=is_committed_again, timeout=300)
+
+
 def test_a_plan_that_cannot_be_written_is_written_later(
     spark, kafka, one, produce, settings, tmp_path, caplog
 ):

@@ -65,6 +65,7 @@ class Ledger:
         self._planned: list[_Planned] = []
         self._committed: dict[TopicAndPartition, int] = {}
         self._asked: dict[TopicAndPartition, set[int]] = {}
+        self._found: Offsets = {}
         self._unread = 0
         self._lock = threading.RLock()  # guards the attributes above
         self._committing = threading.Lock()  # held during a commit
@@ -74,6 +75,11 @@ class Ledger:
         with self._lock:
             self._committed = _advanced(self._committed, offsets)
             self._unread = unread
+
+    def found(self, offsets: Offsets) -> None:
+        """Record the offsets that the group already had, which are committed again when idle."""
+        with self._lock:
+            self._found = offsets
 
     def plan(self, interval: int, ranges: list[OffsetRange], planned_at: int) -> None:
         """Record the plan of the next interval, unless it is empty."""
@@ -136,7 +142,7 @@ class Ledger:
         try:
             with self._lock:
                 done = list(itertools.takewhile(lambda planned: planned.is_done, self._planned))
-                offsets = self._due(done)
+                offsets = self._due(done, again)
                 has_changed = any(self._committed.get(part) != offsets[part] for part in offsets)
             if again or has_changed:
                 send(offsets)
@@ -172,10 +178,11 @@ class Ledger:
         """Return whether all plans are committed."""
         return not self._planned
 
-    def _due(self, done: list[_Planned]) -> dict[TopicAndPartition, int]:
+    def _due(self, done: list[_Planned], again: bool) -> dict[TopicAndPartition, int]:
         """Return the offsets to commit when the first plans are done."""
         if self._by_hand:
-            return self._asked_before(self._planned[len(done) :])
+            asked = self._asked_before(self._planned[len(done) :])
+            return {**self._found, **asked} if again else asked
         offsets = self._committed  # of all partitions, because Kafka expires old offsets
         for planned in done:
             offsets = _advanced(offsets, ends_of(planned.ranges))

@@ -82,12 +82,14 @@ class Source:
             topic_ids,
         )  # fmt: skip
         try:
-            # The group's offsets, so that a batch that is repeated does not move a commit back.
-            committed = self.planner.committed() if positions is not None else {}
+            committed = self.planner.committed()
         except BaseException:
             self.planner.close()
             raise
-        ledger.begin({**self.planner.starts(), **committed}, self.planner.unread())
+        ledger.found(committed)
+        # With the group's offsets, so that a batch that is repeated does not move a commit back.
+        repeated = committed if positions is not None else {}
+        ledger.begin({**self.planner.starts(), **repeated}, self.planner.unread())
 
     def plan(self, interval: int) -> None:
         """Plan an interval, or reuse the plan made for it before a crash.
