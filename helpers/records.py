@@ -499,7 +499,11 @@ def _decoder(schema: StructType) -> msgspec.json.Decoder | None:
 
 
 class _Parser:
-    """Parses the records of one schema; `event` decides which are good."""
+    """Parses the records of one schema; `event` decides which are good.
+
+    For another reason to reject a record, extend `event`, and let `_fast_numbers` return None for
+    such records, so that `event` sees them.
+    """
 
     def __init__(self, schema: StructType) -> None:
         self._names = schema.names

@@ -4,6 +4,9 @@ A network alone doesn't say what its inputs are called, in which order they come
 scaled, or which output means signal; sooner or later, somebody guesses wrong. A *serving model* is
 a network together with its *contract* in one ``.keras`` file, which is rejected if the two
 disagree.
+
+`contract` says what the file records, `archive` writes and reads the file, `model_file` follows its
+replacements while a stream runs, and `transformer` applies it.
 """
 
 from helpers.serving.archive import load_serving_model, save_serving_model

@@ -2,6 +2,11 @@
 
 `ParquetSink` stores the batches of a stream, and `read_scored` reads them. Bad records can be sent
 to Kafka, as dead letters.
+
+`parquet` has the steps from a scored batch to its commit, `columns` what they store, `parts` the
+data files, `commits` the manifests, `progress` the offsets that are stored, `starts` where topics
+begin, `lease` the claim that keeps a second job out, `bad_records` what is done with bad records,
+and `dead_letters` their way to Kafka.
 """
 
 from helpers.sinks.bad_records import ON_BAD_RECORD

@@ -11,14 +11,16 @@ The DStream has the names of `pyspark.streaming.kafka` (Spark 1.3 to 2.4).
     run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
 
 From the bottom up: `offsets` (ranges, which batches consist of), `errors`, `settings`, `client`
-(talks to Kafka through the JVM's consumer and admin client), `planner` (decides which offsets
-belong to a batch, independently of any stream), `reader` (reads offset ranges with Spark's Kafka
-source, independently of any consumer group), `rates` (limits the size of batches), `ledger` (tracks
-what is planned, done and committed), `listener` (what Spark reports), `recovery` (keeps plans in a
-checkpoint), `source` (plans, reads and commits for one stream), `batches` (hands each interval's
-batch on, and commits it when the whole batch has succeeded), `dstream`, `kafka_utils` (the old
-API), `context` (starts and stops a context), `structured` (`KafkaQuery`: the same promises on
-Structured Streaming). `migrate` is a program that prints what to change in old code.
+(talks to Kafka through the JVM's consumer and admin client), `planner` (decides where a stream
+begins or resumes, also after Kafka has deleted records, and which offsets belong to a batch),
+`reader` (reads offset ranges with Spark's Kafka source, independently of any consumer group),
+`rates` (limits the size of batches), `ledger` (tracks what is planned, done and committed, and so
+the lag), `listener` (what Spark reports), `recovery` (keeps plans in a checkpoint, for a restart
+after a crash), `source` (plans, reads and commits for one stream), `batches` (hands each interval's
+batch on, and commits its offsets when the whole batch has succeeded), `dstream`, `kafka_utils` (the
+old API), `context` (starts and stops a context), `structured` (`KafkaQuery`: the same promises on
+Structured Streaming, with a lag from Spark's checkpoint). `migrate` is a program that prints what
+to change in old code.
 """
 
 from helpers.streaming.client import topic_ids
