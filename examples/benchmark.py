@@ -1,10 +1,15 @@
 """Measure the walkthrough's stream (throughput, small batches, latency), or the trainers.
 
+    python examples/benchmark.py compare
     python examples/benchmark.py drain
     python examples/benchmark.py small
     python examples/benchmark.py latency
     python examples/benchmark.py train
     python examples/benchmark.py train --csv atlas-higgs-challenge-2014-v2.csv.gz --runs 5
+
+`compare` scores one topic with the kit's two engines and with other programs (`peers`), in turns,
+and writes the results to ``build/bench.json``. It needs the packages in requirements-bench.txt.
+Name entries to measure only these: ``compare dstream quix_streams``.
 
 `drain` starts a local broker and fills a topic with events. The walkthrough's stream, with the
 notebook's functions, then drains the topic several times: each time, a new consumer group reads all
@@ -34,19 +39,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import platform
 import statistics
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
 import numpy as np
+import peers
 import psutil
 from pyspark.ml import Pipeline
 from pyspark.ml.feature import OneHotEncoder, StandardScaler, StringIndexer, VectorAssembler
@@ -55,9 +63,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from sklearn import metrics
 
-from helpers.broker import LocalKafka
+from helpers.broker import LocalKafka, count_records
 from helpers.higgs import EVENT_ID, FEATURES, LABEL, generate_events, read_events_in_spark
-from helpers.model import build_model
+from helpers.model import build_model, normalized_network
 from helpers.monitor import Batch, Monitor
 from helpers.notebook import definitions, find_notebook, parameters
 from helpers.scoring import Score, score_stream
@@ -83,6 +91,9 @@ PARTITIONS = 4
 SAMPLE_SECONDS = 1.0  # between samples of the processor time, which take some themselves
 SMALL_RATE = 500  # events per second
 LATENCY_RATE = 2_000
+COMPARISON = Path(__file__).resolve().parent.parent / "build" / "bench.json"
+KINDS = ("compare", "drain", "small", "latency", "train")
+BOUNDARY_SHARE = 2e-4  # of events whose two probabilities differ by less than rounding does
 LATENCY_INTERVALS = (1.0, 5.0)  # seconds
 
 
@@ -105,7 +116,7 @@ def limit_events_per_s(model: keras.Model, seconds: float = SGEMM_SECONDS) -> fl
 
     Examples
     --------
-    >>> from helpers.model import build_model
+    >>> from helpers.model import build_model, normalized_network
     >>> limit_events_per_s(build_model(), seconds=0.1) > 0
     True
     """
@@ -221,6 +232,120 @@ def measure(engine: str, events: int, runs: int) -> dict[str, Any]:
         "drain_events_per_s": {name: round(value) for name, value in drained.items()},
         "ratio": round(speed / limit, 3),
     }
+
+
+def compare(names: list[str], events: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Run the `compare` benchmark; yield a result per entry, and write all to ``build/bench.json``.
+
+    Parameters
+    ----------
+    names : list of str
+        Entries to measure, among the keys of `ENTRIES`.
+    events : int
+        Number of events in the topic.
+    rounds : int
+        How often each entry is measured, in turns.
+
+    Raises
+    ------
+    RuntimeError
+        If an entry scored a different number of events, or found another number of signal events.
+    """
+    model = normalized_network(definitions("1_walkthrough", "pipeline")["model"])
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
+        _produce(kafka.bootstrap_servers, events)
+        file = f"{scratch_folder()}/compared.keras"
+        model.save(file)
+        ends = count_records(kafka.bootstrap_servers, TOPIC)
+        task = peers.Task(kafka.bootstrap_servers, TOPIC, ends, file)
+        expected = peers.keras_in_memory(task).signal
+        for name in set(names) & {"dstream", "structured", "spark_documentation"}:
+            for _ in range(WARM_UPS):
+                ENTRIES[name](spark, task)
+        limits = []
+        for round_number in range(rounds):
+            limits.append(limit_events_per_s(model))
+            for name in names:
+                if name == "row_by_row" and round_number:
+                    continue  # it takes minutes, and its speed needs no third digit
+                print(f"round {round_number + 1}: {name}", file=sys.stderr)
+                scored = ENTRIES[name](spark, task)
+                _check_counts(name, scored, events, expected)
+                speeds[name].append(scored.events / scored.seconds)
+    limit = statistics.median(limits)
+    results = [
+        {
+            "name": name,
+            "events_per_s": [round(speed, 1) for speed in speeds[name]],
+            "ratio_to_limit": round(statistics.median(speeds[name]) / limit, 4),
+        }
+        for name in names
+    ]
+    _write_comparison(results, limit)
+    yield from results
+
+
+def _drained(engine: str) -> Callable[[SparkSession, peers.Task], peers.Scored]:
+    """Return an entry that scores with the kit."""
+
+    def entry(spark: SparkSession, task: peers.Task) -> peers.Scored:
+        score = definitions("1_walkthrough", "pipeline")["process_instances"]
+        totals, seconds = drain(spark, task.bootstrap_servers, score, engine)
+        return peers.Scored(totals["events"], totals["signal"], seconds)
+
+    return entry
+
+
+def _alone(score: Callable[[peers.Task], peers.Scored]) -> Callable[..., peers.Scored]:
+    """Return an entry that needs no Spark."""
+    return lambda spark, task: score(task)
+
+
+# The entries of `compare`, by name.
+ENTRIES: dict[str, Callable[[SparkSession, peers.Task], peers.Scored]] = {
+    **{engine: _drained(engine) for engine in ENGINES},
+    "spark_documentation": lambda spark, task: peers.spark_documentation(
+        spark, task, f"{scratch_folder()}/documentation-{uuid.uuid4()}"
+    ),
+    "kafka_python_loop": _alone(peers.kafka_python_loop),
+    "quix_streams": _alone(peers.quix_streams),
+    "confluent_loop": _alone(peers.confluent_loop),
+    "keras_in_memory": _alone(peers.keras_in_memory),
+    "row_by_row": _alone(peers.row_by_row),
+}
+
+
+def _check_counts(name: str, scored: peers.Scored, events: int, signal: int) -> None:
+    """Raise `RuntimeError` if an entry's counts are wrong; an event on the boundary may differ."""
+    if name == "row_by_row":
+        return  # it scores the first events only
+    if scored.events != events or abs(scored.signal - signal) > events * BOUNDARY_SHARE:
+        raise RuntimeError(
+            f"{name} scored {scored.events} events, {scored.signal} of them signal, instead of "
+            f"{events} and {signal}."
+        )
+
+
+def _write_comparison(results: list[dict[str, Any]], limit: float) -> None:
+    """Print the results as a table, and write them to a file."""
+    print(f"{'':20} events/s (median)  of the limit of {limit:,.0f}")
+    for result in results:
+        speed = statistics.median(result["events_per_s"])
+        print(f"{result['name']:20} {speed:17,.0f}  {result['ratio_to_limit']:.3f}")
+    packages = ("pyspark", "keras", "numpy", "kafka-python", "quixstreams", "confluent-kafka")
+    versions = {name: _version(name) for name in packages}
+    machine = {"processor": platform.processor() or platform.machine(), "cores": available_cores()}
+    comparison = {"results": results, "limit_events_per_s": round(limit), "machine": machine}
+    COMPARISON.parent.mkdir(exist_ok=True)
+    COMPARISON.write_text(json.dumps({**comparison, "versions": versions}, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 class StoredTimes(Monitor):
@@ -458,6 +583,9 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             for result in _results(options):
                 print(json.dumps(result), file=stdout, flush=True)
+    except ImportError as error:
+        print(f"{error}: .venv/bin/uv pip install -r requirements-bench.txt", file=sys.stderr)
+        return 1
     except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -468,6 +596,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _results(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """Run the chosen benchmark, and return its results."""
+    if options.what == "compare":
+        return compare(options.entry or list(ENTRIES), options.events, options.rounds)
     if options.what == "drain":
         return [measure(options.engine, options.events, options.runs)]
     if options.what == "small":
@@ -506,7 +636,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_subparsers(dest="what", required=True, metavar="drain|small|latency|train")
+    what = parser.add_subparsers(dest="what", required=True, metavar="|".join(KINDS))
+    compares = what.add_parser("compare", help="the kit beside other programs")
+    # Not `choices`: with `*`, argparse would compare the empty list with them.
+    compares.add_argument("entry", nargs="*", help=f"default: all of {', '.join(ENTRIES)}")
+    compares.add_argument("--events", type=int, default=200_000, help="default: %(default)s")
+    compares.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     drains = what.add_parser("drain", help="how fast the walkthrough's stream is")
     drains.add_argument("--events", type=int, default=200_000, help="default: %(default)s")
     drains.add_argument("--runs", type=int, default=3, help="default: %(default)s")
@@ -519,7 +654,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     trains.add_argument("--events", type=int, default=60_000, help="default: %(default)s")
     trains.add_argument("--csv", help="use the challenge's file (.csv or .csv.gz)")
     trains.add_argument("--runs", type=int, default=1, help="default: %(default)s")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    unknown = set(getattr(options, "entry", ())) - set(ENTRIES)
+    if unknown:
+        parser.error(f"no entry {', '.join(sorted(unknown))}: choose from {', '.join(ENTRIES)}")
+    return options
 
 
 if __name__ == "__main__":

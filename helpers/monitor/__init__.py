@@ -6,8 +6,8 @@
 In a notebook, the table is displayed below the cell that called `begin` and updated with each
 batch; elsewhere, a line is printed per batch.
 
-`figures` has a batch's numbers, `log` keeps and sums them, `display` prints the table, `plots` draws
-it, and `listener` takes the numbers from Spark's reports on a query.
+`figures` has a batch's numbers, `log` keeps and sums them, `display` prints the table, `plots`
+draws it, and `listener` takes the numbers from Spark's reports on a query.
 """
 
 from helpers.monitor.figures import Batch

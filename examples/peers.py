@@ -1,0 +1,257 @@
+"""Other ways to score a topic, each in its best form, for `benchmark.py compare`.
+
+All use the same network, saved to a file with its preparation as first layer, and count the events
+of class 0. Their times leave out starting processes, imports and compiling the network.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
+
+import numpy as np
+import orjson
+from kafka import KafkaConsumer, TopicPartition
+from pyspark.ml.functions import predict_batch_udf
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import ArrayType, FloatType
+
+from helpers.higgs import FEATURES, SCHEMA
+
+if TYPE_CHECKING:
+    import keras
+
+BATCH = 4_096  # events per call of the network
+ROWS_OF_2016 = 2_000  # events that are scored one by one
+DEADLINE_SECONDS = 300
+
+Predict = Callable[[np.ndarray], np.ndarray]
+
+
+class Scored(NamedTuple):
+    """The counts of a program that scored a topic, and its time."""
+
+    events: int
+    signal: int
+    seconds: float
+
+
+class Task(NamedTuple):
+    """The records of a topic, and the file of the network that scores them."""
+
+    bootstrap_servers: str
+    topic: str
+    ends: dict[int, int]  # the number of records in each partition
+    model: str
+
+
+def row_by_row(task: Task) -> Scored:
+    """Score the first events one at a time, as in 2016."""
+    network = _load(task.model)
+    records = (value for chunk in _kafka_python(task, list(task.ends)) for value in chunk)
+    network.predict(np.zeros((1, len(FEATURES)), dtype="float32"), verbose=0)
+    began, signal = time.perf_counter(), 0
+    for _, value in zip(range(ROWS_OF_2016), records, strict=False):
+        event = json.loads(value)
+        features = np.array([[event[name] for name in FEATURES]], dtype="float32")
+        signal += int(network.predict(features, verbose=0)[0].argmax() == 0)
+    return Scored(ROWS_OF_2016, signal, time.perf_counter() - began)
+
+
+def keras_in_memory(task: Task) -> Scored:
+    """Score events that are already in memory, on all cores."""
+    values = [value for chunk in _kafka_python(task, list(task.ends)) for value in chunk]
+    features, predict = _matrix(values), _compiled(task.model)
+    began = time.perf_counter()
+    signal = _signal(features, predict)
+    return Scored(len(features), signal, time.perf_counter() - began)
+
+
+def kafka_python_loop(task: Task) -> Scored:
+    """Score with a loop around kafka-python's consumer, in one process per core."""
+    return _in_processes(_kafka_python, task)
+
+
+def confluent_loop(task: Task) -> Scored:
+    """Score with a loop around Kafka's C client, as one would write it by hand."""
+    return _in_processes(_confluent, task)
+
+
+def quix_streams(task: Task) -> Scored:
+    """Score with Quix Streams, whose sink gets the records in batches, in one process per core."""
+    return _in_processes(_quix, task)
+
+
+def spark_documentation(spark: SparkSession, task: Task, folder: str) -> Scored:
+    """Score with Spark as its documentation shows it, into Spark's file sink."""
+    spark.sparkContext.addPyFile(__file__)  # so that workers can import this module
+    score = predict_batch_udf(
+        lambda: _compiled(task.model), return_type=ArrayType(FloatType()), batch_size=BATCH
+    )
+    records = (
+        spark.readStream.format("kafka")
+        .option("kafka.bootstrap.servers", task.bootstrap_servers)
+        .option("subscribe", task.topic)
+        .option("startingOffsets", "earliest")
+        .load()
+    )
+    event = F.from_json(F.col("value").cast("string"), SCHEMA).alias("event")
+    features = F.array(*FEATURES).cast(ArrayType(FloatType()))
+    scored = records.select(event).select("event.*").select("EventId", score(features).alias("p"))
+    index = F.when(F.col("p")[0] >= F.col("p")[1], 0).otherwise(1)
+    writer = scored.withColumn("predicted_index", index).writeStream.format("parquet")
+    writer = writer.option("checkpointLocation", f"{folder}/checkpoint").trigger(availableNow=True)
+    began = time.perf_counter()
+    query = writer.start(f"{folder}/scored")
+    if not query.awaitTermination(DEADLINE_SECONDS):
+        query.stop()
+        raise TimeoutError(f"Spark's file sink was not done after {DEADLINE_SECONDS} s.")
+    seconds = time.perf_counter() - began
+    stored = spark.read.parquet(f"{folder}/scored")
+    return Scored(stored.count(), stored.filter("predicted_index = 0").count(), seconds)
+
+
+def _load(model: str) -> keras.Model:
+    import keras
+
+    return keras.saving.load_model(model, compile=False)
+
+
+def _compiled(model: str) -> Predict:
+    """Return a function that computes the probabilities of a matrix of features."""
+    import tensorflow as tf
+
+    network = _load(model)
+    call = tf.function(
+        lambda features: network(features, training=False),
+        input_signature=[tf.TensorSpec((None, len(FEATURES)), tf.float32)],
+    )
+    call(np.zeros((BATCH, len(FEATURES)), dtype="float32"))
+    return lambda features: call(features).numpy()
+
+
+def _matrix(values: list[bytes]) -> np.ndarray:
+    """Return the features in JSON records."""
+    events = map(orjson.loads, values)
+    return np.array([[event[name] for name in FEATURES] for event in events], dtype="float32")
+
+
+def _signal(features: np.ndarray, predict: Predict) -> int:
+    """Return how many rows have class 0."""
+    parts = (features[start : start + BATCH] for start in range(0, len(features), BATCH))
+    return sum(int((predict(part).argmax(axis=1) == 0).sum()) for part in parts)
+
+
+def _kafka_python(task: Task, partitions: list[int]) -> Iterator[list[bytes]]:
+    """Yield the records of some partitions, as kafka-python returns them."""
+    left = sum(task.ends[partition] for partition in partitions)
+    with KafkaConsumer(
+        bootstrap_servers=task.bootstrap_servers, enable_auto_commit=False, max_poll_records=BATCH,
+        max_partition_fetch_bytes=8 * 2**20,
+    ) as consumer:  # fmt: skip
+        consumer.assign([TopicPartition(task.topic, partition) for partition in partitions])
+        consumer.seek_to_beginning()
+        while left:
+            polled = consumer.poll(timeout_ms=1_000)
+            values = [record.value for records in polled.values() for record in records]
+            left -= len(values)
+            yield values
+
+
+def _confluent(task: Task, partitions: list[int]) -> Iterator[list[bytes]]:
+    """Yield the records of some partitions, as Kafka's C client returns them."""
+    import confluent_kafka
+
+    consumer = confluent_kafka.Consumer(
+        {
+            "bootstrap.servers": task.bootstrap_servers,
+            "group.id": f"peer-{uuid.uuid4()}",
+            "enable.auto.commit": False,
+            "check.crcs": False,
+        }
+    )
+    assigned = [confluent_kafka.TopicPartition(task.topic, number, 0) for number in partitions]
+    consumer.assign(assigned)
+    left = sum(task.ends[partition] for partition in partitions)
+    while left:
+        values = [message.value() for message in consumer.consume(BATCH, timeout=0.2)]
+        left -= len(values)
+        yield values
+    consumer.close()
+
+
+def _quix(task: Task, partitions: list[int]) -> Iterator[list[bytes]]:
+    """Yield the records that a Quix Streams application passes to its sink."""
+    from threading import Thread
+
+    from quixstreams import Application
+    from quixstreams.sinks import BatchingSink
+
+    batches: queue.Queue[list[bytes]] = queue.Queue(maxsize=1)
+
+    class Sink(BatchingSink):
+        def write(self, batch) -> None:
+            batches.put([item.value for item in batch])
+
+    application = Application(
+        broker_address=task.bootstrap_servers, consumer_group=f"peer-{uuid.uuid4()}",
+        auto_offset_reset="earliest", commit_every=BATCH, loglevel="ERROR",
+    )  # fmt: skip
+    topic = application.topic(task.topic, value_deserializer="bytes", key_deserializer="bytes")
+    application.dataframe(topic).sink(Sink())
+    left = sum(task.ends[partition] for partition in partitions)
+    Thread(target=lambda: application.run(count=left), daemon=True).start()
+    while left:
+        values = batches.get(timeout=DEADLINE_SECONDS)
+        left -= len(values)
+        yield values
+
+
+def _in_processes(read: Callable[[Task, list[int]], Iterator[list[bytes]]], task: Task) -> Scored:
+    """Score a topic in one process per core, each with a share of the partitions."""
+    cores = min(len(os.sched_getaffinity(0)), len(task.ends))
+    shares = [sorted(task.ends)[number::cores] for number in range(cores)]
+    context = multiprocessing.get_context("spawn")
+    results, ready = context.Queue(), context.Barrier(cores + 1)
+    processes = [
+        context.Process(target=_score_share, args=(read, task, share, ready, results), daemon=True)
+        for share in shares
+    ]
+    for process in processes:
+        process.start()
+    try:
+        ready.wait(DEADLINE_SECONDS)
+        began = time.perf_counter()
+        counts = [results.get(timeout=DEADLINE_SECONDS) for _ in processes]
+        seconds = time.perf_counter() - began
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    events, signal = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return Scored(events, signal, seconds)
+
+
+def _score_share(read, task: Task, partitions: list[int], ready, results) -> None:
+    """Score some partitions on one core, once all processes are ready."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    predict, events, signal = _compiled(task.model), 0, 0
+    ready.wait(DEADLINE_SECONDS)
+    for values in read(task, partitions):
+        if values:
+            events += len(values)
+            signal += _signal(_matrix(values), predict)
+    results.put((events, signal))
