@@ -101,7 +101,7 @@ echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, a minut
 # Compiled files start all programs faster: TensorFlow is imported in 5 s instead of 12. Otherwise the
 # first import would compile them, or each one where PYTHONDONTWRITEBYTECODE is set.
 .venv/bin/uv pip install --quiet --python .venv --compile-bytecode -r requirements.txt --editable .
-.venv/bin/python -m compileall -q helpers examples
+.venv/bin/python -m compileall -q helpers examples > /dev/null 2>&1 || true  # the folder may be read-only
 echo "fetching the jars of Kafka and of Spark's Kafka connector, and speeding up their start ..." >&2
 .venv/bin/python -m helpers.broker.archive
 .venv/bin/python -m helpers.spark

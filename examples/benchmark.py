@@ -155,7 +155,8 @@ def drain(
     dict of str to int
         The monitor's totals.
     float
-        Seconds from the planning of the first batch until the last one was committed.
+        Seconds from the planning of the first batch until the last one was committed; for
+        Structured Streaming, from the start of the query to its end.
     """
     settings = {
         "bootstrap.servers": bootstrap_servers,

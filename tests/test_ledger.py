@@ -119,7 +119,7 @@ class Stream(RuleBasedStateMachine):
             self.ledger.commit(self.refuse, again)
         except BrokerAwayError:
             return
-        assert not again and not with_change
+        assert not with_change and (self.by_hand or not again)
         self.plans = self.plans[len(self.settled()) :]
 
     @rule(data=st.data())

@@ -5,8 +5,9 @@ import time
 import uuid
 
 import pytest
-from kafka import KafkaAdminClient, KafkaProducer
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewPartitions
+from kafka.structs import OffsetAndMetadata
 from processes import wait_until
 from pyspark.streaming import StreamingContext
 
@@ -67,6 +68,16 @@ def committed(spark, settings, partition):
     found = client.committed([partition])
     client.close()
     return found[partition].offset if partition in found else None
+
+
+def commit(settings, partition, offset):
+    """Commit an offset for the group with another client."""
+    with KafkaConsumer(
+        bootstrap_servers=settings["bootstrap.servers"], group_id=settings["group.id"]
+    ) as consumer:
+        place = TopicPartition(partition.topic, partition.partition)
+        consumer.assign([place])
+        consumer.commit({place: OffsetAndMetadata(offset, "", -1)})
 
 
 def collected(ssc, topic, settings, **options):
@@ -224,11 +235,38 @@ def test_an_idle_stream_that_commits_by_hand_keeps_the_offsets_of_an_earlier_one
 
     def is_committed_again():
         if not forgotten:
+            assert committed(spark, settings, partition) == 5
             with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
                 forgotten.append(admin.delete_groups([settings["group.id"]]))
+            assert forgotten == [{settings["group.id"]: "OK"}]
         return committed(spark, settings, partition) == 5
 
     run_stream(ssc, until=is_committed_again, timeout=300)
+
+
+def test_a_stream_that_commits_by_hand_leaves_others_commits_alone(
+    spark, kafka, one, produce, settings, monkeypatch
+):
+    """What another program commits for the group, forwards or back, is not overwritten."""
+    monkeypatch.setattr(source, "RECOMMIT_SECONDS", 0.2)
+    settings = {**settings, "auto.offset.reset": "earliest", "enable.auto.commit": "false"}
+    partition, looks = TopicAndPartition(one, 0), []
+    restore = source.Source._restore
+    monkeypatch.setattr(source.Source, "_restore", lambda self: looks.append(restore(self)))
+    produce(one, [b"x"] * 5)
+    commit(settings, partition, 2)
+    ssc = new_streaming_context(spark, 0.5)
+    collected(ssc, one, settings)
+    moved = []
+
+    def is_looked_at_again():
+        if looks and not moved:
+            commit(settings, partition, 4)
+            moved.append(len(looks))
+        return moved and len(looks) >= moved[0] + 3
+
+    run_stream(ssc, until=is_looked_at_again, timeout=300)
+    assert committed(spark, settings, partition) == 4
 
 
 def test_a_plan_that_cannot_be_written_is_written_later(

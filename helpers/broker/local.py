@@ -103,6 +103,7 @@ class LocalKafka(BrokerAdmin):
         self._port = port if port is not None else free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._has_run = False
+        self._class_option: str | None = None  # of Java, while `archive` writes the class archive
         self.bootstrap_servers = f"{LOOPBACK}:{self._port}"
         self.log_file = self._folder / "broker.log"
 
@@ -206,7 +207,9 @@ class LocalKafka(BrokerAdmin):
 
     def _launch(self) -> None:
         """Prepare the folder, and start the process and its watcher."""
-        command = server.prepare(self._folder, self._port, free_port(), self._passwords)
+        command = server.prepare(
+            self._folder, self._port, free_port(), self._passwords, self._class_option
+        )
         watched = ["/bin/sh", "-c", _START_BROKER_WATCHED, "broker"]
         watched += [str(self._folder) if self._temporary else ""]
         with self.log_file.open("wb") as log:

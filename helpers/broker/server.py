@@ -58,7 +58,11 @@ def fetch() -> None:
 
 
 def prepare(
-    folder: Path, port: int, controller_port: int, passwords: Passwords | None
+    folder: Path,
+    port: int,
+    controller_port: int,
+    passwords: Passwords | None,
+    class_option: str | None = None,
 ) -> list[str]:
     """Write the broker's settings file, and format its data folder if it is new.
 
@@ -70,6 +74,9 @@ def prepare(
         The ports on loopback for clients and for the KRaft controller.
     passwords : Passwords or None
         The passwords of a secured broker; None for an unsecured one.
+    class_option : str, optional
+        Java's option for an archive of the broker's classes; by default, it uses the one of
+        `make setup`.
 
     Returns
     -------
@@ -98,7 +105,7 @@ def prepare(
     (folder / "log4j2.properties").write_text(_LOGGING)
     if not (folder / "data" / "meta.properties").exists():
         _format(folder, file, passwords)
-    return _java(folder, "kafka.Kafka", str(file))
+    return _java(folder, "kafka.Kafka", str(file), class_option)
 
 
 def last_lines(log: str) -> str:
@@ -175,12 +182,14 @@ def _write_privately(file: Path, text: str) -> None:
     file.write_text(text)
 
 
-def _java(folder: Path, main_class: str, argument: str) -> list[str]:
+def _java(
+    folder: Path, main_class: str, argument: str, class_option: str | None = None
+) -> list[str]:
     """Return the command that runs one of Kafka's programs."""
     jars = [*fetch_jars(*KAFKA_JARS), *spark_home().glob("jars/scala-library-*.jar")]
     options = [
         *_JVM_OPTIONS,
-        *archive_option(KAFKA_PROGRAM),
+        *([class_option] if class_option else archive_option(KAFKA_PROGRAM)),
         f"-Djava.io.tmpdir={folder}",
         f"-Dlog4j2.configurationFile={folder / 'log4j2.properties'}",
     ]

@@ -49,11 +49,14 @@ class QueryListener(StreamingQueryListener):
         with self._changed:
             # Earlier batches are done; Spark dropped their reports.
             ids = sorted(batch_id for batch_id in self._held if batch_id <= progress.batchId)
-            batches = [replace(self._held.pop(i), planned_at=planned_at) for i in ids]
+            batches = [self._held.pop(batch_id) for batch_id in ids]
         for batch in batches:
             if batch.batch_id == progress.batchId:
                 seconds = progress.durationMs["triggerExecution"] / 1000
-                batch = replace(batch, seconds=seconds, lag=_left(progress.sources[0]))
+                lag = _left(progress.sources[0])
+                batch = replace(batch, seconds=seconds, lag=lag, planned_at=planned_at)
+            elif batch.planned_at is None:
+                batch = replace(batch, planned_at=planned_at)
             self._show(batch)
 
     def onQueryIdle(self, event: Any) -> None:  # noqa: N802

@@ -52,9 +52,12 @@ def _span(planned: pd.Series, seconds: pd.Series) -> tuple[pd.Series, pd.Series]
 
 def _plot_events(axes: Axes, began: pd.Series, done: pd.Series, table: pd.DataFrame) -> None:
     """Draw a bar of events for the time of each batch, and its length on a second axis."""
-    bars = {"width": done - began, "align": "edge", "edgecolor": "white"}
-    axes.bar(began, table["events"], color=_GREEN, alpha=0.6, **bars)
-    axes.set_xlim(0, max(1.02 * done.iloc[-1], 0.1))
+    end = max(1.02 * done.iloc[-1], 0.1)
+    widths = (done - began).clip(lower=0.002 * end)  # wide enough to be seen
+    # Lines between bars would hide those of a long stream.
+    edges = {"linewidth": 0 if len(table) > 50 else 1, "edgecolor": "white"}
+    axes.bar(began, table["events"], widths, align="edge", color=_GREEN, alpha=0.6, **edges)
+    axes.set_xlim(0, end)
     axes.set_ylabel("events per batch", color=_GREEN)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     seconds = axes.twinx()

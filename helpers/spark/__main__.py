@@ -7,7 +7,6 @@ instead of 15. `get_spark` uses the archive if it exists.
 
 from __future__ import annotations
 
-import os
 import sys
 
 from pyspark import SparkContext
@@ -16,9 +15,9 @@ from pyspark.sql import functions as F
 from helpers.spark import (
     JarsError,
     SessionError,
-    class_archive,
     fetch,
     get_spark,
+    new_archive,
     scratch_folder,
     spark_program,
 )
@@ -28,25 +27,26 @@ WRITE_SECONDS = 300
 
 def write_class_archive() -> None:
     """Start Spark, run a typical job, and let Java write the archive when it exits."""
-    archive = class_archive(spark_program())
-    unfinished = archive.with_suffix(f".{os.getpid()}")
-    options = f"-Djava.io.tmpdir={scratch_folder()} -XX:ArchiveClassesAtExit={unfinished}"
-    spark = get_spark(cores=2, config={"spark.driver.extraJavaOptions": options})
-    rows = str(scratch_folder() / "rows")
-    df = spark.range(1_000).groupBy((F.col("id") % 3).alias("key")).agg(F.sum("id"))
-    df.write.parquet(rows)
-    spark.read.parquet(rows).collect()
-    gateway = SparkContext._gateway
-    spark.stop()
-    gateway.shutdown()
-    gateway.proc.stdin.close()
-    gateway.proc.wait(WRITE_SECONDS)
-    unfinished.replace(archive)
+    with new_archive(spark_program()) as option:
+        options = f'-Djava.io.tmpdir="{scratch_folder()}" "{option}"'
+        spark = get_spark(cores=2, config={"spark.driver.extraJavaOptions": options})
+        rows = str(scratch_folder() / "rows")
+        df = spark.range(1_000).groupBy((F.col("id") % 3).alias("key")).agg(F.sum("id"))
+        df.write.parquet(rows)
+        spark.read.parquet(rows).collect()
+        gateway = SparkContext._gateway
+        spark.stop()
+        gateway.shutdown()
+        gateway.proc.stdin.close()
+        gateway.proc.wait(WRITE_SECONDS)
 
 
 if __name__ == "__main__":
     try:
         fetch()
-        write_class_archive()
     except (JarsError, SessionError) as error:
         sys.exit(str(error))
+    try:
+        write_class_archive()
+    except (SessionError, OSError) as error:
+        print(f"Spark will start more slowly: {error}", file=sys.stderr)

@@ -12,17 +12,18 @@ import sys
 
 from pyspark.daemon import manager
 
-# Keras imports these where it finds them, for wrappers and plots that no worker uses: another
-# 1.5 s. A worker that needs one of them can still import it.
+# Keras imports these where it finds them, for its scikit-learn wrappers and plots: another 1.5 s.
+# Workers don't have these two; a function that needs one of the packages can still import it.
 _UNUSED = ("IPython", "matplotlib", "sklearn")
 
 
 def _import_keras() -> None:
     """Import Keras without what it doesn't need."""
-    sys.modules.update(dict.fromkeys(_UNUSED))  # None: an import raises ImportError
+    unused = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(unused))  # None: an import raises ImportError
     import keras  # noqa: F401
 
-    for name in _UNUSED:
+    for name in unused:
         del sys.modules[name]
 
 

@@ -166,10 +166,11 @@ class JsonFolder:
                 missing.append(above)
                 above = above.parent
         try:
-            self._files.mkdirs(self._folder)
+            reason = None if self._files.mkdirs(self._folder) else "permission is missing"
         except JAVA_ERRORS as error:
             reason = summary(error).removesuffix(".")
-            raise OSError(f"{self._folder} can't be created: {reason}. Check the path.") from None
+        if reason:
+            raise OSError(f"{self._folder} can't be created: {reason}. Check the path.")
         for folder in missing:
             _flush(folder.parent)
 

@@ -6,12 +6,15 @@ Java are enough to run a Kafka broker or to add Spark's Kafka connector.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyspark
@@ -165,10 +168,11 @@ def spark_program() -> str:
     return f"spark-{spark_and_scala()[0]}"
 
 
-def class_archive(program: str) -> Path:
-    """Return the file for a program's classes as they are in memory ("class data sharing").
+def archive_option(program: str) -> list[str]:
+    """Return the option with which Java uses a program's class archive; none without an archive.
 
-    Java loads classes from such an archive in half the time. `make setup` writes the archives.
+    An archive has a program's classes as they are in memory ("class data sharing"). Java loads them
+    from it in half the time. `make setup` writes the archives.
 
     Parameters
     ----------
@@ -177,24 +181,63 @@ def class_archive(program: str) -> Path:
 
     Examples
     --------
-    >>> class_archive("kafka-4.4.0").name
-    'kafka-4.4.0.jsa'
-    """
-    return jars_folder() / f"{program}.jsa"
-
-
-def archive_option(program: str) -> list[str]:
-    """Return the option with which Java uses a program's class archive; none if there is no file.
-
-    Java ignores an archive that another version of Java has written.
-
-    Examples
-    --------
     >>> archive_option("kafka-0.8")
     []
     """
-    archive = class_archive(program)
-    return [f"-XX:SharedArchiveFile={archive}"] if archive.exists() else []
+    for archive in jars_folder().glob(f"{_archive_name(program)}-*.jsa"):
+        # Java crashes if a part is missing, for example after an interrupted copy.
+        if archive.stem.endswith(f"-{archive.stat().st_size}"):
+            return [f"-XX:SharedArchiveFile={archive}"]
+    return []
+
+
+@contextlib.contextmanager
+def new_archive(program: str) -> Iterator[str]:
+    """Keep the class archive that a Java process in this block writes when it exits.
+
+    Parameters
+    ----------
+    program : str
+        The program and its version.
+
+    Yields
+    ------
+    str
+        The option for Java.
+
+    Raises
+    ------
+    OSError
+        If Java has written no archive, or one that it can't use.
+
+    Examples
+    --------
+    >>> with contextlib.suppress(OSError), new_archive("nothing") as option:
+    ...     print(option.partition("=")[0])
+    -XX:ArchiveClassesAtExit
+    """
+    unfinished = jars_folder() / f".{program}.{os.getpid()}"
+    try:
+        yield f"-XX:ArchiveClassesAtExit={unfinished}"
+        trial = [java_command(), f"-XX:SharedArchiveFile={unfinished}", "-version"]
+        if subprocess.run(trial, capture_output=True).returncode:
+            raise OSError("Java can't use the class archive that it has written")
+        old = list(jars_folder().glob(f"{program}-*.jsa"))
+        unfinished.replace(
+            jars_folder() / f"{_archive_name(program)}-{unfinished.stat().st_size}.jsa"
+        )
+        for archive in old:
+            archive.unlink(missing_ok=True)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _archive_name(program: str) -> str:
+    """Return the name of an archive without its size; Java can't use one of another Java."""
+    home = Path(java_command()).resolve().parent.parent
+    library = next(home.glob("lib/**/libjvm.*"), home)
+    java = f"{home} {library.stat().st_mtime_ns} {library.stat().st_size}"
+    return f"{program}-{zlib.crc32(java.encode()):08x}"
 
 
 def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:

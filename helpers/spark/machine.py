@@ -6,6 +6,7 @@ control groups, versions 1 and 2, and from the variables that JupyterHub sets.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -50,11 +51,12 @@ def available_memory() -> int:
 
     free = [psutil.virtual_memory().available]
     limit = _number(os.environ.get("MEM_LIMIT", ""))
-    if limit:
+    if limit and limit > 0:
         free.append(int(limit))
     for group in _groups("memory"):
         for limit_file, used_file, cache in (
             ("memory.max", "memory.current", "inactive_file"),
+            ("memory.high", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             limit, used = _number(_read(group / limit_file)), _number(_read(group / used_file))
@@ -71,7 +73,10 @@ def _groups(controller: str) -> Iterator[Path]:
         if not controllers:
             root = _GROUPS
         elif controller in controllers.split(","):
-            root = _GROUPS / controller
+            root = next(
+                (_GROUPS / name for name in (controller, controllers) if (_GROUPS / name).exists()),
+                _GROUPS,
+            )
         else:
             continue
         # In a container, the path may be one outside of it. Its own group is then the root.
@@ -88,11 +93,11 @@ def _read(file: Path) -> str:
 
 
 def _number(text: str) -> float | None:
-    """Return a number; None if the text is none, such as 'max'."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    """Return a finite number; None if the text is something else, such as 'max'."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    return None
 
 
 def _ratio(quota: str, period: str) -> float | None:
@@ -103,5 +108,5 @@ def _ratio(quota: str, period: str) -> float | None:
 
 def _statistic(group: Path, name: str) -> float:
     """Return a number from a group's statistics of memory."""
-    lines = (line.split() for line in _read(group / "memory.stat").splitlines())
-    return next((float(value) for key, value in lines if key == name), 0.0)
+    lines = (line.partition(" ") for line in _read(group / "memory.stat").splitlines())
+    return next((_number(value) or 0.0 for key, _, value in lines if key == name), 0.0)

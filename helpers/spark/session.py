@@ -165,7 +165,7 @@ def _settings(
         settings["spark.driver.memory"] = memory
         settings["spark.local.dir"] = str(scratch_folder())
         java_options = [f"-Djava.io.tmpdir={scratch_folder()}", *archive_option(spark_program())]
-        settings["spark.driver.extraJavaOptions"] = " ".join(java_options)
+        settings["spark.driver.extraJavaOptions"] = " ".join(f'"{each}"' for each in java_options)
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
         settings["spark.python.daemon.module"] = _DAEMON
         settings["spark.executorEnv.PYTHONPATH"] = str(Path(helpers.__file__).parent.parent)
@@ -173,6 +173,8 @@ def _settings(
         settings["spark.executor.instances"] = str(executors)
         settings["spark.executor.cores"] = str(cores or 1)
         settings["spark.executor.memory"] = memory
+        # Java of an earlier session on this machine would otherwise pass on that session's.
+        settings["spark.python.daemon.module"] = "pyspark.daemon"
     return {**settings, **{key: str(value) for key, value in config.items()}}
 
 

@@ -61,11 +61,10 @@ class Ledger:
     """
 
     def __init__(self, by_hand: bool = False) -> None:
-        self._by_hand = by_hand
+        self.by_hand = by_hand
         self._planned: list[_Planned] = []
         self._committed: dict[TopicAndPartition, int] = {}
         self._asked: dict[TopicAndPartition, set[int]] = {}
-        self._found: Offsets = {}
         self._unread = 0
         self._lock = threading.RLock()  # guards the attributes above
         self._committing = threading.Lock()  # held during a commit
@@ -75,11 +74,6 @@ class Ledger:
         with self._lock:
             self._committed = _advanced(self._committed, offsets)
             self._unread = unread
-
-    def found(self, offsets: Offsets) -> None:
-        """Record the offsets that the group already had, which are committed again when idle."""
-        with self._lock:
-            self._found = offsets
 
     def plan(self, interval: int, ranges: list[OffsetRange], planned_at: int) -> None:
         """Record the plan of the next interval, unless it is empty."""
@@ -111,7 +105,7 @@ class Ledger:
         StreamError
             If offsets are not committed by hand.
         """
-        if not self._by_hand:
+        if not self.by_hand:
             raise StreamError(
                 "commitAsync is for streams with a group.id whose enable.auto.commit is false; "
                 "otherwise each batch is committed automatically when it has succeeded."
@@ -129,8 +123,8 @@ class Ledger:
             Sends offsets to Kafka. If it raises, they are not committed. Calls do not overlap, so
             no commit overtakes another.
         again : bool
-            Whether to send offsets even if they have not changed, unless another commit is in
-            progress.
+            Whether to send offsets even if they have not changed, unless they are committed by
+            hand or another commit is in progress.
 
         Returns
         -------
@@ -142,9 +136,9 @@ class Ledger:
         try:
             with self._lock:
                 done = list(itertools.takewhile(lambda planned: planned.is_done, self._planned))
-                offsets = self._due(done, again)
+                offsets = self._due(done)
                 has_changed = any(self._committed.get(part) != offsets[part] for part in offsets)
-            if again or has_changed:
+            if has_changed or (again and not self.by_hand):
                 send(offsets)
             with self._lock:
                 self._committed = _advanced(self._committed, offsets)
@@ -178,11 +172,10 @@ class Ledger:
         """Return whether all plans are committed."""
         return not self._planned
 
-    def _due(self, done: list[_Planned], again: bool) -> dict[TopicAndPartition, int]:
+    def _due(self, done: list[_Planned]) -> dict[TopicAndPartition, int]:
         """Return the offsets to commit when the first plans are done."""
-        if self._by_hand:
-            asked = self._asked_before(self._planned[len(done) :])
-            return {**self._found, **asked} if again else asked
+        if self.by_hand:
+            return self._asked_before(self._planned[len(done) :])
         offsets = self._committed  # of all partitions, because Kafka expires old offsets
         for planned in done:
             offsets = _advanced(offsets, ends_of(planned.ranges))

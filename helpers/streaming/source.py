@@ -86,7 +86,7 @@ class Source:
         except BaseException:
             self.planner.close()
             raise
-        ledger.found(committed)
+        self._in_group = committed
         # With the group's offsets, so that a batch that is repeated does not move a commit back.
         repeated = committed if positions is not None else {}
         ledger.begin({**self.planner.starts(), **repeated}, self.planner.unread())
@@ -126,10 +126,19 @@ class Source:
             # If the broker is away, the next plan reports it.
             with contextlib.suppress(BrokerAwayError):
                 self._recovery.forget(self._ledger.commit(self._send, again=True))
+                if self._ledger.by_hand:
+                    self._restore()
 
     def _send(self, offsets: Mapping[TopicAndPartition, int]) -> None:
         self.planner.commit(offsets)
         self._committed_at = time.monotonic()
+
+    def _restore(self) -> None:
+        """Commit again what Kafka has forgotten, and only that: others may commit by hand, too."""
+        kept = self.planner.committed()
+        forgotten = {part: end for part, end in self._in_group.items() if part not in kept}
+        self._in_group = {**kept, **forgotten}
+        self._send(forgotten)
 
     def _new_plan(self, interval: int) -> Plan:
         """Plan an interval with the records that arrived since the last one."""
