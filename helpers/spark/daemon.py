@@ -12,7 +12,7 @@ import sys
 
 from pyspark.daemon import manager
 
-# Keras imports these where it finds them, for its scikit-learn wrappers and plots: another 1.5 s.
+# Keras imports these where it finds them, to wrap scikit-learn and to plot: another 1.5 s.
 # Workers don't have these two; a function that needs one of the packages can still import it.
 _UNUSED = ("IPython", "matplotlib", "sklearn")
 
