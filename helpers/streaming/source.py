@@ -134,7 +134,7 @@ class Source:
         self._committed_at = time.monotonic()
 
     def _restore(self) -> None:
-        """Commit again what Kafka has forgotten, and only that, because others may commit as well."""
+        """Commit again what Kafka has forgotten; only that, because others may commit as well."""
         kept = self.planner.committed()
         forgotten = {part: end for part, end in self._in_group.items() if part not in kept}
         self._in_group = {**kept, **forgotten}
