@@ -9,7 +9,7 @@
 
 `compare` scores one topic with the kit's two engines and with other programs (`peers`), in turns,
 and writes the results to ``build/bench.json``. It needs the packages in requirements-bench.txt.
-Name entries to measure only these: ``compare dstream quix_streams``.
+Name entries to measure only these: ``compare dstream confluent_loop``.
 
 `drain` starts a local broker and fills a topic with events. The walkthrough's stream, with the
 notebook's functions, then drains the topic several times: each time, a new consumer group reads all
@@ -310,7 +310,6 @@ ENTRIES: dict[str, Callable[[SparkSession, peers.Task], peers.Scored]] = {
         spark, task, f"{scratch_folder()}/documentation-{uuid.uuid4()}"
     ),
     "kafka_python_loop": _alone(peers.kafka_python_loop),
-    "quix_streams": _alone(peers.quix_streams),
     "confluent_loop": _alone(peers.confluent_loop),
     "keras_in_memory": _alone(peers.keras_in_memory),
     "row_by_row": _alone(peers.row_by_row),
@@ -334,7 +333,7 @@ def _write_comparison(results: list[dict[str, Any]], limit: float) -> None:
     for result in results:
         speed = statistics.median(result["events_per_s"])
         print(f"{result['name']:20} {speed:17,.0f}  {result['ratio_to_limit']:.3f}")
-    packages = ("pyspark", "keras", "numpy", "kafka-python", "quixstreams", "confluent-kafka")
+    packages = ("pyspark", "keras", "numpy", "kafka-python", "confluent-kafka")
     versions = {name: _version(name) for name in packages}
     machine = {"processor": platform.processor() or platform.machine(), "cores": available_cores()}
     comparison = {"results": results, "limit_events_per_s": round(limit), "machine": machine}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import queue
 import sys
 import time
 import uuid
@@ -88,17 +87,13 @@ def confluent_loop(task: Task) -> Scored:
     return _in_processes(_confluent, task)
 
 
-def quix_streams(task: Task) -> Scored:
-    """Score with Quix Streams, whose sink gets the records in batches, in one process per core."""
-    return _in_processes(_quix, task)
-
-
 def spark_documentation(spark: SparkSession, task: Task, folder: str) -> Scored:
     """Score with Spark as its documentation shows it, into Spark's file sink."""
     spark.sparkContext.addPyFile(__file__)  # so that workers can import this module
     score = predict_batch_udf(
-        lambda: _compiled(task.model), return_type=ArrayType(FloatType()), batch_size=BATCH
-    )
+        lambda: _compiled(task.model), return_type=ArrayType(FloatType()), batch_size=BATCH,
+        input_tensor_shapes=[[len(FEATURES)]],
+    )  # fmt: skip
     records = (
         spark.readStream.format("kafka")
         .option("kafka.bootstrap.servers", task.bootstrap_servers)
@@ -189,33 +184,6 @@ def _confluent(task: Task, partitions: list[int]) -> Iterator[list[bytes]]:
         left -= len(values)
         yield values
     consumer.close()
-
-
-def _quix(task: Task, partitions: list[int]) -> Iterator[list[bytes]]:
-    """Yield the records that a Quix Streams application passes to its sink."""
-    from threading import Thread
-
-    from quixstreams import Application
-    from quixstreams.sinks import BatchingSink
-
-    batches: queue.Queue[list[bytes]] = queue.Queue(maxsize=1)
-
-    class Sink(BatchingSink):
-        def write(self, batch) -> None:
-            batches.put([item.value for item in batch])
-
-    application = Application(
-        broker_address=task.bootstrap_servers, consumer_group=f"peer-{uuid.uuid4()}",
-        auto_offset_reset="earliest", commit_every=BATCH, loglevel="ERROR",
-    )  # fmt: skip
-    topic = application.topic(task.topic, value_deserializer="bytes", key_deserializer="bytes")
-    application.dataframe(topic).sink(Sink())
-    left = sum(task.ends[partition] for partition in partitions)
-    Thread(target=lambda: application.run(count=left), daemon=True).start()
-    while left:
-        values = batches.get(timeout=DEADLINE_SECONDS)
-        left -= len(values)
-        yield values
 
 
 def _in_processes(read: Callable[[Task, list[int]], Iterator[list[bytes]]], task: Task) -> Scored:
