@@ -207,6 +207,7 @@ def cell_one(row):
 
 
 NOT_OURS = {
+    "MemoryError", "UNNAMED_STREAMING_SOURCES",
     "No module named 'pyspark.streaming.kafka'", "Failed to find data source: kafka",
     "PYTHON_VERSION_MISMATCH", "ModuleNotFoundError", "java.lang.OutOfMemoryError",
     "Python worker exited unexpectedly", "EventId is missing",
