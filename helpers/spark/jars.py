@@ -222,12 +222,11 @@ def new_archive(program: str) -> Iterator[str]:
         trial = [java_command(), f"-XX:SharedArchiveFile={unfinished}", "-version"]
         if subprocess.run(trial, capture_output=True).returncode:
             raise OSError("Java can't use the class archive that it has written")
-        old = list(jars_folder().glob(f"{program}-*.jsa"))
-        unfinished.replace(
-            jars_folder() / f"{_archive_name(program)}-{unfinished.stat().st_size}.jsa"
-        )
-        for archive in old:
-            archive.unlink(missing_ok=True)
+        name = f"{_archive_name(program)}-{unfinished.stat().st_size}.jsa"
+        unfinished.replace(jars_folder() / name)
+        for archive in jars_folder().glob(f"{program}-*.jsa"):
+            if archive.name != name:
+                archive.unlink(missing_ok=True)
     finally:
         unfinished.unlink(missing_ok=True)
 
