@@ -191,6 +191,25 @@ def archive_option(program: str) -> list[str]:
     return []
 
 
+def fork_option() -> list[str]:
+    """Return the option with which Java starts other programs in half the time; none if unknown.
+
+    On local disks, Spark starts ``chmod`` for each file and folder, a dozen times per batch: 8 ms
+    each, and 4 ms with this. Java 25 deprecates the option, and only Linux has it.
+
+    Examples
+    --------
+    >>> len(fork_option()) <= 1
+    True
+    """
+    release = Path(java_command()).resolve().parent.parent / "release"
+    text = release.read_text() if release.exists() else ""
+    version = re.search(r'^JAVA_VERSION="(\d+)', text, re.MULTILINE)
+    if sys.platform != "linux" or not version or int(version[1]) >= 25:
+        return []
+    return ["-Djdk.lang.Process.launchMechanism=VFORK"]
+
+
 @contextlib.contextmanager
 def new_archive(program: str) -> Iterator[str]:
     """Keep the class archive that a Java process in this block writes when it exits.

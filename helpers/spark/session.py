@@ -25,6 +25,7 @@ from helpers.spark.jars import (
     JarsError,
     archive_option,
     fetch_jars,
+    fork_option,
     java_command,
     spark_and_scala,
     spark_home,
@@ -164,7 +165,8 @@ def _settings(
     if master.startswith("local"):
         settings["spark.driver.memory"] = memory
         settings["spark.local.dir"] = str(scratch_folder())
-        java_options = [f"-Djava.io.tmpdir={scratch_folder()}", *archive_option(spark_program())]
+        java_options = [f"-Djava.io.tmpdir={scratch_folder()}", *fork_option()]
+        java_options += archive_option(spark_program())
         settings["spark.driver.extraJavaOptions"] = " ".join(f'"{each}"' for each in java_options)
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
         settings["spark.python.daemon.module"] = _DAEMON
