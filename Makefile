@@ -3,7 +3,7 @@
 # test   runs all tests, including the notebooks, in up to three processes: as many as the free
 #        memory allows, at 2.5 GB each; make test WORKERS=1 sets the number
 # test-long  runs the longest tests, which repeat crashes many times, in two hours
-# bench  measures the throughput of the walkthrough's stream against the processor's limit
+# bench  measures the walkthrough's stream beside other programs, and the processor's limit
 # lab    opens the notebooks in JupyterLab
 # notebooks   executes all notebooks and stores their outputs in them
 # clean  removes everything that the other targets created
@@ -29,7 +29,8 @@ test-long: setup
 	@.venv/bin/python -m pytest -m long -s
 
 bench: setup
-	@.venv/bin/python examples/benchmark.py drain
+	@./setup.sh requirements-bench.txt
+	@.venv/bin/python examples/benchmark.py compare
 
 lab: setup
 	@.venv/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)

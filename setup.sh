@@ -1,7 +1,7 @@
 #!/bin/sh
 # Creates .venv with everything that the notebooks need. `make` calls this script; if .venv is
 # complete, it does nothing and needs no network. PYTHON names the interpreter to use (3.11,
-# 3.12 or 3.13).
+# 3.12 or 3.13). With the name of another requirements file, adds its packages to .venv.
 set -eu
 cd "$(dirname "$0")"
 
@@ -68,6 +68,12 @@ pass_index() {
         export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
     done
 }
+
+if [ $# -gt 0 ]; then
+    choose_cache
+    pass_index
+    exec .venv/bin/uv pip install --quiet --python .venv -r "$1"
+fi
 
 if [ -e "$stamp" ] && java_is_new_enough; then
     exit 0

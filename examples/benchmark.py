@@ -68,6 +68,7 @@ from helpers.higgs import EVENT_ID, FEATURES, LABEL, generate_events, read_event
 from helpers.model import build_model, normalized_network
 from helpers.monitor import Batch, Monitor
 from helpers.notebook import definitions, find_notebook, parameters
+from helpers.records import to_columns
 from helpers.scoring import Score, score_stream
 from helpers.sinks import ParquetSink, read_scored
 from helpers.spark import available_cores, get_spark, scratch_folder
@@ -261,7 +262,7 @@ def compare(names: list[str], events: int, rounds: int) -> Iterator[dict[str, An
         ends = count_records(kafka.bootstrap_servers, TOPIC)
         task = peers.Task(kafka.bootstrap_servers, TOPIC, ends, file)
         expected = peers.keras_in_memory(task).signal
-        for name in set(names) & {"dstream", "structured", "spark_documentation"}:
+        for name in set(names) & {*ENGINES, "original_functions", "spark_documentation"}:
             for _ in range(WARM_UPS):
                 ENTRIES[name](spark, task)
         limits = []
@@ -298,6 +299,37 @@ def _drained(engine: str) -> Callable[[SparkSession, peers.Task], peers.Scored]:
     return entry
 
 
+def original_functions(spark: SparkSession, task: peers.Task) -> peers.Scored:
+    """Score with the three functions of 2016 on columns, which cross to Python twice.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session.
+    task : peers.Task
+        The topic. The network is the walkthrough's, and a stage of Spark prepares the features.
+    """
+    names = definitions("1_walkthrough", "pipeline")
+    settings = {"bootstrap.servers": task.bootstrap_servers, "auto.offset.reset": "earliest"}
+    ended: list[float] = []
+    counts: list[tuple[int, int]] = []
+
+    def process_batch(records: DataFrame, batch_id: int) -> None:
+        scored = names["predict"](names["prepare_dataframe"](to_columns(records)))
+        is_signal = F.col("predicted_index") == 0
+        scored = names["post_process"](scored).agg(F.count("*"), F.count_if(is_signal))
+        counts.append(tuple(scored.first()))
+        ended.append(time.time())
+
+    ssc = new_streaming_context(spark, INTERVAL_SECONDS)
+    stream = KafkaUtils.createDirectStream(ssc, [task.topic], settings)
+    stream.foreachBatch(process_batch)
+    began = time.time()
+    run_stream(ssc, until=lambda: stream.lag() == 0, timeout=DRAIN_SECONDS)
+    events, signal = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return peers.Scored(events, signal, ended[-1] - began)
+
+
 def _alone(score: Callable[[peers.Task], peers.Scored]) -> Callable[..., peers.Scored]:
     """Return an entry that needs no Spark."""
     return lambda spark, task: score(task)
@@ -306,6 +338,7 @@ def _alone(score: Callable[[peers.Task], peers.Scored]) -> Callable[..., peers.S
 # The entries of `compare`, by name.
 ENTRIES: dict[str, Callable[[SparkSession, peers.Task], peers.Scored]] = {
     **{engine: _drained(engine) for engine in ENGINES},
+    "original_functions": original_functions,
     "spark_documentation": lambda spark, task: peers.spark_documentation(
         spark, task, f"{scratch_folder()}/documentation-{uuid.uuid4()}"
     ),
@@ -584,7 +617,7 @@ def main(arguments: list[str] | None = None) -> int:
             for result in _results(options):
                 print(json.dumps(result), file=stdout, flush=True)
     except ImportError as error:
-        print(f"{error}: .venv/bin/uv pip install -r requirements-bench.txt", file=sys.stderr)
+        print(f"{error}: ./setup.sh requirements-bench.txt installs it.", file=sys.stderr)
         return 1
     except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
