@@ -167,7 +167,7 @@ def test_notebooks_can_be_run_by_name_and_were_stored_whole(path):
             assert not [o for o in cell.outputs if o.get("name") == "stderr"]
 
 
-TUTORIALS = ["1_walkthrough", "2_structured_streaming", "3_train_and_serve"]
+TUTORIALS = ["1_walkthrough", "2_structured_streaming", "3_train_and_serve", "4_experiments"]
 
 
 @pytest.mark.parametrize("name", TUTORIALS)

@@ -132,6 +132,9 @@ def _broker_settings(
         "controller.quorum.bootstrap.servers": f"{LOOPBACK}:{controller_port}",
         "log.dirs": folder / "data",
         "num.partitions": 4,
+        # Retention takes effect at once, instead of within five minutes.
+        "log.retention.check.interval.ms": 1_000,
+        "log.initial.task.delay.ms": 1_000,
         # After a SIGKILL, the controller readmits the same broker only after this time.
         "broker.session.timeout.ms": 3_000,
         "broker.heartbeat.interval.ms": 500,
