@@ -264,6 +264,24 @@ def test_a_batch_that_fails_twice_stops_the_query_with_the_reason(
     assert values.all() == [b"x"] * 5
 
 
+def test_a_planned_batch_is_part_of_the_lag_after_a_restart(query_of, one, produce, settings):
+    """A restarted query has the batch before it that it had planned and not finished."""
+    produce(one, [b"x"] * 5)
+    query = query_of([one], settings)
+
+    def fail(df, batch_id):
+        raise ValueError("this cannot be scored")
+
+    query.foreachBatch(fail)
+    with pytest.raises(StreamError, match="this cannot be scored"):
+        query.run(timeout=600)
+    values, restarted = Values(), query_of([one], settings)
+    assert restarted.lag() == 5
+    restarted.foreachBatch(values)
+    restarted.run(until=lambda: restarted.lag() == 0, timeout=600, interval=0.2)
+    assert values.all() == [b"x"] * 5
+
+
 @pytest.fixture
 def half_deleted(kafka, query_of, one, produce, settings):
     """A topic with a query of which 20 records were deleted after the query had read 10."""

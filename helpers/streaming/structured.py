@@ -237,7 +237,7 @@ class KafkaQuery:
 
     def lag(self) -> int:
         """Return how many of the topics' current offsets are not done yet."""
-        return self._left({**self._starts, **self._offsets.finished()})
+        return self._left(self._done())
 
     def lag_after(self, batch_id: int) -> int:
         """Return the `lag` that remains when a planned batch and all before it are done."""
@@ -246,6 +246,10 @@ class KafkaQuery:
     def close(self) -> None:
         """Close the connections to Kafka, as the end of a ``with`` block does."""
         self._client.close()
+
+    def _done(self) -> dict[TopicAndPartition, int]:
+        """Return where the last finished batch ended; before the first, where the query begins."""
+        return self._offsets.done() or self._starts
 
     def _left(self, done: Mapping[TopicAndPartition, int]) -> int:
         """Return how many of the topics' current offsets come after those that are done."""
@@ -429,18 +433,25 @@ class CheckpointOffsets:
 
     def finished(self) -> dict[TopicAndPartition, int]:
         """Return where the query's last finished batch ended, in each partition it has read."""
+        starts = self._initial()
+        return {part: end for part, end in self.done().items() if end > starts.get(part, 0)}
+
+    def done(self) -> dict[TopicAndPartition, int]:
+        """Return where the last finished batch ended, or where the query began before the first.
+
+        This is empty before Spark has planned a batch.
+        """
         batches = self._numbers("commits")
-        if not batches:
-            return {}
-        starts, ends = self._initial(), self.after(max(batches))
-        return {part: end for part, end in ends.items() if end > starts.get(part, 0)}
+        return self.after(max(batches)) if batches else self._initial()
 
     def _numbers(self, folder: str) -> list[int]:
         names = folder_names(self._spark, f"{self._checkpoint}/{folder}")
         return [int(name) for name in names if name.isdigit()]
 
     def _initial(self) -> dict[TopicAndPartition, int]:
-        """Return where the query began."""
+        """Return where the query began; empty before Spark has planned a batch."""
+        if not self._numbers("offsets"):
+            return {}
         *_, offsets = self._lines("sources/0/0")
         return by_partition(json.loads(offsets))
 
