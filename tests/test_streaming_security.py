@@ -11,7 +11,13 @@ from processes import wait_until
 
 from helpers.broker import BrokerError, LocalKafka, python_settings
 from helpers.spark import log_file
-from helpers.streaming import KafkaUtils, StreamError, new_streaming_context, run_stream
+from helpers.streaming import (
+    KafkaQuery,
+    KafkaUtils,
+    StreamError,
+    new_streaming_context,
+    run_stream,
+)
 
 TOPIC = "secret-events"
 SECONDS = 15
@@ -117,6 +123,18 @@ def test_a_missing_acl_of_the_group_is_named(ssc, reader):
     """Otherwise a batch would be scored, and never committed."""
     message = refusal(ssc, {**reader, "group.id": "somebody-else's"})
     assert "(GroupAuthorizationException): the ACL READ on the consumer group" in message
+
+
+def test_a_query_reads_without_the_acl_of_its_group(spark, reader, tmp_path, caplog):
+    """A query only shows its progress in the group, so a missing ACL is reported once."""
+    settings, counts = {**reader, "group.id": "somebody-else's"}, []
+    with KafkaQuery(spark, [TOPIC], settings, tmp_path / "checkpoint", max_offsets=50) as query:
+        query.foreachBatch(lambda df, batch_id: counts.append(df.count()))
+        query.run(timeout=600)
+    assert counts == [50, 50]
+    (warning,) = [text for text in caplog.messages if "can't be committed to group" in text]
+    assert "the ACL READ on the consumer group is needed" in warning
+    assert password_of(reader) not in caplog.text
 
 
 def test_a_setting_that_kafka_does_not_know_is_named(ssc, reader):

@@ -18,9 +18,9 @@ begins or resumes, also after Kafka has deleted records, and which offsets belon
 the lag), `listener` (what Spark reports), `recovery` (keeps plans in a checkpoint, for a restart
 after a crash), `source` (plans, reads and commits for one stream), `batches` (hands each interval's
 batch on, and commits its offsets when the whole batch has succeeded), `dstream`, `kafka_utils` (the
-old API), `context` (starts and stops a context), `structured` (`KafkaQuery`: the same promises on
-Structured Streaming, with a lag from Spark's checkpoint). `migrate` is a program that prints what
-to change in old code.
+old API), `context` (starts and stops a context), `group` (shows a query's progress in its consumer
+group), `structured` (`KafkaQuery`: the same promises on Structured Streaming, with a lag from
+Spark's checkpoint). `migrate` is a program that prints what to change in old code.
 """
 
 from helpers.streaming.client import topic_ids

@@ -39,8 +39,10 @@ CLIENT_SETTINGS = {
     "allow.auto.create.topics": "false",
 }
 
-# The prefix of a committed offset's metadata; the id of the topic follows.
+# The prefixes of a committed offset's metadata; the id of the topic follows. Nothing resumes from
+# the offsets of a query, so a query may replace those of another one, but not those of a stream.
 _TOPIC_ID = "topic-id:"
+_QUERY = f"query {_TOPIC_ID}"
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,13 @@ class Committed:
         The next offset to read.
     topic_id : str or None
         The id of the topic that the offset belongs to; None if another program committed it.
+    by_query : bool
+        Whether a query committed it, only to show its progress.
     """
 
     offset: int
     topic_id: str | None
+    by_query: bool
 
 
 class KafkaClient:
@@ -225,13 +230,16 @@ class KafkaClient:
         with self._asking():
             found = self._offsets(self._consumer.committed, partitions)
             return {
-                partition: Committed(answer.offset(), _topic_id_in(answer.metadata()))
+                partition: _committed(answer.offset(), answer.metadata())
                 for partition, answer in found.items()
                 if answer
             }
 
     def commit(
-        self, offsets: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]
+        self,
+        offsets: Mapping[TopicAndPartition, int],
+        topic_ids: Mapping[str, str],
+        by_query: bool = False,
     ) -> None:
         """Commit the next offset of each partition to the consumer group.
 
@@ -241,16 +249,19 @@ class KafkaClient:
             The offsets. Without a ``group.id``, nothing is committed.
         topic_ids : mapping of str to str
             The ids of the topics, which are stored with the offsets.
+        by_query : bool
+            Whether a query commits them, only to show its progress.
         """
         if not self.settings.get("group.id") or not offsets:
             return
+        prefix = _QUERY if by_query else _TOPIC_ID
         with self._asking():
             metadata = self._jvm.org.apache.kafka.clients.consumer.OffsetAndMetadata
             java_offsets = self._jvm.java.util.HashMap()
             for partition, offset in offsets.items():
                 java_offsets.put(
                     self._java_partition(partition),
-                    metadata(offset, f"{_TOPIC_ID}{topic_ids[partition.topic]}"),
+                    metadata(offset, f"{prefix}{topic_ids[partition.topic]}"),
                 )
             self._consumer.commitSync(java_offsets, self._answer_time)
 
@@ -348,6 +359,9 @@ def topic_ids(
         return client.topic_ids(topic_names(topics))
 
 
-def _topic_id_in(metadata: str) -> str | None:
-    """Return the topic's id in a committed offset's metadata; None if it has none."""
-    return metadata.removeprefix(_TOPIC_ID) if metadata.startswith(_TOPIC_ID) else None
+def _committed(offset: int, metadata: str) -> Committed:
+    """Return a committed offset with what its metadata says about it."""
+    for prefix in (_TOPIC_ID, _QUERY):
+        if metadata.startswith(prefix):
+            return Committed(offset, metadata.removeprefix(prefix), prefix == _QUERY)
+    return Committed(offset, None, False)

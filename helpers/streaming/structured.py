@@ -43,6 +43,7 @@ from helpers.streaming.errors import (
     is_away,
     without_secrets,
 )
+from helpers.streaming.group import GroupProgress
 from helpers.streaming.offsets import (
     OffsetRange,
     PlannedBatch,
@@ -69,9 +70,12 @@ class KafkaQuery:
     topics : iterable of str
         The topics.
     settings : mapping
-        Settings of `KafkaConsumer` by Kafka's names. Spark keeps the offsets in the checkpoint, so
-        a ``group.id`` has no effect; ``auto.offset.reset`` says where a query with a new checkpoint
-        begins, and with ``none`` deleted offsets are an error.
+        Settings of `KafkaConsumer` by Kafka's names. ``auto.offset.reset`` says where a query with
+        a new checkpoint begins, and with ``none`` deleted offsets are an error. With a
+        ``group.id``, the offsets of finished batches are committed to that consumer group, unless
+        ``enable.auto.commit`` is false. These commits only show the lag in Kafka's tools: the query
+        always resumes from its checkpoint, and if a commit fails, it logs a warning and continues.
+        Give each program a separate group.
     checkpoint : str or path-like
         The folder where Spark keeps the query's progress.
     positions : mapping of TopicAndPartition to int, optional
@@ -112,7 +116,8 @@ class KafkaQuery:
         check_running(spark)
         self._spark, self._max_offsets = spark, max_offsets
         self._topics = sorted(set(topic_names(topics)))
-        self._settings = without_group(modern_settings(settings))
+        settings = modern_settings(settings)
+        self._settings = without_group(settings)
         self._checkpoint = full_path(spark, checkpoint).rstrip("/")
         self._offsets = CheckpointOffsets(spark, self._checkpoint)
         self._function: Callable[[PlannedBatch], None] | None = None
@@ -120,9 +125,11 @@ class KafkaQuery:
         self._away_since: float | None = None
         self._stopping = False
         self._topic_ids: dict[str, str] = {}
-        self._client = KafkaClient(spark, self._settings)
+        self._client, self._progress = KafkaClient(spark, self._settings), None
         try:
             self._starts = self._find_starts(positions)
+            if settings.get("group.id") and settings.get("enable.auto.commit") != "false":
+                self._progress = GroupProgress(spark, settings, self._topic_ids)
         except BaseException:
             self.close()
             raise
@@ -187,6 +194,7 @@ class KafkaQuery:
             self._away_since, self._stopping = None, False
             query = self._start(interval)
             try:
+                self._commit(self._done)
                 while not _is_true(until) and not interrupted.is_set():
                     if time.monotonic() > deadline:
                         raise TimeoutError(
@@ -207,6 +215,8 @@ class KafkaQuery:
             finally:
                 self._stopping = True
                 query.stop()
+                if self._progress is not None:
+                    self._progress.wait()
         if interrupted.is_set():
             raise KeyboardInterrupt
 
@@ -246,10 +256,17 @@ class KafkaQuery:
     def close(self) -> None:
         """Close the connections to Kafka, as the end of a ``with`` block does."""
         self._client.close()
+        if self._progress is not None:
+            self._progress.close()
 
     def _done(self) -> dict[TopicAndPartition, int]:
         """Return where the last finished batch ended; before the first, where the query begins."""
         return self._offsets.done() or self._starts
+
+    def _commit(self, offsets: Callable[[], dict[TopicAndPartition, int]]) -> None:
+        """Show progress in the consumer group, if there is one."""
+        if self._progress is not None:
+            self._progress.commit(offsets)
 
     def _left(self, done: Mapping[TopicAndPartition, int]) -> int:
         """Return how many of the topics' current offsets come after those that are done."""
@@ -309,6 +326,7 @@ class KafkaQuery:
         self._client.topic_ids(self._topics, self._topic_ids)
         if ranges:  # Spark also runs empty batches: the first one of an empty topic
             self._call(PlannedBatch(batch_id, ranges, few_tasks(df, ranges), began))
+            self._commit(lambda: self._offsets.after(batch_id))
         self._away_since = None
 
     def _call(self, batch: PlannedBatch) -> None:
