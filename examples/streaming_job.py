@@ -12,10 +12,12 @@ settings from spark-submit. A restarted job resumes from the end of the output. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
@@ -25,7 +27,7 @@ from pyspark.sql import DataFrame, SparkSession
 from helpers.higgs import EVENT_ID
 from helpers.kafka_settings import check_address, config_option, setting_option
 from helpers.model import build_model, normalized_network
-from helpers.monitor import Monitor
+from helpers.monitor import Monitor, serve_metrics
 from helpers.records import parse_events
 from helpers.scoring import Score, score_stream
 from helpers.serving import ModelFile
@@ -54,6 +56,7 @@ def run_dstream(
     options: argparse.Namespace,
     sink: ParquetSink,
     score: Score,
+    monitor: Monitor,
     stopping: threading.Event,
 ) -> None:
     """Score with a DStream, which resumes at the end of the output and needs no checkpoint."""
@@ -62,7 +65,7 @@ def run_dstream(
         ssc, [options.topic], kafka_settings(options), positions=ends(spark, options, sink)
     )
     backlog = stream.lag()
-    scoring = score_stream(stream, score, sink, Monitor())
+    scoring = score_stream(stream, score, sink, monitor)
 
     def is_over() -> bool:
         if stopping.is_set() or not options.available_now:
@@ -78,10 +81,11 @@ def run_structured(
     options: argparse.Namespace,
     sink: ParquetSink,
     score: Score,
+    monitor: Monitor,
     stopping: threading.Event,
 ) -> None:
     """Score with Structured Streaming, which keeps its progress in the checkpoint."""
-    positions, monitor = ends(spark, options, sink), Monitor()
+    positions = ends(spark, options, sink)
     query = KafkaQuery(
         spark, [options.topic], kafka_settings(options), options.checkpoint, positions,
         RECORDS_PER_BATCH,
@@ -161,16 +165,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, stopping: threading.Event) -> None:
     """Start Spark, and score until the job must stop or has nothing left to do."""
-    score, event_id, signal_index = score_as_walkthrough(), EVENT_ID, 0
+    score, event_id, signal_index, version = score_as_walkthrough(), EVENT_ID, 0, None
     if options.model:
         file = ModelFile(options.model)
         contract = file.model.contract  # new versions must have the same id and signal
         score, event_id = score_with_file(file), contract.event_id
-        signal_index = contract.signal_index
+        signal_index, version = contract.signal_index, lambda: file.model.version
     rate = {"spark.streaming.kafka.maxRatePerPartition": RECORDS_PER_PARTITION_AND_SECOND}
-    spark = get_spark("Streaming job", config=rate)
-    stop_at_signals(stopping)  # again, because PySpark installs its own handler for Ctrl-C
-    try:
+    monitor = Monitor()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(metrics(options, monitor, version))
+        spark = get_spark("Streaming job", config=rate)
+        stack.callback(spark.stop)
+        stop_at_signals(stopping)  # again, because PySpark installs its own handler for Ctrl-C
         full_path(spark, options.output)  # raises if Spark has no file system for it
         settings = kafka_settings(options)
         if options.on_bad_record == "dead-letter":
@@ -181,9 +188,16 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
             from_beginning=options.from_beginning,
         ) as sink:
             run_engine = run_dstream if options.engine == "dstream" else run_structured
-            run_engine(spark, options, sink, score, stopping)
-    finally:
-        spark.stop()
+            run_engine(spark, options, sink, score, monitor, stopping)
+
+
+def metrics(
+    options: argparse.Namespace, monitor: Monitor, version: Callable[[], str] | None
+) -> contextlib.AbstractContextManager:
+    """Return a context in which the metrics are served, if there is a port for them."""
+    if options.metrics_port is None:
+        return contextlib.nullcontext()
+    return serve_metrics(monitor, options.metrics_port, version)
 
 
 def stop_at_signals(stopping: threading.Event) -> None:
@@ -223,6 +237,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "instead of refusing them")  # fmt: skip
     add("--on-bad-record", choices=ON_BAD_RECORD, default="dead-letter",
         help="what to do with records that are not events; default: %(default)s")  # fmt: skip
+    add("--metrics-port", type=_port, metavar="PORT",
+        help="serve the monitor's figures to Prometheus at http://127.0.0.1:PORT/metrics"
+        )  # fmt: skip
     add("--kafka-config", default={}, metavar="FILE", type=config_option,
         help="settings for Kafka clients, including passwords, in Kafka's properties format"
         )  # fmt: skip
@@ -233,6 +250,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.engine == "structured" and not options.checkpoint:
         parser.error("--engine structured needs a --checkpoint")
     return options
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 < number < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not a port between 1 and 65535")
+    return number
 
 
 def _seconds(text: str) -> float:

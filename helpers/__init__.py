@@ -16,7 +16,7 @@ The table lists them bottom-up: a room imports only from the rooms above it.
 | `sinks` | storing each scored event exactly once |
 | `serving` | saving a trained network to a file, and serving it |
 | `training` | training a network on a Spark DataFrame |
-| `monitor` | a stream's batches as a live table and a plot |
+| `monitor` | a stream's batches as a live table, a plot and metrics |
 | `scoring` | the one place that joins a stream, a scoring function, a sink and a monitor |
 | `notebook` | running a notebook from the command line |
 

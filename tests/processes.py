@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +100,17 @@ def watched(
         finally:
             over.set()
             watcher.join()
+
+
+def scraped(url: str) -> dict[str | tuple[str, ...], float]:
+    """Return the metrics at a URL by name; those with a label by name and the label's value."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {
+        (sample.name, *sample.labels.values()) if sample.labels else sample.name: sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 def without_make() -> dict[str, str]:

@@ -1,7 +1,12 @@
 """The monitor: its counts, its display in terminals and notebooks, and its plot."""
 
 import io
+import os
+import re
 import sys
+import threading
+import urllib.error
+import urllib.request
 import warnings
 from types import SimpleNamespace
 
@@ -9,10 +14,11 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
-from processes import run_python
+from processes import ROOT, listening, run_python, scraped
 
-from helpers.monitor import Batch, Monitor, log
+from helpers.monitor import Batch, Monitor, log, serve_metrics
 from helpers.notebook import recorded, run
 
 NOON = 1_704_110_400_000  # 2024-01-01, 12:00:00 UTC
@@ -265,3 +271,114 @@ def test_without_a_batch_there_is_no_plot():
     """Plotting without batches is refused, and the message says to run the stream first."""
     with pytest.raises(ValueError, match="no batch to plot yet: run the stream first"):
         Monitor().plot()
+
+
+def test_prometheus_gets_the_figures_of_the_monitor():
+    """Totals are counters, times a histogram; the lag is that of the last batch."""
+    monitor = monitor_of((40, 30, 0.5, 60), (10, 5, 0.3, 20), (0, 0, 400.0, 20))
+    monitor.add(Batch(NOON + 3_000, 7, 2, 3, 1.5, 9))
+    versions = ["first"]
+    with serve_metrics(monitor, 0, lambda: versions[-1]) as url:
+        found = scraped(url)
+        assert found["scoring_model_info", "first"] == 1
+        versions.append("second")
+        assert scraped(url)["scoring_model_info", "second"] == 1
+    totals = monitor.totals()
+    assert found["scoring_events_total"] == totals["events"] == 57
+    assert found["scoring_signal_events_total"] == totals["signal"] == 37
+    assert found["scoring_bad_records_total"] == totals["bad"] == 3
+    assert found["scoring_batch_seconds_count"] == totals["batches"] == 4
+    assert found["scoring_batch_seconds_sum"] == 402.3
+    limits = ["0.25", "0.5", "1.0", "2.0", "300.0", "+Inf"]
+    assert [found["scoring_batch_seconds_bucket", limit] for limit in limits] == [0, 2, 2, 3, 3, 4]
+    assert found["scoring_lag_records"] == 9
+    assert found["scoring_last_batch_timestamp_seconds"] == NOON / 1000 + 3
+
+
+def test_what_is_not_known_is_not_a_metric():
+    """Before the first batch and without a model's file, there is no lag, time or version."""
+    with serve_metrics(Monitor(), 0) as url:
+        names = {name if isinstance(name, str) else name[0] for name in scraped(url)}
+    assert names == {
+        "scoring_events_total", "scoring_signal_events_total", "scoring_bad_records_total",
+        "scoring_batch_seconds_bucket", "scoring_batch_seconds_count", "scoring_batch_seconds_sum",
+    }  # fmt: skip
+
+
+def test_a_repeated_batch_is_counted_once_in_metrics():
+    """A batch that is added again replaces its figures in the histogram as well."""
+    monitor = monitor_of((10, 5, 0.2, 0))
+    with serve_metrics(monitor, 0) as url:
+        monitor.add(Batch(NOON, 10, 6, 0, 3.0, 0))
+        found = scraped(url)
+    assert found["scoring_signal_events_total"] == 6
+    assert found["scoring_batch_seconds_sum"] == pytest.approx(3)
+    assert found["scoring_batch_seconds_bucket", "2.0"] == 0
+    assert found["scoring_batch_seconds_count"] == found["scoring_batch_seconds_bucket", "5.0"] == 1
+
+
+def test_metrics_are_on_loopback_only_and_their_port_is_free_afterwards():
+    """A cell that serves metrics can run again on the same port, also after an error."""
+    with serve_metrics(Monitor(), 0) as url:
+        port = int(url.split(":")[2].split("/")[0])
+        addresses = {ip for _, ip, used in listening(psutil.Process(os.getpid())) if used == port}
+    assert addresses == {"127.0.0.1"}
+    for _ in range(2):
+        with pytest.raises(KeyError), serve_metrics(Monitor(), port) as url:
+            scraped(url)
+            raise KeyError("the cell fails")
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(url, timeout=10)
+
+
+def test_a_port_that_is_in_use_is_refused_with_the_remedy():
+    """Two monitors are served at the same time on two ports, but not on one."""
+    one, other = monitor_of((1, 1, 0.5, 0)), monitor_of((2, 2, 0.5, 0))
+    with serve_metrics(one, 0) as first, serve_metrics(other, 0) as second:
+        assert scraped(first)["scoring_events_total"] == 1
+        assert scraped(second)["scoring_events_total"] == 2
+        port = int(first.split(":")[2].split("/")[0])
+        message = rf"port {port} can't serve the metrics \(Address already in use\): .*another port"
+        with pytest.raises(OSError, match=message), serve_metrics(other, port):
+            pass
+        assert scraped(first)["scoring_events_total"] == 1
+    with pytest.raises(OSError, match=r"port 70000 can't serve the metrics .*0-65535"):
+        serve_metrics(one, 70_000).__enter__()
+
+
+def test_metrics_are_whole_while_batches_arrive():
+    """Each answer is of one moment: the totals and the histogram have the same batches."""
+    monitor, stopping = Monitor(), threading.Event()
+
+    def add():
+        number = 0
+        while not stopping.is_set():
+            monitor.add(Batch(number, 10, 5, 1, 0.05, 0))
+            number += 1
+
+    thread = threading.Thread(target=add)
+    with serve_metrics(monitor, 0) as url:
+        thread.start()
+        answers = [scraped(url) for _ in range(20)]
+        stopping.set()
+        thread.join(30)
+    for found in answers:
+        batches = found["scoring_batch_seconds_count"]
+        assert found["scoring_events_total"] == 10 * batches
+        assert found["scoring_batch_seconds_bucket", "0.1"] == batches
+    counts = [found["scoring_events_total"] for found in answers]
+    assert counts == sorted(counts) and counts[-1] > counts[0]
+
+
+def test_the_page_on_monitoring_has_the_metrics_that_exist():
+    """Each metric is on the page, alerts use no others, and the page's program serves them."""
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    with serve_metrics(monitor_of((40, 30, 0.5, 60)), 0, lambda: "first") as url:
+        names = {name if isinstance(name, str) else name[0] for name in scraped(url)}
+    on_page, served = (
+        {re.sub("_(bucket|count|sum)$", "", name) for name in found}
+        for found in (re.findall(r"scoring_\w+", page), names)
+    )
+    assert on_page == served
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(program.replace("9400", "0"), {})

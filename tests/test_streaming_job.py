@@ -4,14 +4,24 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import sys
 import time
+import urllib.error
 
 import numpy as np
 import psutil
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
-from processes import ROOT, beyond_loopback, run_python, running, watched
+from processes import (
+    ROOT,
+    beyond_loopback,
+    run_python,
+    running,
+    scraped,
+    wait_until,
+    watched,
+)
 
 from helpers.broker import LocalKafka, python_settings
 from helpers.higgs import FEATURES, generate_events
@@ -106,6 +116,45 @@ def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
     assert len(seen) >= 3 and beyond_loopback(seen) == []
 
 
+@pytest.mark.parametrize("engine", ["structured", "dstream"])
+def test_metrics_of_a_running_job_are_its_totals(
+    filled, arguments, produce, event_values, serving_model, tmp_path, engine
+):
+    """Prometheus sees what the job prints, while it runs, on loopback only."""
+    version = save_serving_model(serving_model, tmp_path / "model.keras").version
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/metrics"
+    given = ["--metrics-port", str(port), "--model", str(tmp_path / "model.keras")]
+
+    def events(count):
+        with contextlib.suppress(urllib.error.URLError):
+            found = scraped(url)
+            return found if found["scoring_events_total"] == count else None
+
+    with watched([sys.executable, str(JOB), *arguments(engine, *given)]) as (job, seen):
+        wait_until(lambda: events(len(event_values)))
+        produce(filled, event_values[:10])  # another batch
+        found = wait_until(lambda: events(len(event_values) + 10))
+        busy = run_python(str(JOB), *arguments(engine, *given, output="another"), seconds=SECONDS)
+        job.send_signal(signal.SIGTERM)
+        printed, _ = job.communicate(timeout=SECONDS)
+        assert job.returncode == 0, printed
+    rows = [line.replace(",", "").split() for line in printed.splitlines() if line[2:3] == ":"]
+    names = ("events_total", "signal_events_total", "bad_records_total")
+    totals = [sum(int(row[column]) for row in rows) for column in (1, 2, 3)]
+    assert [found[f"scoring_{name}"] for name in names] == totals
+    assert totals[0] == len(event_values) + 10 and totals[2] == 2
+    assert found["scoring_batch_seconds_count"] == len(rows) >= 2
+    seconds = sum(float(row[4]) for row in rows)
+    assert found["scoring_batch_seconds_sum"] == pytest.approx(seconds, abs=0.06 * len(rows))
+    assert found["scoring_lag_records"] == int(rows[-1][6]) == 0
+    assert found["scoring_model_info", version] == 1
+    assert beyond_loopback(seen) == [] and port in {used for _, _, used in seen}
+    assert busy.returncode == 1
+    assert f"port {port} can't serve the metrics" in busy.stderr.splitlines()[-1]
+
+
 @pytest.mark.long
 def test_a_trained_model_is_served_as_its_file_says(
     spark, kafka, filled, arguments, tmp_path, event_values, serving_model
@@ -143,6 +192,7 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
     [
         (["--engine", "structured"], "--engine structured needs a --checkpoint"),
         (["--interval", "0"], "0 is not above 0"),
+        (["--metrics-port", "70000"], "70000 is not a port between 1 and 65535"),
         (["--kafka-option", "group.id"], "group.id is not of the form K=V"),
         (["--on-bad-record", "ignore"], "invalid choice: 'ignore'"),
         (["--checkpoint", "c", "--kafka-option", "group.ids=x"], "no setting 'group.ids'"),

@@ -7,8 +7,10 @@ In a notebook, the table is displayed below the cell that called `begin` and upd
 batch; elsewhere, a line is printed per batch.
 
 `figures` has a batch's numbers, `log` keeps and sums them, `display` prints the table, `plots`
-draws it, and `listener` takes the numbers from Spark's reports on a query.
+draws it, `metrics` serves them to Prometheus, and `listener` takes the numbers from Spark's reports
+on a query.
 """
 
 from helpers.monitor.figures import Batch
 from helpers.monitor.log import Monitor
+from helpers.monitor.metrics import serve_metrics

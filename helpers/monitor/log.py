@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # How many of the last batches are kept for the table and plot. The totals include all batches.
 BATCHES_KEPT = 1_000
 
+# Limits of processing time, in seconds; the totals have the number of batches within each of them.
+SECONDS_LIMITS = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+
 # Maximum number of names of unused fields to report.
 NAMES_SHOWN = 20
 
@@ -192,6 +195,26 @@ class Monitor:
         with self._lock:
             return {name: self._totals[name] for name in ("events", "signal", "bad", "batches")}
 
+    def snapshot(self) -> tuple[Counter[str], Batch | None]:
+        """Return all sums and the last batch as of one moment, as metrics need them.
+
+        Returns
+        -------
+        totals : collections.Counter
+            The `totals` and the sum of ``seconds``. A limit of `SECONDS_LIMITS`, as text, has the
+            number of batches that took no longer.
+        last : Batch or None
+            The batch with the largest id.
+
+        Examples
+        --------
+        >>> Monitor().snapshot()
+        (Counter(), None)
+        """
+        with self._lock:
+            last = self._batches[max(self._batches)] if self._batches else None
+            return Counter(self._totals), last
+
     def contents(self) -> dict[str, str]:
         """Return the table of the last batches for a notebook, as HTML and as text.
 
@@ -250,4 +273,5 @@ class Monitor:
 def _counts(batch: Batch) -> dict[str, float]:
     """Return a batch's contribution to the totals."""
     names = ("events", "signal", "bad", "seconds")
-    return {"batches": 1, **{name: getattr(batch, name) for name in names}}
+    within = {str(limit): 1 for limit in SECONDS_LIMITS if batch.seconds <= limit}
+    return {"batches": 1, **{name: getattr(batch, name) for name in names}, **within}
