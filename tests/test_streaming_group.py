@@ -5,9 +5,16 @@ import threading
 import uuid
 
 import pytest
-from kafka import KafkaAdminClient, KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka import (
+    KafkaAdminClient,
+    KafkaConsumer,
+    KafkaProducer,
+    OffsetAndMetadata,
+    TopicPartition,
+)
 from processes import wait_until
 
+from helpers.broker import LocalKafka
 from helpers.model import build_model
 from helpers.records import parse_events
 from helpers.scoring import score_stream
@@ -248,6 +255,34 @@ def test_a_slow_commit_delays_nobody_and_the_last_offsets_win(
     assert asked == [1, 4] and list(committed(settings).values()) == [4]
     progress.close()
     client.close()
+
+
+def test_a_commit_that_gets_no_answer_is_made_up_for(spark, tmp_path, caplog):
+    """A broker that goes away after a batch stops no query; the next run commits the batch."""
+    with LocalKafka() as broker:
+        broker.create_topic("events", partitions=1)
+        with KafkaProducer(bootstrap_servers=broker.bootstrap_servers) as producer:
+            for _ in range(10):
+                producer.send("events", b"x").get(10)
+        settings = {
+            "bootstrap.servers": broker.bootstrap_servers, "group.id": "scoring",
+            "auto.offset.reset": "earliest", "request.timeout.ms": "2000",
+            "default.api.timeout.ms": "2000",
+        }  # fmt: skip
+        calls = []
+
+        def lose_the_broker(df, batch_id):
+            calls.append(df.count())
+            broker.kill()
+
+        with KafkaQuery(spark, ["events"], settings, tmp_path / "checkpoint") as query:
+            query.foreachBatch(lose_the_broker)
+            query.run(until=lambda: calls and query.finished(), timeout=600, interval=0.5)
+            (warning,) = warnings_in(caplog)
+            assert "gave no answer" in warning
+            broker.start()
+            query.run(timeout=600)
+        assert calls == [10] and list(committed(settings).values()) == [10]
 
 
 def test_a_group_that_works_again_is_reported_when_it_fails_again(

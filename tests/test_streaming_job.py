@@ -12,7 +12,7 @@ import urllib.error
 import numpy as np
 import psutil
 import pytest
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from processes import (
     ROOT,
     beyond_loopback,
@@ -117,15 +117,16 @@ def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
 
 
 @pytest.mark.parametrize("engine", ["structured", "dstream"])
-def test_metrics_of_a_running_job_are_its_totals(
-    filled, arguments, produce, event_values, serving_model, tmp_path, engine
+def test_a_running_job_is_monitored_from_outside(
+    kafka, filled, arguments, produce, event_values, serving_model, tmp_path, engine
 ):
-    """Prometheus sees what the job prints, while it runs, on loopback only."""
+    """Prometheus sees what the job prints, on loopback only; the group has all offsets."""
     version = save_serving_model(serving_model, tmp_path / "model.keras").version
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/metrics"
     given = ["--metrics-port", str(port), "--model", str(tmp_path / "model.keras")]
+    given += ["--kafka-option", f"group.id={filled}"]
 
     def events(count):
         with contextlib.suppress(urllib.error.URLError):
@@ -151,6 +152,9 @@ def test_metrics_of_a_running_job_are_its_totals(
     assert found["scoring_lag_records"] == int(rows[-1][6]) == 0
     assert found["scoring_model_info", version] == 1
     assert beyond_loopback(seen) == [] and port in {used for _, _, used in seen}
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        committed = admin.list_group_offsets([filled])[filled].values()
+    assert sum(found.offset for found in committed) == len(event_values) + 10 + 2
     assert busy.returncode == 1
     assert f"port {port} can't serve the metrics" in busy.stderr.splitlines()[-1]
 
