@@ -241,18 +241,26 @@ def test_a_spark_home_without_spark_is_unset(monkeypatch, tmp_path, apply):
 
 
 @pytest.mark.parametrize(
-    "version, found",
-    [("3.5.1", "but 4.1 or newer"), ("4.99.0", "the same for both")],
+    "version, found, remedy",
+    [
+        ("2.4.8", "or newer is needed", "or newer of your site"),
+        ("4.99.0", "the same for both", " -m pip install 'pyspark~=4.99.0'"),
+    ],
 )
-def test_a_sites_spark_of_another_version_is_unset(monkeypatch, tmp_path, apply, version, found):
-    """The remedy for a site's Spark that doesn't match PySpark is to unset SPARK_HOME."""
+def test_a_sites_spark_of_another_version_is_kept(monkeypatch, tmp_path, version, found, remedy):
+    """The remedy for a site's Spark that doesn't match PySpark leaves the site's Spark in use."""
     monkeypatch.setenv("SPARK_HOME", sites_spark(tmp_path, version))
     spark = checks.check_spark()
-    assert (spark.ok, spark.remedy) == (False, "unset SPARK_HOME")
     assert f"Spark {version} in {tmp_path} and PySpark {pyspark.__version__}, but" in spark.found
-    assert found in spark.found
-    apply(spark.remedy)
-    assert checks.check_spark().ok
+    assert not spark.ok and found in spark.found
+    assert spark.remedy.endswith(remedy)
+
+
+def test_a_pyspark_that_was_imported_before_the_sites_is_named(monkeypatch, tmp_path):
+    """If the site's Spark has a PySpark, the remedy is to import it instead of another one."""
+    monkeypatch.setenv("SPARK_HOME", sites_spark(tmp_path, "4.99.0"))
+    (tmp_path / "python" / "pyspark").mkdir(parents=True)
+    assert checks.check_spark().remedy == "restart Python, and import helpers before pyspark"
 
 
 def test_a_sites_spark_of_the_same_version_is_good(monkeypatch, tmp_path):
@@ -318,16 +326,18 @@ def test_jars_that_cannot_be_fetched_without_java_ask_for_java(installer, check_
     assert connector.remedy == own_rights(jars.INSTALL_JAVA["dnf"])
 
 
-def test_a_sites_spark_without_a_connector_is_unset(monkeypatch, tmp_path, apply):
-    """If no connector exists for a site's Spark, the remedy is to unset SPARK_HOME."""
+def test_the_connector_of_a_sites_spark_is_to_be_named(monkeypatch, tmp_path):
+    """If Maven Central has no connector for a site's Spark, the remedy names the site's jars."""
     version = f"{pyspark.__version__}-site1"
     monkeypatch.setenv("SPARK_HOME", sites_spark(tmp_path / "spark", version))
     monkeypatch.setenv("SPARK_CONF_DIR", repository(tmp_path, f"{tmp_path}/[artifact].jar"))
     connector = checks.check_connector()
-    assert (connector.ok, connector.remedy) == (False, "unset SPARK_HOME")
     assert f"has no org.apache.spark:spark-sql-kafka-0-10_2.13:{version}" in connector.found
-    apply(connector.remedy)
-    assert checks.check_connector().ok
+    export, setting = shlex.split(connector.remedy)
+    name, _, value = setting.partition("=")
+    assert (connector.ok, export) == (False, "export")
+    monkeypatch.setenv(name, value)
+    assert checks.check_connector()[1:] == (True, "named in PYSPARK_SUBMIT_ARGS", "")
 
 
 def test_missing_modules_of_the_workers_are_named_before_the_run(check_in):

@@ -38,7 +38,7 @@ def test_workers_run_this_python_and_import_helpers(spark):
 
 
 def test_settings_of_a_new_session():
-    """A session on YARN gets the given resources, the settings and the connector."""
+    """A session on YARN gets the given resources and settings."""
     settings = session._settings("name", "yarn", 5, 3, "4g", {"spark.locality.wait": 0})
     assert settings["spark.master"] == "yarn"
     assert settings["spark.executor.instances"] == "5"
@@ -47,7 +47,6 @@ def test_settings_of_a_new_session():
     assert settings["spark.executor.memory"] == "4g"
     assert settings["spark.locality.wait"] == "0"
     assert settings["spark.serializer"].endswith("KryoSerializer")
-    assert "spark-sql-kafka-0-10" in settings["spark.jars"]
     assert "spark.driver.host" not in settings  # remote executors must reach the driver
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import html
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-
-from IPython import get_ipython
-from IPython.display import display
 
 from helpers.monitor.figures import Batch
 
@@ -31,6 +29,8 @@ class Table:
     """A table in a notebook, displayed below the cell that created it."""
 
     def __init__(self, contents: Contents) -> None:
+        from IPython.display import display  # a driver on a cluster's machine may not have it
+
         self._handle = display(contents, raw=True, display_id=True)
 
     def show(self, batch: Batch, contents: Callable[[], Contents]) -> None:
@@ -59,7 +59,8 @@ def open_display() -> Table | Lines:
 
 def in_notebook() -> bool:
     """Return whether this is a Jupyter kernel, as opposed to IPython in a terminal."""
-    return getattr(get_ipython(), "kernel", None) is not None
+    ipython = sys.modules.get("IPython")  # which a kernel has imported
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
 def shortened(name: str) -> str:

@@ -29,12 +29,14 @@ from helpers.spark import (
     CONNECTOR,
     INSTALL_JAVA,
     JAVA_ERRORS,
+    SUBMIT_ARGUMENTS,
     JarsError,
     NoSuchJarError,
     available_cores,
     available_memory,
     fetch_jars,
     java_command,
+    names_connector,
     spark_and_scala,
 )
 
@@ -46,6 +48,7 @@ BROKER_PORT = 9092
 
 _OLDEST_SPARK = (4, 1)  # the first with `arrow_udf`
 _REQUIREMENTS = Path(helpers.__file__).resolve().parents[1] / "requirements.txt"
+_CONNECTORS_JARS = "<spark-sql-kafka-0-10.jar of your site and its dependencies>"
 _FETCH = "from helpers import broker, spark; broker.fetch(); spark.fetch()"
 _PYTHON_VERSION = "{}.{}".format(*sys.version_info)
 
@@ -146,7 +149,9 @@ def check_java() -> Check:
 
 
 def check_spark() -> Check:
-    """Check that PySpark's version matches ``requirements.txt``, or the site's Spark.
+    """Check that PySpark's version matches ``requirements.txt``, or the site's Spark if it has one.
+
+    The site's Spark is never to be replaced by another one.
 
     Examples
     --------
@@ -177,6 +182,8 @@ def check_connector() -> Check:
     except JarsError as error:
         return _missing(what, str(error), "unset SPARK_HOME")
     found = f"for Spark {spark} and Scala {scala}"
+    if names_connector():
+        return _available(what, f"named in {SUBMIT_ARGUMENTS}")
     return _check_jars(what, found, CONNECTOR.format(scala=scala, spark=spark))
 
 
@@ -341,7 +348,17 @@ def _check_sites_spark(home: str) -> Check:
         return _available("Spark", f"{version}, {home}")
     needed = "{}.{} or newer is needed, the same for both".format(*_OLDEST_SPARK)
     found = f"Spark {version} in {home} and PySpark {pyspark.__version__}, but {needed}"
-    return _missing("Spark", found, "unset SPARK_HOME")
+    return _missing("Spark", found, _other_spark(home, version))
+
+
+def _other_spark(home: str, version: str) -> str:
+    """Return how to get along with a site's Spark that is too old or not PySpark's."""
+    if _release(version) < _OLDEST_SPARK:
+        oldest = "{}.{}".format(*_OLDEST_SPARK)
+        return f"set SPARK_HOME to a Spark {oldest} or newer of your site"
+    if (Path(home) / "python" / "pyspark").is_dir():
+        return "restart Python, and import helpers before pyspark"
+    return _python("-m", "pip", "install", f"pyspark~={'{}.{}'.format(*_release(version))}.0")
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -355,8 +372,10 @@ def _check_jars(what: str, found: str, *coordinates: str) -> Check:
         fetch_jars(*coordinates)
     except (JarsError, OSError) as error:
         remedy = f"{_python('-c', _FETCH)}  # once the network is available"
-        if os.environ.get("SPARK_HOME") and isinstance(error, NoSuchJarError | OSError):
-            remedy = "unset SPARK_HOME"  # the kit's Spark has its connector on Maven Central
+        if isinstance(error, NoSuchJarError):  # a vendor's Spark has a version of its own
+            remedy = f"export {SUBMIT_ARGUMENTS}='--jars {_CONNECTORS_JARS} pyspark-shell'"
+        elif os.environ.get("SPARK_HOME") and isinstance(error, OSError):
+            remedy = "unset SPARK_HOME"  # it has no spark-submit, so it is not a Spark
         return _missing(what, str(error), check_java().remedy or remedy)
     return _available(what, found)
 
@@ -365,8 +384,8 @@ def _check_workers(what: str, context: SparkContext) -> Check:
     """Query a session's workers, with a job that is cancelled at the deadline."""
     modules, tag = WORKERS_IMPORT, "preflight"
     remedy = (
-        f"set PYSPARK_PYTHON to a Python {_PYTHON_VERSION} with the packages of requirements.txt, "
-        "on each machine, and restart Spark"
+        f"set PYSPARK_PYTHON to a Python {_PYTHON_VERSION} with the packages of requirements.txt "
+        "on each machine, such as the one from make pack (docs/clusters.md), and restart Spark"
     )
 
     # Nested, because Spark serializes a nested function by value. To run a module-level function,

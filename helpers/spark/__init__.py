@@ -35,4 +35,11 @@ from helpers.spark.jars import (
 )
 from helpers.spark.machine import available_cores, available_memory
 from helpers.spark.scratch import log_file, protect_folder, scratch_folder
-from helpers.spark.session import SessionError, check_running, fetch, get_spark
+from helpers.spark.session import (
+    SUBMIT_ARGUMENTS,
+    SessionError,
+    check_running,
+    fetch,
+    get_spark,
+    names_connector,
+)

@@ -10,12 +10,12 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyspark.util
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 from pyspark.sql.utils import is_remote
-from pyspark.util import default_api_mode
 
 import helpers
 from helpers.kafka_settings import SECRET_SETTINGS
@@ -36,9 +36,15 @@ from helpers.spark.scratch import log_file, scratch_folder
 
 _REDACTED_OPTIONS = "spark.sql.redaction.options.regex"
 
+# PySpark reads its options for spark-submit from this variable.
+SUBMIT_ARGUMENTS = "PYSPARK_SUBMIT_ARGS"
+
 _CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
 
 _DAEMON = "helpers.spark.daemon"
+
+# Memory beside Java's in MB: Java's own, and that of a worker with TensorFlow and the network.
+_OVERHEAD, _WORKER = 400, 800
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -128,6 +134,17 @@ def fetch() -> None:
     _connector_jars(*spark_and_scala())
 
 
+def names_connector() -> bool:
+    """Return whether the user's arguments for spark-submit name a Kafka connector.
+
+    Examples
+    --------
+    >>> names_connector()
+    False
+    """
+    return "spark-sql-kafka" in os.environ.get(SUBMIT_ARGUMENTS, "")
+
+
 def _settings(
     app_name: str,
     master: str | None,
@@ -142,7 +159,6 @@ def _settings(
         "spark.app.name": app_name,
         "spark.master": master,
         "spark.serializer": "org.apache.spark.serializer.KryoSerializer",
-        "spark.jars": ",".join(map(str, _connector_jars(*spark_and_scala()))),
         "spark.ui.showConsoleProgress": "false",
         # Transfer columns to pandas as Arrow batches, not row by row.
         "spark.sql.execution.arrow.pyspark.enabled": "true",
@@ -182,7 +198,9 @@ def _settings(
 
 def _refuse_connect() -> None:
     """Raise `SessionError` if sessions use Spark Connect, which has no access to Java."""
-    mode = os.environ.get("SPARK_API_MODE") or default_api_mode()
+    # Spark 4 introduced this function.
+    default_mode = getattr(pyspark.util, "default_api_mode", lambda: "classic")
+    mode = os.environ.get("SPARK_API_MODE") or default_mode()
     if "SPARK_REMOTE" in os.environ or is_remote() or mode == "connect":
         raise SessionError(
             "this is Spark Connect, which has no access to Java, and so to neither Kafka's clients "
@@ -217,8 +235,16 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # binds the Spark UI as well
     else:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # a cluster may set another
+        # YARN and Kubernetes kill an executor that uses more memory than it requested. Spark
+        # requests 10 % more than Java's, which is not enough for workers with TensorFlow.
+        workers = int(settings["spark.executor.cores"])
+        conf.setIfMissing("spark.executor.memoryOverhead", f"{_OVERHEAD + workers * _WORKER}m")
     gateway = SparkContext._gateway  # exists if an earlier session was stopped
     if gateway is None:
+        # A Java that runs already ignores this setting; `_add_connector` adds the jars to it.
+        if not names_connector():
+            jars = _connector_jars(*spark_and_scala())
+            conf.setIfMissing("spark.jars", ",".join(map(str, jars)))
         with log_file().open("ab") as log:
             try:
                 # In a new process session, because a kernel that shuts down would wait for Java
@@ -273,7 +299,9 @@ def _has_connector(spark: SparkSession) -> bool:
 def _add_connector(spark: SparkSession) -> None:
     """Add the connector to a running session, where setting `spark.jars` has no effect."""
     scala = ".".join(spark._jvm.scala.util.Properties.versionNumberString().split(".")[:2])
-    for jar in _connector_jars(spark.version, scala):
+    # A driver on a cluster's machine has no spark-submit, which fetches jars.
+    can_fetch = (spark_home() / "bin" / "spark-submit").exists()
+    for jar in _connector_jars(spark.version, scala) if can_fetch else []:
         spark.sql(f"ADD JAR '{jar.as_uri()}'")
     if not _has_connector(spark):
         raise SessionError(
@@ -292,6 +320,8 @@ def _ship_helpers(spark: SparkSession) -> None:
     if any(file.endswith("/helpers.zip") for file in context.listFiles):
         return
     package = Path(helpers.__file__).parent
+    if not package.is_dir():  # in an archive, which spark-submit --py-files has sent to all
+        return
     file = scratch_folder() / "helpers.zip"  # executors may fetch it as long as Spark runs
     with zipfile.ZipFile(file, "w") as archive:
         for source in package.rglob("*.py"):
