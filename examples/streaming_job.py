@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
+from py4j.java_gateway import JavaObject
+from pyspark.java_gateway import ensure_callback_server_started
 from pyspark.sql import DataFrame, SparkSession
 
 from helpers.higgs import EVENT_ID
@@ -178,6 +180,7 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
         spark = get_spark("Streaming job", config=rate)
         stack.callback(spark.stop)
         stop_at_signals(stopping)  # again, because PySpark installs its own handler for Ctrl-C
+        stop_at_signals_to_java(spark, stopping)
         full_path(spark, options.output)  # raises if Spark has no file system for it
         settings = kafka_settings(options)
         if options.on_bad_record == "dead-letter":
@@ -204,6 +207,33 @@ def stop_at_signals(stopping: threading.Event) -> None:
     """Make SIGTERM and Ctrl-C request a stop after the current batch."""
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: stopping.set())
+
+
+def stop_at_signals_to_java(spark: SparkSession, stopping: threading.Event) -> None:
+    """Make the signals that Java receives also request a stop, instead of ending Java.
+
+    spark-submit is Java, and so is the container of a driver on YARN; this program is their child.
+    """
+    ensure_callback_server_started(spark.sparkContext._gateway)
+    java, handler = spark._jvm.sun.misc, _SignalHandler(stopping)
+    for name in ("TERM", "INT"):
+        java.Signal.handle(java.Signal(name), handler)
+
+
+class _SignalHandler:
+    """Implements ``sun.misc.SignalHandler``."""
+
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+
+    def handle(self, _: JavaObject) -> None:
+        """Request a stop."""
+        self._stopping.set()
+
+    class Java:
+        """The interface, for py4j."""
+
+        implements = ("sun.misc.SignalHandler",)
 
 
 def fail(reason: str) -> int:
