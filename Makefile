@@ -3,6 +3,9 @@
 # test   runs all tests, including the notebooks, in up to three processes: as many as the free
 #        memory allows, at 2.5 GB each; make test WORKERS=1 sets the number
 # test-long  runs the longest tests, which repeat crashes many times, in two hours
+# test-cluster  runs notebooks and jobs on a real YARN with HDFS and on a standalone cluster, in
+#        this machine, which takes a quarter of an hour and 10 GB of memory
+# pack   packs the Python packages and `helpers` for a cluster's machines: see docs/clusters.md
 # bench  measures the walkthrough's stream beside other programs, and the processor's limit
 # lab    opens the notebooks in JupyterLab
 # notebooks   executes all notebooks and stores their outputs in them
@@ -17,7 +20,10 @@ typed = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(n
 quoted = '$(subst ','\'',$(1))'
 parameters = $(foreach name,$(filter-out NOTEBOOK PYTHON,$(typed)),$(call quoted,$(name)=$($(name))))
 
-.PHONY: run test test-long bench lab notebooks clean setup
+# What Spark's workers import, as in helpers/preflight/checks.py.
+packed = numpy|pandas|pyarrow|orjson|msgspec|keras|tensorflow(-cpu)?
+
+.PHONY: run test test-long test-cluster pack bench lab notebooks clean setup
 
 run: setup
 	@.venv/bin/python -m helpers.notebook $(call quoted,$(NOTEBOOK)) $(parameters)
@@ -27,6 +33,22 @@ test: setup
 
 test-long: setup
 	@.venv/bin/python -m pytest -m long -s
+
+test-cluster: setup
+	@.venv/bin/python -m pytest -m cluster -s
+
+# Without Spark, which a cluster has, and without `helpers`, which a driver sends to its executors.
+pack: setup
+	@mkdir -p build
+	@.venv/bin/uv pip freeze --quiet --python .venv --exclude-editable > build/versions.txt
+	@.venv/bin/uv venv --quiet --clear --python .venv/bin/python build/environment
+	@grep -E '^($(packed))==' requirements.txt | .venv/bin/uv pip install --quiet \
+		--compile-bytecode --python build/environment --constraint build/versions.txt -r -
+	@tar -cf - -C build/environment --exclude='*/tensorflow/include' --exclude='*/pandas/tests' . \
+		| gzip -1 > build/environment.tar.gz
+	@.venv/bin/python -m zipfile -c build/helpers.zip helpers
+	@rm -r build/environment build/versions.txt
+	@ls -sh build/environment.tar.gz build/helpers.zip
 
 bench: setup
 	@./setup.sh requirements-bench.txt

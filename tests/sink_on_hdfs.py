@@ -6,19 +6,13 @@ python sink_on_hdfs.py FOLDER
 import json
 import sys
 
+from hadoop import HADOOP
 from test_sinks import Sink, stored, write
 
 from helpers.sinks import SinkError
 from helpers.sinks.commits import CommitLog
 from helpers.spark import fetch_jars, full_path, get_spark
 
-# Hadoop in a single JVM, for tests, and its dependencies.
-HADOOP = (
-    "org.apache.hadoop:hadoop-client-minicluster:3.5.0",
-    "org.junit.jupiter:junit-jupiter-api:5.11.4",
-    "org.mockito:mockito-core:4.11.0",
-    "org.bouncycastle:bcpkix-jdk18on:1.79",
-)
 SPARK_HAS = ("hadoop-client-api", "hadoop-client-runtime")
 
 
