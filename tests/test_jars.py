@@ -1,6 +1,14 @@
 """Jars and Java: found, fetched once, or reported missing with a remedy."""
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
+from processes import ROOT
 
 from helpers.spark import jars
 
@@ -12,7 +20,7 @@ CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_2.13:4.2.0"
 @pytest.fixture
 def empty_cache(monkeypatch, tmp_path):
     """An empty folder for jars."""
-    monkeypatch.setattr(jars, "jars_folder", lambda: tmp_path / "jars")
+    monkeypatch.setattr(jars, "_all_folders", lambda: (tmp_path / "jars", tmp_path / "own"))
     return tmp_path / "jars"
 
 
@@ -65,9 +73,54 @@ def test_without_java_the_commands_are_given(monkeypatch, tmp_path):
         jars.java_command()
 
 
-def test_jars_live_in_the_virtual_environment_or_the_users_cache(monkeypatch, tmp_path):
+def test_jars_are_in_the_virtual_environment_or_the_users_cache(monkeypatch, tmp_path):
     """Jars are kept in the virtual environment, or without one in the user's cache."""
     assert jars.jars_folder().is_relative_to(jars.sys.prefix)
+    monkeypatch.setattr(jars.sys, "prefix", str(tmp_path / "python"))
     monkeypatch.setattr(jars.sys, "base_prefix", jars.sys.prefix)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert jars.jars_folder().is_relative_to(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert jars.jars_folder().is_relative_to(tmp_path / "cache")
+
+
+def test_an_administrator_prepares_jars_for_a_python_without_virtual_environment(
+    monkeypatch, tmp_path
+):
+    """Outside of a virtual environment, a `share/jars` that exists is used instead of the cache."""
+    monkeypatch.setattr(jars.sys, "prefix", str(tmp_path / "python"))
+    monkeypatch.setattr(jars.sys, "base_prefix", jars.sys.prefix)
+    (tmp_path / "python" / "share" / "jars").mkdir(parents=True)
+    assert jars.jars_folder() == tmp_path / "python" / "share" / "jars"
+
+
+AS_ANOTHER_USER = f"""
+from helpers.spark import fetch_jars, get_spark
+from helpers.spark.jars import archive_option, jars_folder, spark_program
+spark = get_spark(cores=1)
+print(len(fetch_jars("{CONNECTOR}")), spark.range(3).count(), len(archive_option(spark_program())))
+print(jars_folder())
+"""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None,
+    reason="only root on Linux can run a program as another user",
+)
+def test_a_user_without_write_permission_uses_the_shared_jars():
+    """All users read the environment's jars and class archive; only new jars go to their cache."""
+    home = Path(tempfile.mkdtemp(prefix="home-"))
+    # This user may read everything, also the home folder that this Python may be in.
+    reader = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *reader]
+    try:
+        os.chown(home, 65534, 65534)
+        run = subprocess.run(
+            [*command, sys.executable, "-c", AS_ANOTHER_USER], cwd=ROOT, capture_output=True,
+            text=True, timeout=300, stdin=subprocess.DEVNULL,
+            env={"PATH": os.environ["PATH"], "HOME": str(home), "JAVA_TOOL_OPTIONS": UNREACHABLE},
+        )  # fmt: skip
+        counted, folder = run.stdout.splitlines(), home / ".cache" / "kafka-spark-keras" / "jars"
+        archives = len(jars.archive_option(jars.spark_program()))
+        assert counted == [f"{len(jars.fetch_jars(CONNECTOR))} 3 {archives}", str(folder)], run
+        assert not folder.exists()
+    finally:
+        shutil.rmtree(home)

@@ -110,8 +110,9 @@ def spark_and_scala() -> tuple[str, str]:
 def fetch_jars(*coordinates: str) -> list[Path]:
     """Return the jars for Maven coordinates and their dependencies, fetched on the first call.
 
-    The jars are kept in ``share/jars`` of the virtual environment, or in the user's cache folder
-    outside of one; later calls need no network.
+    The jars are kept in `jars_folder`; later calls need no network. Jars in ``share/jars`` of the
+    Python environment are also found if only an administrator can write there, as in the image of a
+    JupyterHub.
 
     Parameters
     ----------
@@ -137,24 +138,36 @@ def fetch_jars(*coordinates: str) -> list[Path]:
     True
     """
     name = "+".join("-".join(coordinate.split(":")[1:]) for coordinate in coordinates)
+    for folder in _all_folders():
+        if (folder / name).is_dir():
+            return sorted((folder / name).glob("*.jar"))
     folder = jars_folder() / name
-    if not folder.is_dir():
-        _resolve(coordinates, folder)
+    _resolve(coordinates, folder)
     return sorted(folder.glob("*.jar"))
 
 
 def jars_folder() -> Path:
-    """Return the folder in which `fetch_jars` keeps jars.
+    """Return the folder in which `fetch_jars` keeps new jars.
+
+    It is ``share/jars`` of the virtual environment, or the same folder of another Python if it
+    exists. If that can't be written, it is in the user's cache.
 
     Examples
     --------
     >>> jars_folder().name
     'jars'
     """
-    if sys.prefix != sys.base_prefix:
-        return Path(sys.prefix) / "share" / "jars"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "kafka-spark-keras" / "jars"
+    shared, own = _all_folders()
+    if sys.prefix == sys.base_prefix and not shared.is_dir():
+        return own
+    existing = next(folder for folder in (shared, *shared.parents) if folder.is_dir())
+    return shared if os.access(existing, os.W_OK) else own
+
+
+def _all_folders() -> tuple[Path, Path]:
+    """Return the folders that may have jars: the environment's, and that in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(sys.prefix) / "share" / "jars", Path(cache) / "kafka-spark-keras" / "jars"
 
 
 def spark_program() -> str:
@@ -184,10 +197,11 @@ def archive_option(program: str) -> list[str]:
     >>> archive_option("kafka-0.8")
     []
     """
-    for archive in jars_folder().glob(f"{_archive_name(program)}-*.jsa"):
-        # Java crashes if a part is missing, for example after an interrupted copy.
-        if archive.stem.endswith(f"-{archive.stat().st_size}"):
-            return [f"-XX:SharedArchiveFile={archive}"]
+    for folder in _all_folders():
+        for archive in folder.glob(f"{_archive_name(program)}-*.jsa"):
+            # Java crashes if a part is missing, for example after an interrupted copy.
+            if archive.stem.endswith(f"-{archive.stat().st_size}"):
+                return [f"-XX:SharedArchiveFile={archive}"]
     return []
 
 
@@ -235,15 +249,17 @@ def new_archive(program: str) -> Iterator[str]:
     ...     print(option.partition("=")[0])
     -XX:ArchiveClassesAtExit
     """
-    unfinished = jars_folder() / f".{program}.{os.getpid()}"
+    folder = jars_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{program}.{os.getpid()}"
     try:
         yield f"-XX:ArchiveClassesAtExit={unfinished}"
         trial = [java_command(), f"-XX:SharedArchiveFile={unfinished}", "-version"]
         if subprocess.run(trial, capture_output=True).returncode:
             raise OSError("Java can't use the class archive that it has written")
         name = f"{_archive_name(program)}-{unfinished.stat().st_size}.jsa"
-        unfinished.replace(jars_folder() / name)
-        for archive in jars_folder().glob(f"{program}-*.jsa"):
+        unfinished.replace(folder / name)
+        for archive in folder.glob(f"{program}-*.jsa"):
             if archive.name != name:
                 archive.unlink(missing_ok=True)
     finally:
