@@ -5,6 +5,8 @@
 # test-long  runs the longest tests, which repeat crashes many times, in two hours
 # test-cluster  runs notebooks and jobs on a real YARN with HDFS and on a standalone cluster, in
 #        this machine, which takes a quarter of an hour and 10 GB of memory
+# test-hub   runs the walkthrough as two users of a JupyterHub, and as a user of CERN SWAN; it needs
+#        npm, and installs the packages of requirements-hub.txt and tests/requirements-swan.txt
 # pack   packs the Python packages and `helpers` for a cluster's machines: see docs/clusters.md
 # bench  measures the walkthrough's stream beside other programs, and the processor's limit
 # lab    opens the notebooks in JupyterLab
@@ -23,7 +25,7 @@ parameters = $(foreach name,$(filter-out NOTEBOOK PYTHON,$(typed)),$(call quoted
 # What Spark's workers import, as in helpers/preflight/checks.py.
 packed = numpy|pandas|pyarrow|orjson|msgspec|keras|tensorflow(-cpu)?
 
-.PHONY: run test test-long test-cluster pack bench lab notebooks clean setup
+.PHONY: run test test-long test-cluster test-hub pack bench lab notebooks clean setup
 
 run: setup
 	@.venv/bin/python -m helpers.notebook $(call quoted,$(NOTEBOOK)) $(parameters)
@@ -49,6 +51,12 @@ pack: setup
 	@.venv/bin/python -m zipfile -c build/helpers.zip helpers
 	@rm -r build/environment build/versions.txt
 	@ls -sh build/environment.tar.gz build/helpers.zip
+
+test-hub: setup
+	@./setup.sh requirements-hub.txt
+	@.venv/bin/uv pip install --quiet --target .venv/swan --no-deps -r tests/requirements-swan.txt
+	@npm install --silent --no-fund --no-audit --prefix .venv configurable-http-proxy@5.3.0
+	@.venv/bin/python -m pytest -m hub -s tests
 
 bench: setup
 	@./setup.sh requirements-bench.txt

@@ -382,3 +382,14 @@ def test_the_page_on_monitoring_has_the_metrics_that_exist():
     assert on_page == served
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(program.replace("9400", "0"), {})
+
+
+def test_on_a_hub_with_a_proxy_the_table_links_to_sparks_page(spark, monkeypatch, tmp_path):
+    """The HTML table has a link below the hub's address of this server, and none elsewhere."""
+    (tmp_path / "jupyter_server_proxy").mkdir()
+    monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/ada/")
+    monkeypatch.syspath_prepend(tmp_path)
+    port = spark.sparkContext.uiWebUrl.rpartition(":")[2]
+    assert f'href="/user/ada/proxy/{port}/jobs/"' in Monitor().contents()["text/html"]
+    monkeypatch.delenv("JUPYTERHUB_SERVICE_PREFIX")
+    assert "href" not in Monitor().contents()["text/html"]

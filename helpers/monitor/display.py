@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
+from urllib.parse import urlsplit
+
+from pyspark import SparkContext
 
 from helpers.monitor.figures import Batch
 
@@ -116,6 +121,7 @@ def _html(rows: Iterable[Sequence[str]], total: Sequence[str], notes: Iterable[s
         f"<thead>{_html_row('th', _HEADINGS, 'border-bottom: 1px solid; ')}</thead>"
         f"<tbody>{body}</tbody>"
         f"<tfoot>{_html_row('th', total, 'border-top: 1px solid; ')}</tfoot></table>{notes}"
+        f"{_link_to_spark()}"
     )
 
 
@@ -123,3 +129,14 @@ def _html_row(tag: str, cells: Iterable[str], style: str = "") -> str:
     style += "text-align: right; padding: 0.2em 0.8em"
     row = "".join(f'<{tag} style="{style}">{cell}</{tag}>' for cell in cells)
     return f"<tr>{row}</tr>"
+
+
+def _link_to_spark() -> str:
+    """Return a link to Spark's web page, as HTML, if JupyterHub makes the page available."""
+    prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
+    context = SparkContext._active_spark_context
+    page = context and context.uiWebUrl
+    if not (prefix and page and find_spec("jupyter_server_proxy")):
+        return ""
+    address = html.escape(f"{prefix}proxy/{urlsplit(page).port}/jobs/")
+    return f'<div><a href="{address}" target="_blank">Spark UI</a></div>'
