@@ -27,7 +27,8 @@ def make_notebook(tmp_path):
         cells[1].metadata["tags"] = ["parameters"]
         cells += [nbformat.v4.new_code_cell(source) for source in sources]
         path = tmp_path / f"{name}.ipynb"
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        metadata = {"sparkconnect": {"bundled_options": [], "list_of_options": []}}  # as on SWAN
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
         return path
 
     return make

@@ -71,6 +71,13 @@ def test_spark_connect_is_refused(monkeypatch, name, value):
         get_spark()
 
 
+def test_a_connector_for_another_spark_is_refused(spark, monkeypatch):
+    """Classes of another version would fail in the middle of a stream, with a Java error."""
+    monkeypatch.setattr(spark, "version", "4.1.1")
+    with pytest.raises(SessionError, match=r"is Spark 4\.1\.1, but .* is for 4\.2\.0: .*:4\.1\.1"):
+        get_spark()
+
+
 def _no_such(coordinate):
     raise session.JarsError(f"Maven Central has no {coordinate}: use a version that it has.")
 
@@ -139,6 +146,7 @@ def test_spark_submits_master_decides_what_is_restricted(monkeypatch):
     monkeypatch.setattr(session.SparkContext, "_active_spark_context", None)
     monkeypatch.setattr(session, "_start", lambda settings: asked.update(settings))
     monkeypatch.setattr(session, "_has_connector", lambda spark: True)
+    monkeypatch.setattr(session, "_refuse_another_connector", lambda spark: None)
     monkeypatch.setattr(session, "_hide_secrets", lambda spark: None)
     monkeypatch.setattr(session, "_ship_helpers", lambda spark: None)
     get_spark()

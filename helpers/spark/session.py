@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pyspark.util
+from py4j.java_gateway import JavaObject
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
@@ -64,7 +65,7 @@ def get_spark(
     """Return the existing Spark session, or else a new one; either can read Kafka.
 
     An existing session (such as SWAN's, or one from an earlier cell) keeps its settings, and the
-    parameters have no effect.
+    parameters have no effect. On SWAN without a cluster, a new session has SWAN's settings.
 
     Parameters
     ----------
@@ -92,8 +93,8 @@ def get_spark(
     Raises
     ------
     SessionError
-        If Spark doesn't start, the session uses Spark Connect, or the Kafka connector for its
-        version doesn't exist or can't be fetched.
+        If Spark doesn't start, the session uses Spark Connect, the Kafka connector for its version
+        doesn't exist or can't be fetched, or SWAN has a cluster and the notebook isn't connected.
     helpers.spark.JarsError
         If Java or Spark's jars are missing.
 
@@ -107,12 +108,13 @@ def get_spark(
     if SparkContext._active_spark_context is not None:
         spark = SparkSession.builder.getOrCreate()
     else:
-        submitted = _submitted_settings()
+        submitted = {**_submitted_settings(), **_swan_settings()}
         master = submitted.get("spark.master", master)
         settings = _settings(app_name, master, executors, cores, memory, config or {})
         spark = _start({**settings, **submitted})
     if not _has_connector(spark):  # an existing session, or Java of an earlier one, may lack it
         _add_connector(spark)
+    _refuse_another_connector(spark)
     _hide_secrets(spark)
     _ship_helpers(spark)
     return spark
@@ -217,6 +219,28 @@ def _submitted_settings() -> dict[str, str]:
     return dict(SparkConf(_jvm=SparkContext._jvm).getAll())
 
 
+def _swan_settings() -> dict[str, str]:
+    """Return the settings that CERN SWAN has prepared in this notebook; none elsewhere.
+
+    Raises
+    ------
+    SessionError
+        If SWAN has a cluster: only its button starts a session there, with a ticket and with ports
+        that the cluster reaches.
+    """
+    # Not imported, because workers may not have IPython.
+    shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
+    if getattr(shell, "kernel", None) is None:
+        return {}
+    cluster, conf = os.environ.get("SPARK_CLUSTER_NAME"), shell.user_ns.get("swan_spark_conf")
+    if cluster:
+        raise SessionError(
+            f"this notebook isn't connected to SWAN's Spark cluster {cluster}: in the side bar, "
+            "open 'Apache Spark' and connect, then run this cell again."
+        )
+    return dict(conf.getAll()) if conf else {}
+
+
 def _hide_secrets(spark: SparkSession) -> None:
     """Redact secrets in Kafka client options in query plans and the Spark UI."""
     shown = spark.conf.get(_REDACTED_OPTIONS)
@@ -287,27 +311,46 @@ def _artifact(file_name: str) -> str:
 
 def _has_connector(spark: SparkSession) -> bool:
     """Return whether a running session can load Spark's Kafka connector."""
-    jvm = spark._jvm
-    loader = spark._jsparkSession.sharedState().jarClassLoader()
     try:
-        jvm.java.lang.Class.forName(_CONNECTOR_CLASS, False, loader)
+        _connector_class(spark)
     except Exception:  # py4j wraps Java's ClassNotFoundException
         return False
     return True
 
 
+def _connector_class(spark: SparkSession) -> JavaObject:
+    """Return a class of Spark's Kafka connector, as a running session loads it."""
+    loader = spark._jsparkSession.sharedState().jarClassLoader()
+    return spark._jvm.java.lang.Class.forName(_CONNECTOR_CLASS, False, loader)
+
+
 def _add_connector(spark: SparkSession) -> None:
     """Add the connector to a running session, where setting `spark.jars` has no effect."""
-    scala = ".".join(spark._jvm.scala.util.Properties.versionNumberString().split(".")[:2])
     # A driver on a cluster's machine has no spark-submit, which fetches jars.
     can_fetch = (spark_home() / "bin" / "spark-submit").exists()
-    for jar in _connector_jars(spark.version, scala) if can_fetch else []:
+    for jar in _connector_jars(spark.version, _scala(spark)) if can_fetch else []:
         spark.sql(f"ADD JAR '{jar.as_uri()}'")
     if not _has_connector(spark):
         raise SessionError(
             "this Spark session has no Kafka connector and can't load one: restart it with "
-            f"spark.jars.packages={CONNECTOR.format(scala=scala, spark=spark.version)}."
+            f"spark.jars.packages={CONNECTOR.format(scala=_scala(spark), spark=spark.version)}."
         )
+
+
+def _refuse_another_connector(spark: SparkSession) -> None:
+    """Raise `SessionError` if the session was started with the connector of another Spark."""
+    made_for = _connector_class(spark).getPackage().getImplementationVersion()
+    if made_for and made_for.split("-")[0] != spark.version.split("-")[0]:
+        raise SessionError(
+            f"this is Spark {spark.version}, but its Kafka connector is for {made_for}: restart "
+            "the session with spark.jars.packages="
+            f"{CONNECTOR.format(scala=_scala(spark), spark=spark.version)}."
+        )
+
+
+def _scala(spark: SparkSession) -> str:
+    """Return the version of a running session's Scala, such as '2.13'."""
+    return ".".join(spark._jvm.scala.util.Properties.versionNumberString().split(".")[:2])
 
 
 def _ship_helpers(spark: SparkSession) -> None:
