@@ -58,6 +58,21 @@ def test_an_unknown_version_is_named(empty_cache, empty_repository):
         jars.fetch_jars("org.apache.spark:connector:9.9.9")
 
 
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="only root on Linux can give a program another machine's name",
+)
+def test_a_container_needs_no_name_that_resolves(empty_repository):
+    """Where the machine's name leads to no address, jars are still looked up."""
+    rename = ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid && exec "$@"', "sh"]
+    run = subprocess.run(
+        [*rename, sys.executable, "-c", "from helpers.spark import *; fetch_jars('a:b:1.0')"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if name != "SPARK_LOCAL_IP"},
+    )  # fmt: skip
+    assert "NoSuchJarError: Maven Central has no a:b:1.0" in run.stderr
+
+
 def test_a_wrong_java_home_is_named(monkeypatch, tmp_path):
     """A JAVA_HOME without Java is named in the error."""
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))

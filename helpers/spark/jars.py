@@ -285,6 +285,8 @@ def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
             run = subprocess.run(
                 [*command, "spark-internal"], capture_output=True, text=True,
                 timeout=RESOLVE_SECONDS, stdin=subprocess.DEVNULL,
+                # Otherwise Spark looks up this machine's name, which a container may not know.
+                env={"SPARK_LOCAL_IP": "127.0.0.1", **os.environ},
             )
         except subprocess.TimeoutExpired:
             raise JarsError(
