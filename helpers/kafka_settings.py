@@ -51,6 +51,58 @@ def check_address(bootstrap_servers: str) -> None:
             raise ValueError(f"{address!r} is not the address of a Kafka broker: write host:port.")
 
 
+class ClientSettings(dict[str, str]):
+    """Settings of a Kafka client, which are shown without secrets, in a notebook for example.
+
+    Examples
+    --------
+    >>> ClientSettings({"sasl.mechanism": "PLAIN", "ssl.key.password": "swordfish"})
+    {'sasl.mechanism': 'PLAIN', 'ssl.key.password': '***'}
+    """
+
+    def __repr__(self) -> str:
+        return repr({name: "***" if is_secret(name) else value for name, value in self.items()})
+
+
+def connection_settings(bootstrap_servers: str, kafka_config: str = "") -> ClientSettings:
+    """Return the settings with which all clients connect to Kafka, by Kafka's names.
+
+    Parameters
+    ----------
+    bootstrap_servers : str
+        Addresses of brokers, ``host:port`` separated by commas.
+    kafka_config : str
+        A file with further settings, such as those of security, in Kafka's properties format; empty
+        for none.
+
+    Raises
+    ------
+    ValueError
+        If the address is missing or has no port, or the file can't be read.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "client.properties"
+    >>> _ = file.write_text("security.protocol = SSL")
+    >>> connection_settings("127.0.0.1:9092", str(file))
+    {'security.protocol': 'SSL', 'bootstrap.servers': '127.0.0.1:9092'}
+    """
+    if kafka_config and not bootstrap_servers:
+        raise ValueError(
+            f"{kafka_config} says how to connect, but not where to: also give the brokers' "
+            "addresses, as bootstrap_servers."
+        )
+    check_address(bootstrap_servers)
+    try:
+        given = read_config(kafka_config) if kafka_config else {}
+    except OSError as error:
+        raise ValueError(
+            f"{kafka_config} can't be read ({error.strerror}): give the absolute path of a file "
+            "with settings for Kafka clients."
+        ) from None
+    return ClientSettings({**given, "bootstrap.servers": bootstrap_servers})
+
+
 def read_config(path: str | Path) -> dict[str, str]:
     r"""Return the settings in a properties file, as Kafka's tools read it.
 
@@ -89,15 +141,20 @@ def read_config(path: str | Path) -> dict[str, str]:
 
 
 def config_option(text: str) -> dict[str, str]:
-    """Return the settings in the file given as a program's ``--kafka-config``.
+    """Return the settings in the file given as a program's ``--kafka-config``; none for ''.
 
     Raises
     ------
     argparse.ArgumentTypeError
         If the file can't be read.
+
+    Examples
+    --------
+    >>> config_option("")
+    {}
     """
     try:
-        return read_config(text)
+        return read_config(text) if text else {}
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
     except ValueError as error:

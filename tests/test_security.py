@@ -11,7 +11,13 @@ from processes import run_python
 
 from helpers.broker import python_settings
 from helpers.broker.security import client_settings, make_certificate
-from helpers.kafka_settings import _properties, is_secret, read_config, setting_option
+from helpers.kafka_settings import (
+    _properties,
+    connection_settings,
+    is_secret,
+    read_config,
+    setting_option,
+)
 
 PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
 
@@ -70,6 +76,18 @@ def test_a_file_with_secrets_that_others_can_read_is_warned_of(tmp_path, caplog)
         with caplog.at_level(logging.WARNING):
             read_config(file)
         assert (f"chmod 600 {file}" in caplog.text) == warned
+
+
+def test_a_file_with_settings_needs_an_address():
+    """A notebook's `kafka_config` without `bootstrap_servers` is an error with the remedy."""
+    with pytest.raises(ValueError, match="also give the brokers' addresses, as bootstrap_servers"):
+        connection_settings("", "/etc/client.properties")
+
+
+def test_a_file_with_settings_that_is_missing_is_named():
+    """The message names the file, and what to give instead."""
+    with pytest.raises(ValueError, match=r"^nowhere can't be read \(No such file or directory\):"):
+        connection_settings("127.0.0.1:9092", "nowhere")
 
 
 def test_whatever_kafka_calls_a_password_is_a_secret(spark):
@@ -133,7 +151,9 @@ def test_settings_become_arguments_of_the_client_that_knows_them():
         ({"key.serializer": "x"}, "no setting 'key.serializer'"),
         ({"linger.ms": "soon"}, "'linger.ms' is 'soon': it must be a whole number"),
         ({"enable.idempotence": "1"}, "must be true or false"),
-        ({"ssl.truststore.type": "JKS"}, "is JKS, which kafka-python can't read: convert it"),
+        ({"ssl.keystore.location": __file__}, "is JKS, from which kafka-python can't read a key"),
+        ({"ssl.truststore.location": "nowhere"}, "'nowhere': name a file that you can read"),
+        ({"sasl.mechanism": "GSSAPI"}, "needs a package: pip install gssapi"),
         ({"ssl.keystore.key": "-----BEGIN X-----a-----END X-----"}, "can't be read"),
     ],
 )
@@ -141,6 +161,20 @@ def test_what_kafka_python_cannot_take_is_named(settings, reason):
     """A setting that kafka-python can't use is named in the error."""
     with pytest.raises(ValueError, match=reason):
         python_settings(settings, KafkaProducer)
+
+
+def test_a_key_without_its_password_is_refused_at_once(tmp_path):
+    """A missing `ssl.key.password` is an error; nothing asks for it at the terminal."""
+    run = run_python(
+        "-c", "from subprocess import run; import sys; run(sys.argv[1:], check=True)",
+        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:swordfish", "-subj",
+        "/CN=x", "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "chain.pem"),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    file = tmp_path / "client.pem"
+    file.write_text("".join((tmp_path / f"{part}.pem").read_text() for part in ("key", "chain")))
+    with pytest.raises(ValueError, match=r"keys in ssl\.\* can't be read"):
+        python_settings({"ssl.keystore.type": "PEM", "ssl.keystore.location": str(file)})
 
 
 def test_keys_in_the_settings_are_loaded(tmp_path):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import logging
+import re
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.admin import (
@@ -17,12 +20,23 @@ from kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import (
+    KafkaConfigurationError,
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    SaslAuthenticationFailedError,
+    TopicAlreadyExistsError,
+    UnsupportedSaslMechanismError,
+)
 
 from helpers.broker.security import jaas, new_password, python_settings
 from helpers.broker.server import START_SECONDS, BrokerError
 from helpers.kafka_settings import ANSWER_SECONDS, check_address
 
+_REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
+
+CONNECT_TIME_OUT = {"bootstrap_timeout_ms": ANSWER_SECONDS * 1000}
 
 class BrokerAdmin(abc.ABC):
     """Administers a broker through Kafka clients; a subclass defines how they connect."""
@@ -145,13 +159,14 @@ class BrokerAdmin(abc.ABC):
             return sorted(name for name in admin.list_topics() if not name.startswith("__"))
 
 
-def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
+def count_records(kafka: str | Mapping[str, str], topic: str) -> dict[int, int]:
     """Return the number of records in each partition; empty if the topic doesn't exist.
 
     Parameters
     ----------
-    bootstrap_servers : str
-        Addresses of brokers, ``host:port`` separated by commas.
+    kafka : str or mapping
+        Addresses of brokers, ``host:port`` separated by commas, or a client's settings by Kafka's
+        names.
     topic : str
         The topic's name.
 
@@ -163,9 +178,9 @@ def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
     Raises
     ------
     BrokerError
-        If no broker answers within 15 s.
+        If no broker answers within 15 s, or Kafka refuses access.
     ValueError
-        If the address has no port.
+        If the address has no port, or kafka-python can't use a setting.
 
     Examples
     --------
@@ -175,22 +190,90 @@ def count_records(bootstrap_servers: str, topic: str) -> dict[int, int]:
     ...     count_records(kafka.bootstrap_servers, "events")
     {0: 0, 1: 0}
     """
-    check_address(bootstrap_servers)
-    milliseconds = ANSWER_SECONDS * 1000
-    try:
-        consumer = KafkaConsumer(
-            bootstrap_servers=bootstrap_servers.split(","), bootstrap_timeout_ms=milliseconds
-        )
-        with contextlib.closing(consumer):
-            numbers = consumer.partitions_for_topic(topic) or ()
-            partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
-            firsts, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
-    except KafkaError as error:
-        raise BrokerError(
-            f"no Kafka broker answers at {bootstrap_servers} within {ANSWER_SECONDS} s: check the "
-            "address, and that the broker is running."
-        ) from error
+    settings = {"bootstrap.servers": kafka} if isinstance(kafka, str) else kafka
+    servers = settings["bootstrap.servers"]
+    check_address(servers)
+    given = {**python_settings(settings, KafkaConsumer), **CONNECT_TIME_OUT}
+    with connecting(servers), contextlib.closing(KafkaConsumer(**given)) as consumer:
+        numbers = consumer.partitions_for_topic(topic) or ()
+        partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
+        firsts, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
     return {part.partition: ends[part] - firsts[part] for part in partitions}
+
+
+@contextlib.contextmanager
+def connecting(servers: str) -> Iterator[None]:
+    """Explain why a kafka-python client can't connect to Kafka.
+
+    The clients only log the reason, try again, and raise a time-out in the end.
+
+    Parameters
+    ----------
+    servers : str
+        The brokers' addresses, for the message.
+
+    Raises
+    ------
+    BrokerError
+        Instead of the client's error, with a remedy.
+
+    Examples
+    --------
+    >>> with connecting("127.0.0.1:1"):
+    ...     KafkaConsumer(bootstrap_servers="127.0.0.1:1", bootstrap_timeout_ms=100)
+    Traceback (most recent call last):
+    ...
+    helpers.broker.server.BrokerError: no Kafka broker answers at 127.0.0.1:1 within 15 s: ...
+    """
+    log, kept = logging.getLogger("kafka"), _Reason(logging.WARNING)
+    log.addHandler(kept)
+    try:
+        yield
+    except (KafkaTimeoutError, KafkaConnectionError) as error:
+        raise BrokerError(_refusal(kept.error or error, servers)) from error
+    except KafkaError as error:
+        raise BrokerError(_refusal(error, servers)) from error
+    finally:
+        log.removeHandler(kept)
+
+
+class _Reason(logging.Handler):
+    """Keeps the exception that says why a client can't connect, among those that it logs."""
+
+    error: BaseException | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]  # clients log in an `except` block
+        if isinstance(error, _REFUSALS) or "[SSL" in str(error):
+            self.error = error
+
+
+def _refusal(error: Exception, servers: str) -> str:
+    """Return why a client can't connect, as a sentence with its remedy."""
+    if isinstance(error, _REFUSALS):
+        return (
+            f"Kafka at {servers} refuses ({error}): check sasl.mechanism, and user and password in "
+            "sasl.jaas.config."
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return (
+            f"the certificate of Kafka at {servers} isn't trusted: set ssl.truststore.location to "
+            "a file with its certificate, or its authority's."
+        )
+    if re.search("ALERT_.*CERTIFICATE", str(error)):
+        return (
+            f"Kafka at {servers} wants a client's certificate that it trusts: set "
+            "ssl.keystore.location to a file with your key and certificate."
+        )
+    if isinstance(error, KafkaTimeoutError | KafkaConnectionError):
+        return (
+            f"no Kafka broker answers at {servers} within {ANSWER_SECONDS} s: check the address, "
+            "that the broker is running (`python -m helpers.broker` starts one), and that the "
+            "security settings match the broker's."
+        )
+    if isinstance(error, KafkaConfigurationError):
+        return f"the settings for Kafka don't fit: {error}"
+    return f"Kafka at {servers} refuses ({error}): check the settings for Kafka."
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

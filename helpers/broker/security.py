@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import textwrap
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,8 @@ def python_settings(
     Parameters
     ----------
     settings : mapping
-        Settings for Kafka's Java clients. Dots in names become underscores; certificates and keys
-        are PEM, in files or inline.
+        Settings for Kafka's Java clients. Dots in names become underscores. Keys are PEM, in a file
+        or inline, and so are certificates, or they are in a trust store of Java.
     client : type
         `KafkaProducer`, `KafkaConsumer` or `KafkaAdminClient`. Settings known only to the others
         are dropped.
@@ -193,7 +194,7 @@ def python_settings(
     Raises
     ------
     ValueError
-        If kafka-python doesn't know a setting, or doesn't accept its value.
+        If kafka-python doesn't know a setting, doesn't accept its value, or lacks a package for it.
 
     Examples
     --------
@@ -202,6 +203,11 @@ def python_settings(
     >>> python_settings({"linger.ms": "50", "group.id": "scoring"}, KafkaProducer)
     {'linger_ms': 50}
     """
+    if settings.get("sasl.mechanism") == "GSSAPI" and find_spec("gssapi") is None:
+        raise ValueError(
+            "sasl.mechanism is GSSAPI, for which kafka-python needs a package: "
+            "pip install gssapi (it is compiled, with gcc and the headers in libkrb5-dev)."
+        )
     arguments: dict[str, Any] = {}
     tls = {name: value for name, value in settings.items() if name.startswith("ssl.")}
     for name, value in settings.items():
@@ -249,12 +255,15 @@ def _tls_context(settings: Mapping[str, str]) -> ssl.SSLContext:
     for name in settings:
         if name not in _TLS_SETTINGS:
             raise ValueError(f"kafka-python has no setting {name!r}: leave it out.")
-    for store in ("ssl.truststore", "ssl.keystore"):
-        if settings.get(f"{store}.type", "PEM").upper() != "PEM":
-            raise ValueError(
-                f"{store}.type is {settings[f'{store}.type']}, which kafka-python can't read: "
-                "convert it to PEM, which Kafka's Java clients read as well."
-            )
+    for name in ("ssl.truststore.location", "ssl.keystore.location"):
+        if name in settings and not os.access(settings[name], os.R_OK):
+            raise ValueError(f"{name} is {settings[name]!r}: name a file that you can read.")
+    keys = _store_type(settings, "ssl.keystore")
+    if keys != "PEM" and "ssl.keystore.location" in settings:
+        raise ValueError(
+            f"ssl.keystore.type is {keys}, from which kafka-python can't read a key: convert it to "
+            "PEM, which Kafka's Java clients read as well (docs/clusters.md has the commands)."
+        )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = settings.get("ssl.endpoint.identification.algorithm", "https") != ""
@@ -267,14 +276,16 @@ def _tls_context(settings: Mapping[str, str]) -> ssl.SSLContext:
 
 def _load_certificates(context: ssl.SSLContext, settings: Mapping[str, str]) -> None:
     """Load the certificates that a client trusts, and the client's certificate and key."""
-    trusted = settings.get("ssl.truststore.certificates")
-    if trusted or settings.get("ssl.truststore.location"):
-        context.load_verify_locations(
-            settings.get("ssl.truststore.location"), cadata=_pem(trusted) if trusted else None
-        )
+    trusted, file = (
+        settings.get(f"ssl.truststore.{name}") for name in ("certificates", "location")
+    )
+    if file and _store_type(settings, "ssl.truststore") != "PEM":
+        trusted, file = _certificates(settings, file), None
+    if trusted or file:
+        context.load_verify_locations(file, cadata=_pem(trusted) if trusted else None)
     else:
         context.load_default_certs()
-    password = settings.get("ssl.key.password")
+    password = settings.get("ssl.key.password", "")  # with None, OpenSSL would ask at the terminal
     if settings.get("ssl.keystore.location"):
         context.load_cert_chain(settings["ssl.keystore.location"], password=password)
     elif settings.get("ssl.keystore.key"):
@@ -283,6 +294,22 @@ def _load_certificates(context: ssl.SSLContext, settings: Mapping[str, str]) -> 
             file.write(_pem(settings.get("ssl.keystore.certificate.chain", "")))
             file.flush()
             context.load_cert_chain(file.name, password=password)
+
+
+def _store_type(settings: Mapping[str, str], store: str) -> str:
+    """Return the type of a key store or trust store; Kafka's default is JKS."""
+    return settings.get(f"{store}.type", "JKS").upper()
+
+
+def _certificates(settings: Mapping[str, str], file: str) -> str:
+    """Return the certificates in a trust store of Java as PEM."""
+    arguments = ["-list", "-rfc", "-keystore", file]
+    if "ssl.truststore.password" in settings:
+        arguments += ["-storepass:env", "STORE_PASSWORD"]
+    try:
+        return _keytool(*arguments, password=settings.get("ssl.truststore.password", ""))
+    except JarsError as error:
+        raise ValueError(f"ssl.truststore.location can't be read: {error}") from None
 
 
 def _pem(text: str) -> str:
@@ -295,8 +322,11 @@ def _pem(text: str) -> str:
     )
 
 
-def _keytool(*arguments: str, password: str) -> None:
-    """Run Java's `keytool`, with the password in its environment: command lines are visible."""
+def _keytool(*arguments: str, password: str) -> str:
+    """Return what Java's `keytool` prints.
+
+    The password is in its environment, because command lines are visible.
+    """
     program = Path(java_command()).resolve().parent / "keytool"
     if not program.exists():
         raise JarsError(f"{program} is missing: install a Java that includes it, such as OpenJDK.")
@@ -306,3 +336,4 @@ def _keytool(*arguments: str, password: str) -> None:
     )  # fmt: skip
     if run.returncode != 0:
         raise JarsError(f"keytool failed: {(run.stdout + run.stderr).strip()}")
+    return run.stdout
