@@ -27,19 +27,13 @@ import kafka.codec
 import orjson
 import pandas as pd
 from kafka import KafkaProducer
-from kafka.errors import (
-    IllegalStateError,
-    KafkaConfigurationError,
-    KafkaConnectionError,
-    KafkaError,
-    KafkaTimeoutError,
-)
+from kafka.errors import IllegalStateError, KafkaError
 from kafka.producer.future import FutureRecordMetadata
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
-from helpers.broker import python_settings
+from helpers.broker import CONNECT_TIME_OUT, BrokerError, connecting, python_settings
 from helpers.higgs import EVENT_ID, FEATURES, generate_events, read_events
 from helpers.kafka_settings import ANSWER_SECONDS, check_address, config_option
 
@@ -230,19 +224,14 @@ def connect(options: argparse.Namespace) -> KafkaProducer:
         "request_timeout_ms": DELIVERY_SECONDS * 1000 // 2,
         "delivery_timeout_ms": 1000 * (LOOP_DELIVERY_SECONDS if options.loop else DELIVERY_SECONDS),
         "reconnect_backoff_max_ms": 1000,
-        "bootstrap_timeout_ms": ANSWER_SECONDS * 1000,
+        **CONNECT_TIME_OUT,
     }
+    given = {**defaults, **python_settings(given, KafkaProducer)}
     try:
-        return KafkaProducer(**{**defaults, **python_settings(given, KafkaProducer)})
-    except (KafkaTimeoutError, KafkaConnectionError) as error:
-        raise ProducerError(
-            f"no Kafka broker answers at {servers} within {ANSWER_SECONDS} s: check the "
-            "address, or start one with `python -m helpers.broker`."
-        ) from error
-    except KafkaConfigurationError as error:
-        raise ProducerError(f"the settings in --kafka-config don't fit: {error}") from error
-    except KafkaError as error:
-        raise ProducerError(f"Kafka at {servers} refuses: {error}") from error
+        with connecting(servers):
+            return KafkaProducer(**given)
+    except BrokerError as error:
+        raise ProducerError(str(error)) from None
 
 
 class Sender:

@@ -42,7 +42,7 @@ from kafka.codec import zstd_encode
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-from helpers.broker import python_settings
+from helpers.broker import CONNECT_TIME_OUT, BrokerError, connecting, python_settings
 from helpers.kafka_settings import check_address, config_option, setting_option
 from helpers.records import printable
 from helpers.sinks import DEAD_LETTERS
@@ -52,7 +52,6 @@ Place = tuple[int, int]  # of a dead letter: its partition and its offset
 Source = tuple[str, str, int, int]  # of a record: topic, topic id, partition and offset
 
 REPLAYED = ".replayed"  # suffix of the name of the topic that keeps the progress
-CONNECT_SECONDS = 10
 SILENT_SECONDS = 15  # the longest wait for the next dead letters
 DEFAULT_LIMIT = 1_048_588  # Kafka's default max.message.bytes, if the topic's is unknown
 RECORD_OVERHEAD = 500  # the most that Kafka adds to a record
@@ -305,13 +304,14 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
     """Send dead letters back; return the numbers of sent, unrepaired and copied ones, and all."""
     topic = options.topic
     group = f"replay-{topic}{DEAD_LETTERS}"
-    common = {"bootstrap_timeout_ms": CONNECT_SECONDS * 1000}
-    with KafkaAdminClient(**python_settings(settings), **common) as admin:
+    asking = {**python_settings(settings), **CONNECT_TIME_OUT}
+    with connecting(settings["bootstrap.servers"]), KafkaAdminClient(**asking) as admin:
         topic_id, limit = ask(admin, topic)
     # `init_transactions` fences off a concurrent run and aborts its open transaction.
     producer = KafkaProducer(
         **{
-            **python_settings(settings, KafkaProducer), **common, "transactional_id": group,
+            **python_settings(settings, KafkaProducer), **CONNECT_TIME_OUT,
+            "transactional_id": group,
             # The topic limits the compressed size; see `leave_large_ones`.
             "acks": "all", "compression_type": "zstd", "max_request_size": 2**30,
         }
@@ -320,7 +320,7 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
         producer.init_transactions()
         reader = python_settings(settings, KafkaConsumer)
         given = {
-            **reader, **common, "group_id": group, "enable_auto_commit": False,
+            **reader, **CONNECT_TIME_OUT, "group_id": group, "enable_auto_commit": False,
             "isolation_level": "read_committed",
         }  # fmt: skip
         with KafkaConsumer(**given) as consumer:
@@ -400,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = {**options.kafka_config, **dict(options.kafka_option)}
         settings["bootstrap.servers"] = options.bootstrap_servers
         sent, unrepaired, copies, letters = replay(options, settings)
-    except (ReplayError, KafkaError, ValueError, OSError) as error:
+    except (ReplayError, BrokerError, KafkaError, ValueError, OSError) as error:
         print(f"no more letters are sent back: {error}", file=sys.stderr)
         return 1
     print(

@@ -311,7 +311,7 @@ def test_a_secured_broker_is_written_to_with_settings_from_a_file(tmp_path):
     "text, reason",
     [
         ("no.such=1", "kafka-python has no setting 'no.such': leave it out."),
-        ("acks=1", "the settings in --kafka-config don't fit: "),
+        ("acks=1", "the settings for Kafka don't fit: "),
         ("linger.ms=soon", "Kafka's setting 'linger.ms' is 'soon': it must be a whole number."),
         (None, "nowhere.properties: No such file or directory"),
     ],

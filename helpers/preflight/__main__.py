@@ -30,8 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--memory", default="2g", help="Java's memory; default: %(default)s")
     parser.add_argument("--cores", type=int, help="concurrent tasks; default: one per core")
+    parser.add_argument(
+        "--kafka-config", default="", metavar="FILE",
+        help="settings for Kafka clients, including passwords, in Kafka's properties format",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
-    table = preflight(options.bootstrap_servers, options.memory, options.cores)
+    table = preflight(
+        options.bootstrap_servers, options.memory, options.cores, options.kafka_config
+    )
     print(_as_text(table))
     return 0 if table["ok"].all() else 1
 

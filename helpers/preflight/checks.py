@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +18,21 @@ from typing import NamedTuple
 import pandas as pd
 import pyspark
 from kafka import KafkaAdminClient
-from kafka.errors import KafkaError
 from py4j.protocol import Py4JError
 from pyspark import SparkContext
 
 import helpers
-from helpers.broker import KAFKA_JARS, KAFKA_VERSION, LOOPBACK, free_port, port_is_free
-from helpers.kafka_settings import ANSWER_SECONDS, check_address
+from helpers.broker import (
+    KAFKA_JARS,
+    KAFKA_VERSION,
+    LOOPBACK,
+    BrokerError,
+    connecting,
+    free_port,
+    port_is_free,
+    python_settings,
+)
+from helpers.kafka_settings import ANSWER_SECONDS, connection_settings
 from helpers.spark import (
     CONNECTOR,
     INSTALL_JAVA,
@@ -87,7 +95,10 @@ class Check(NamedTuple):
 
 
 def preflight(
-    bootstrap_servers: str = "", memory: str = "2g", cores: int | None = None
+    bootstrap_servers: str = "",
+    memory: str = "2g",
+    cores: int | None = None,
+    kafka_config: str = "",
 ) -> pd.DataFrame:
     """Check all requirements of a run, and name the command that provides each missing one.
 
@@ -101,6 +112,8 @@ def preflight(
         Java's memory in the run, such as ``"2g"``.
     cores : int, optional
         Number of concurrent tasks of the run on this machine; by default one per available core.
+    kafka_config : str
+        A file with settings for a secured Kafka, in Kafka's properties format; empty for none.
 
     Returns
     -------
@@ -118,10 +131,10 @@ def preflight(
         check_spark(),
         check_connector(),
         check_worker_python(),
-        check_broker(bootstrap_servers),
+        check_broker(bootstrap_servers, kafka_config),
         check_memory(memory, cores),
         check_disk(),
-        check_ports(),
+        _available("ports", "none is needed") if bootstrap_servers else check_ports(),
     ]
     return pd.DataFrame(checks)
 
@@ -208,7 +221,7 @@ def check_worker_python() -> Check:
     return _available(what, f"{_PYTHON_VERSION}, this one")
 
 
-def check_broker(bootstrap_servers: str = "") -> Check:
+def check_broker(bootstrap_servers: str = "", kafka_config: str = "") -> Check:
     """Check that a broker answers within 15 s, or that one can be started here.
 
     Parameters
@@ -216,6 +229,8 @@ def check_broker(bootstrap_servers: str = "") -> Check:
     bootstrap_servers : str
         Addresses of brokers, ``host:port`` separated by commas. If empty, the run starts a local
         broker, whose missing jars are fetched, for up to 5 minutes.
+    kafka_config : str
+        A file with settings for a secured Kafka, in Kafka's properties format; empty for none.
 
     Examples
     --------
@@ -223,19 +238,21 @@ def check_broker(bootstrap_servers: str = "") -> Check:
     "'127.0.0.1' is not the address of a Kafka broker: write host:port."
     """
     what = "Kafka broker"
-    if not bootstrap_servers:
+    if not (bootstrap_servers or kafka_config):
         return _check_jars(what, f"Kafka {KAFKA_VERSION}, to be started here", *KAFKA_JARS)
     try:
-        check_address(bootstrap_servers)
+        settings = connection_settings(bootstrap_servers, kafka_config)
+        refusal = _refusal(settings)
     except ValueError as error:
-        return _missing(what, str(error), f"write it like {LOOPBACK}:{BROKER_PORT}")
-    if _answers(bootstrap_servers):
+        remedy = f"write it like {LOOPBACK}:{BROKER_PORT}"
+        return _missing(what, str(error), f"correct {kafka_config}" if kafka_config else remedy)
+    if not refusal:
         return _available(what, f"answers at {bootstrap_servers}")
-    found = f"no Kafka broker answers at {bootstrap_servers} within {ANSWER_SECONDS} s"
+    found, _, remedy = refusal.rstrip(".").rpartition(": ")
     host, _, port = bootstrap_servers.rpartition(":")
     if host in (LOOPBACK, "localhost") and port_is_free(int(port)):
-        return _missing(what, found, _start_broker(int(port)))
-    return _missing(what, found, "check the address, and that the broker is running")
+        remedy = _start_broker(int(port))
+    return _missing(what, found, remedy)
 
 
 def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
@@ -299,7 +316,7 @@ def check_ports(port: int = BROKER_PORT) -> Check:
     """
     if port_is_free(port):
         return _available("ports", f"{port} is free")
-    if _answers(f"{LOOPBACK}:{port}"):
+    if not _refusal({"bootstrap.servers": f"{LOOPBACK}:{port}"}):
         return _available("ports", f"a Kafka broker answers at {port}")
     found = f"{port} is taken by a program that is not a Kafka broker"
     return _missing("ports", found, _start_broker(free_port()))
@@ -411,18 +428,23 @@ def _check_workers(what: str, context: SparkContext) -> Check:
     return _available(what, f"{_PYTHON_VERSION}, {answers[0][0]}")
 
 
-def _answers(bootstrap_servers: str) -> bool:
-    """Return whether a Kafka broker answers, without naming a topic, which ACLs could forbid."""
+def _refusal(settings: Mapping[str, str]) -> str:
+    """Return why no broker answers; '' if one does.
+
+    Raises
+    ------
+    ValueError
+        If kafka-python can't use the settings.
+    """
     milliseconds = ANSWER_SECONDS * 1000
+    limits = {"bootstrap_timeout_ms": milliseconds, "request_timeout_ms": milliseconds}
+    arguments = {**python_settings(settings), **limits}
     try:
-        with KafkaAdminClient(
-            bootstrap_servers=bootstrap_servers.split(","), bootstrap_timeout_ms=milliseconds,
-            request_timeout_ms=milliseconds,
-        ) as admin:  # fmt: skip
-            admin.list_topics()
-    except (KafkaError, OSError):
-        return False
-    return True
+        with connecting(settings["bootstrap.servers"]), KafkaAdminClient(**arguments) as admin:
+            admin.list_topics()  # without naming one, which ACLs could forbid
+    except (BrokerError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _start_broker(port: int) -> str:
