@@ -16,7 +16,8 @@ def notebook_names(spark, kafka, produce):
     """The names of the notebook that the exercises use, with a small topic that is scored."""
     kafka.create_topic("structured-notebook", partitions=1)
     names = run_cells(NAME, ["parameters", "imports", "new-events"], {"spark": spark})
-    names |= {"bootstrap_servers": kafka.bootstrap_servers, "topic": "structured-notebook"}
+    settings = {"bootstrap.servers": kafka.bootstrap_servers}
+    names |= {"kafka_settings": settings, "topic": "structured-notebook"}
     events = names["new_events"](COUNT, 100_000)
     values = events[[EVENT_ID, *FEATURES]].to_json(orient="records", lines=True).splitlines()
     produce("structured-notebook", [value.encode() for value in values])

@@ -35,7 +35,7 @@ from helpers.streaming.errors import StreamError, explained, without_secrets
 from helpers.streaming.kafka_utils import KafkaMessageAndMetadata, KafkaUtils, utf8_decoder
 from helpers.streaming.offsets import Broker, OffsetRange, PlannedBatch, TopicAndPartition
 from helpers.streaming.planner import OffsetPlanner
-from helpers.streaming.reader import RangeReader
+from helpers.streaming.reader import RangeReader, spark_options
 from helpers.streaming.settings import (
     java_map,
     modern_settings,

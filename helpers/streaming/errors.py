@@ -30,6 +30,8 @@ _REMEDIES = {
     "sasl.jaas.config",
     "SslAuthenticationException": "the broker's certificate isn't trusted; set "
     "ssl.truststore.location to a file with its certificate, or its authority's",
+    "LoginException": "check keyTab and principal in sasl.jaas.config, and krb5.conf",
+    "PBE": "Java can't decrypt this key; docs/clusters.md has the commands that convert it",
     "CommitFailedException": "another consumer has joined the group; stop it, or use another "
     "group.id",
     "TimeoutException": "check that the broker is running and that the executors can reach it",
@@ -158,8 +160,12 @@ def explained(error: Exception, settings: Mapping[str, str]) -> StreamError:
     # Java does not trust the broker's certificate.
     if any("certpath" in cause.getClass().getName() for cause in java_causes(error)):
         name = "SslAuthenticationException"
-    message = without_secrets(cause_message(error), settings).rstrip(".")
-    return StreamError(f"Kafka at {servers} refuses: {message} ({name}){remedy(name)}.")
+    text = cause_message(error)
+    for cause in java_causes(error):  # Kerberos' own errors have only a number
+        if cause.getClass().getSimpleName() == "LoginException":
+            name, text = "LoginException", cause.getMessage()
+    message, what_to_do = without_secrets(text, settings).rstrip("."), remedy(name) or remedy(text)
+    return StreamError(f"Kafka at {servers} refuses: {message} ({name}){what_to_do}.")
 
 
 def without_secrets(text: str, settings: Mapping[str, str]) -> str:

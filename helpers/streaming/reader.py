@@ -39,6 +39,26 @@ RECORDS_PER_TASK = 1_000
 POLL_SECONDS = 30
 
 
+def spark_options(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return a Kafka client's settings as options of Spark's Kafka source and sink.
+
+    Parameters
+    ----------
+    settings : mapping
+        Settings by Kafka's names; those that Spark's source rejects are left out.
+
+    Examples
+    --------
+    >>> spark_options({"bootstrap.servers": "127.0.0.1:9092", "auto.offset.reset": "earliest"})
+    {'kafka.bootstrap.servers': '127.0.0.1:9092'}
+    """
+    return {
+        f"kafka.{name}": value
+        for name, value in settings.items()
+        if name not in _NOT_FOR_THE_READER
+    }
+
+
 def source_options(settings: Mapping[str, str]) -> dict[str, str]:
     """Return a Kafka client's settings as options of Spark's Kafka source.
 
@@ -55,12 +75,7 @@ def source_options(settings: Mapping[str, str]) -> dict[str, str]:
     merged = {**_READER_SETTINGS, **settings}
     # Kafka rejects a time-out for a whole call that is shorter than the one for a request.
     merged.setdefault("default.api.timeout.ms", merged["request.timeout.ms"])
-    options = {
-        f"kafka.{name}": value
-        for name, value in merged.items()
-        if name not in _NOT_FOR_THE_READER
-    }
-    return options | {"kafkaConsumer.pollTimeoutMs": str(POLL_SECONDS * 1000)}
+    return spark_options(merged) | {"kafkaConsumer.pollTimeoutMs": str(POLL_SECONDS * 1000)}
 
 
 class RangeReader:
