@@ -461,8 +461,8 @@ def run_steadily(
         else:
             stream = KafkaQuery(spark, [topic], settings, f"{folder}/checkpoint")
             at_the_end.enter_context(stream)
-        score_stream(stream, score, sink, monitor)
-        producer = _start_producer(kafka.bootstrap_servers, topic, round(rate * seconds), rate)
+        scoring, events = score_stream(stream, score, sink, monitor), round(rate * seconds)
+        producer = _start_producer(kafka.bootstrap_servers, topic, events, rate)
         at_the_end.callback(producer.kill)
         processes = Processes(excluded={kafka.pid, producer.pid})
 
@@ -470,7 +470,8 @@ def run_steadily(
             if producer.poll() is None:
                 processes.sample()
                 return False
-            return stream.lag() == 0
+            # Not the lag, which is that of the last interval: more events may have come since.
+            return scoring.offsets_done >= events
 
         if engine == "dstream":
             run_stream(ssc, until=is_done, timeout=DRAIN_SECONDS)
