@@ -39,9 +39,18 @@ from pyspark import SparkContext
 from pyspark.ml.functions import vector_to_array
 from pyspark.sql import Column, DataFrame, Observation, Row
 from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType, DoubleType, LongType, StringType, StructField, StructType
+from pyspark.sql.types import (
+    ArrayType,
+    BinaryType,
+    DoubleType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+)
 
 from helpers.higgs import SCHEMA
+from helpers.spark import arrow_function
 
 # How long to wait for an action's counts; after this time they never arrive.
 COUNTS_SECONDS = 10
@@ -231,7 +240,9 @@ def parse_events(records: DataFrame, schema: StructType = SCHEMA) -> DataFrame:
 def _event_column(context: SparkContext, schema_json: str) -> Column:
     """Return the column `event`, cached per context because pickling its function takes 5 ms."""
     schema = StructType.fromJson(json.loads(schema_json))
-    parse = F.arrow_udf(lambda values: _parser(schema_json).events(values), event_type(schema))
+    parse = arrow_function(
+        lambda values: _parser(schema_json).events(values), BinaryType(), event_type(schema)
+    )
     event = parse(F.col("value").cast("binary"))
     return event.alias("event", metadata={"features": schema.names[1:]})
 

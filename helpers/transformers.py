@@ -49,7 +49,7 @@ from helpers.model import (
     servable_model,
 )
 from helpers.records import list_array, matrix_of, named, vector_entries
-from helpers.spark import exact_path, exact_reader
+from helpers.spark import arrow_function, exact_path, exact_reader
 
 if TYPE_CHECKING:
     import keras
@@ -172,12 +172,13 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
             if names:
                 _check_features(dataset, name, names)
             _check_width(dataset, name, interface)
-            scored_type = _with_output(dataset.schema[name].dataType, output)
-            event = _network_function(context, model, scored_type)(named(name))
+            event_type = dataset.schema[name].dataType
+            scored_type = _with_output(event_type, output)
+            event = _network_function(context, model, event_type, scored_type)(named(name))
             scored, scores = dataset.withColumn(name, event), named(name)[output]
         else:
             features = _array_of(dataset, names) if names else _entries(dataset, name, interface)
-            found = _network_function(context, model, _SCORES)(features)
+            found = _network_function(context, model, _SCORES, _SCORES)(features)
             scored, scores = dataset.withColumn(output, found), named(output)
         return scored.withColumn(output, _vector(scores, output, interface.classes))
 
@@ -315,7 +316,7 @@ def _index(
 
 @functools.lru_cache(maxsize=8)
 def _network_function(
-    context: SparkContext, model_bytes: bytes, returns: DataType
+    context: SparkContext, model_bytes: bytes, takes: DataType, returns: DataType
 ) -> Callable[[Column], Column]:
     """Return a function from a column of lists or events to a column with predictions.
 
@@ -332,7 +333,7 @@ def _network_function(
             return _predict_events(column, names, digest, model)
         return _predict_lists(column, digest, model)
 
-    return F.arrow_udf(predict, returns).asNondeterministic()
+    return arrow_function(predict, takes, returns, deterministic=False)
 
 
 class _Loaded(NamedTuple):

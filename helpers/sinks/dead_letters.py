@@ -17,10 +17,10 @@ import pyarrow
 from py4j.java_gateway import JavaObject
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import LongType
+from pyspark.sql.types import BinaryType, LongType
 
 from helpers.kafka_settings import ANSWER_SECONDS
-from helpers.spark import JAVA_ERRORS, cause_message, cause_name, summary
+from helpers.spark import JAVA_ERRORS, arrow_function, cause_message, cause_name, summary
 from helpers.streaming import (
     StreamError,
     explained,
@@ -407,7 +407,9 @@ def _fits(place: LetterTopic, room: int) -> Column:
     if place.codec == "none":
         return F.lit(False)
     codec = place.codec
-    packed = F.arrow_udf(lambda contents: _packed_sizes(contents, codec), LongType())
+    packed = arrow_function(
+        lambda contents: _packed_sizes(contents, codec), BinaryType(), LongType()
+    )
     content = F.concat(*(F.coalesce(F.col(name), F.lit(b"")) for name in ("key", "value")))
     unpacked = F.when(F.col("size") <= room, content)
     # The margin exceeds the difference from Kafka's own compression.
