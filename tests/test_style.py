@@ -41,10 +41,11 @@ def test_ruff_finds_nothing():
 
 def test_every_dependency_is_pinned_and_explained():
     """Every requirement has an exact version, and a comment that explains it."""
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if not line.startswith("#"):
-            assert "==" in line.split(";")[0]
-            assert "  # " in line
+    for file in [*ROOT.glob("requirements*.txt"), *ROOT.glob("tests/requirements*.txt")]:
+        for line in file.read_text().splitlines():
+            if not line.startswith("#"):
+                assert "==" in line.split(";")[0]
+                assert "  # " in line
 
 
 def test_no_data_and_no_generated_file_is_committed():
@@ -53,7 +54,8 @@ def test_no_data_and_no_generated_file_is_committed():
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     allowed = (".py", ".ipynb", ".md", ".txt", ".toml", ".cfg", ".sh", ".svg", ".png", ".yml")
-    plain = {"Makefile", "LICENSE", ".gitignore", ".ci/run"}
+    plain = {"Makefile", "LICENSE", ".gitignore", ".ci/run", "Dockerfile", ".dockerignore"}
+    plain |= {"binder/postBuild", ".devcontainer/devcontainer.json"}
     assert [name for name in listing if not name.endswith(allowed) and name not in plain] == []
 
 
