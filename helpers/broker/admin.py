@@ -244,12 +244,23 @@ class _Reason(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]  # clients log in an `except` block
-        if isinstance(error, _REFUSALS) or "[SSL" in str(error):
+        if isinstance(error, _REFUSALS) or "[SSL" in str(error) or _is_of_kerberos(error):
             self.error = error
+
+
+def _is_of_kerberos(error: BaseException | None) -> bool:
+    """Return whether an exception is from the package gssapi, or from a broker with Kerberos."""
+    is_refusal = isinstance(error, _REFUSALS) and "GSSAPI" in str(error)
+    return is_refusal or type(error).__module__.startswith("gssapi")
 
 
 def _refusal(error: Exception, servers: str) -> str:
     """Return why a client can't connect, as a sentence with its remedy."""
+    if _is_of_kerberos(error):
+        return (
+            f"Kafka at {servers} refuses ({error}): check your Kerberos ticket with klist, and "
+            "sasl.kerberos.service.name."
+        )
     if isinstance(error, _REFUSALS):
         return (
             f"Kafka at {servers} refuses ({error}): check sasl.mechanism, and user and password in "
