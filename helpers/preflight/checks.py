@@ -54,7 +54,7 @@ PROGRAM_SECONDS = 30
 WORKERS_SECONDS = 60
 BROKER_PORT = 9092
 
-_OLDEST_SPARK = (4, 1)  # the first with `arrow_udf`
+_OLDEST_SPARK = (3, 5)  # the oldest on which scoring was tried
 _REQUIREMENTS = Path(helpers.__file__).resolve().parents[1] / "requirements.txt"
 _CONNECTORS_JARS = "<spark-sql-kafka-0-10.jar of your site and its dependencies>"
 _FETCH = "from helpers import broker, spark; broker.fetch(); spark.fetch()"
