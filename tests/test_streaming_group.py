@@ -19,7 +19,13 @@ from helpers.model import build_model
 from helpers.records import parse_events
 from helpers.scoring import score_stream
 from helpers.sinks import ParquetSink
-from helpers.streaming import KafkaQuery, StreamError, TopicAndPartition
+from helpers.streaming import (
+    KafkaQuery,
+    KafkaUtils,
+    StreamError,
+    TopicAndPartition,
+    new_streaming_context,
+)
 from helpers.streaming.client import KafkaClient
 from helpers.streaming.group import GroupProgress
 from helpers.transformers import LabelIndexTransformer, ModelPredictor
@@ -305,4 +311,17 @@ def test_a_group_that_works_again_is_reported_when_it_fails_again(
             progress.wait()
     assert len(warnings_in(caplog)) == 2
     progress.close()
+    client.close()
+
+
+def test_a_dstream_does_not_resume_from_what_a_query_has_read(spark, one, produce, settings):
+    """A query's offsets only show its lag; the stream commits its beginning in their place."""
+    produce(one, [b"x"] * 5)
+    client, place = KafkaClient(spark, settings), TopicAndPartition(one, 0)
+    client.commit({place: 3}, client.topic_ids([one]), by_query=True)
+    ssc = new_streaming_context(spark, 1.0)
+    stream = KafkaUtils.createDirectStream(ssc, [one], settings)
+    assert stream.positions() == {place: 0}
+    assert list(committed(settings).values()) == [0]
+    ssc.stop(stopSparkContext=False)
     client.close()

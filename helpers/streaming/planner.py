@@ -168,6 +168,7 @@ class OffsetPlanner:
             partition: committed.offset
             for partition, committed in self._client.committed(self._partitions).items()
             if committed.topic_id in (None, self._topic_ids[partition.topic])
+            and not committed.by_query
         }
 
     def close(self) -> None:
@@ -239,8 +240,15 @@ class OffsetPlanner:
         return {**committed, **starts}
 
     def _committed(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
-        """Return the group's offsets; raise if they belong to an earlier topic of the same name."""
-        found = self._client.committed(partitions)
+        """Return the group's offsets; raise if they belong to an earlier topic of the same name.
+
+        Those of a query only show its lag: what it has read, this stream has not.
+        """
+        found = {
+            partition: committed
+            for partition, committed in self._client.committed(partitions).items()
+            if not committed.by_query
+        }
         for partition, committed in found.items():
             if committed.topic_id not in (None, self._topic_ids[partition.topic]):
                 raise TopicRecreatedError(partition.topic)
