@@ -24,8 +24,9 @@ class GroupProgress:
 
     The query never resumes from these offsets. They are committed in the background: a commit that
     fails is reported once, and neither stops nor delays the query. Offsets that another program
-    has committed are never replaced, because that program may resume from them; and if the group
-    has members, Kafka refuses the commit.
+    has committed are not replaced, because that program may resume from them; and if the group has
+    members, Kafka refuses the commit. (A program that commits between the query's look and its
+    commit is not seen, so each program needs a separate group.)
 
     Parameters
     ----------
@@ -81,8 +82,9 @@ class GroupProgress:
 
     def close(self) -> None:
         """Close the connections to Kafka, after the last commit."""
-        self._thread.shutdown()
-        self._client.close()
+        closing = self._thread.submit(self._client.close)  # a client belongs to one thread
+        self._thread.shutdown(wait=False)
+        concurrent.futures.wait([closing], ANSWER_SECONDS)
 
     def _try_to_commit(self, offsets: Callable[[], Offsets]) -> None:
         try:

@@ -255,9 +255,11 @@ class KafkaQuery:
 
     def close(self) -> None:
         """Close the connections to Kafka, as the end of a ``with`` block does."""
-        self._client.close()
-        if self._progress is not None:
-            self._progress.close()
+        try:
+            self._client.close()
+        finally:
+            if self._progress is not None:
+                self._progress.close()
 
     def _done(self) -> dict[TopicAndPartition, int]:
         """Return where the last finished batch ended; before the first, where the query begins."""
