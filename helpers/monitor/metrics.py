@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-)
-from prometheus_client.registry import Collector
+from typing import TYPE_CHECKING
 
 from helpers.monitor.log import SECONDS_LIMITS, Monitor
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 # Only programs on this machine can scrape the metrics.
 _ADDRESS = "127.0.0.1"
@@ -60,6 +54,9 @@ def serve_metrics(
     scoring_events_total 0.0
     ...
     """
+    # Here, because a driver on a cluster's machine may not have the package.
+    from prometheus_client import CollectorRegistry, start_http_server
+
     registry = CollectorRegistry()
     registry.register(_Figures(monitor, model_version))
     try:
@@ -77,7 +74,7 @@ def serve_metrics(
         thread.join()
 
 
-class _Figures(Collector):
+class _Figures:
     """Turns a monitor's figures into metrics at each request."""
 
     def __init__(self, monitor: Monitor, model_version: Callable[[], str] | None) -> None:
@@ -85,6 +82,13 @@ class _Figures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return the metrics; the registry calls this."""
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+            InfoMetricFamily,
+        )
+
         totals, last = self._monitor.snapshot()
         for name, documentation, total in (
             ("scoring_events", "Events that were scored and stored.", "events"),
