@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 # How long Kafka may take to answer a request.
@@ -58,7 +58,12 @@ class ClientSettings(dict[str, str]):
     --------
     >>> ClientSettings({"sasl.mechanism": "PLAIN", "ssl.key.password": "swordfish"})
     {'sasl.mechanism': 'PLAIN', 'ssl.key.password': '***'}
+    >>> ClientSettings({"ssl.key.password": "swordfish"}) | {"group.id": "scoring"}
+    {'ssl.key.password': '***', 'group.id': 'scoring'}
     """
+
+    def __or__(self, others: Mapping[str, str]) -> ClientSettings:
+        return ClientSettings({**self, **others})
 
     def __repr__(self) -> str:
         return repr({name: "***" if is_secret(name) else value for name, value in self.items()})
