@@ -109,7 +109,7 @@ def get_spark(
         spark = SparkSession.builder.getOrCreate()
     else:
         submitted = {**_submitted_settings(), **_swan_settings()}
-        master = submitted.get("spark.master", master)
+        master = {**(config or {}), **submitted}.get("spark.master", master)
         settings = _settings(app_name, master, executors, cores, memory, config or {})
         spark = _start({**settings, **submitted})
     if not _has_connector(spark):  # an existing session, or Java of an earlier one, may lack it
@@ -261,8 +261,9 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # a cluster may set another
         # YARN and Kubernetes kill an executor that uses more memory than it requested. Spark
         # requests 10 % more than Java's, which is not enough for workers with TensorFlow.
-        workers = int(settings["spark.executor.cores"])
-        conf.setIfMissing("spark.executor.memoryOverhead", f"{_OVERHEAD + workers * _WORKER}m")
+        workers = int(settings.get("spark.executor.cores", 1))
+        if "spark.executor.memoryOverheadFactor" not in settings:
+            conf.setIfMissing("spark.executor.memoryOverhead", f"{_OVERHEAD + workers * _WORKER}m")
     gateway = SparkContext._gateway  # exists if an earlier session was stopped
     if gateway is None:
         # A Java that runs already ignores this setting; `_add_connector` adds the jars to it.
@@ -340,7 +341,8 @@ def _add_connector(spark: SparkSession) -> None:
 def _refuse_another_connector(spark: SparkSession) -> None:
     """Raise `SessionError` if the session was started with the connector of another Spark."""
     made_for = _connector_class(spark).getPackage().getImplementationVersion()
-    if made_for and made_for.split("-")[0] != spark.version.split("-")[0]:
+    releases = [re.match(r"(\d+\.\d+)\.", version or "") for version in (made_for, spark.version)]
+    if all(releases) and releases[0][1] != releases[1][1]:
         raise SessionError(
             f"this is Spark {spark.version}, but its Kafka connector is for {made_for}: restart "
             "the session with spark.jars.packages="
