@@ -19,10 +19,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
-from py4j.java_gateway import JavaObject
+from py4j.java_gateway import JavaObject, JavaPackage
+from py4j.protocol import Py4JJavaError
 from pyspark.java_gateway import ensure_callback_server_started
 from pyspark.sql import DataFrame, SparkSession
 
@@ -204,9 +206,14 @@ def metrics(
 
 
 def stop_at_signals(stopping: threading.Event) -> None:
-    """Make SIGTERM and Ctrl-C request a stop after the current batch."""
+    """Make SIGTERM and Ctrl-C request a stop after the current batch; the next one ends at once."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stopping.set()
+
     for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda *_: stopping.set())
+        signal.signal(ending, stop)
 
 
 def stop_at_signals_to_java(spark: SparkSession, stopping: threading.Event) -> None:
@@ -215,19 +222,21 @@ def stop_at_signals_to_java(spark: SparkSession, stopping: threading.Event) -> N
     spark-submit is Java, and so is the container of a driver on YARN; this program is their child.
     """
     ensure_callback_server_started(spark.sparkContext._gateway)
-    java, handler = spark._jvm.sun.misc, _SignalHandler(stopping)
+    java = spark._jvm.sun.misc
     for name in ("TERM", "INT"):
-        java.Signal.handle(java.Signal(name), handler)
+        with contextlib.suppress(Py4JJavaError):  # Java was started with -Xrs: it takes no signals
+            java.Signal.handle(java.Signal(name), _SignalHandler(java, stopping))
 
 
 class _SignalHandler:
     """Implements ``sun.misc.SignalHandler``."""
 
-    def __init__(self, stopping: threading.Event) -> None:
-        self._stopping = stopping
+    def __init__(self, java: JavaPackage, stopping: threading.Event) -> None:
+        self._java, self._stopping = java, stopping
 
-    def handle(self, _: JavaObject) -> None:
+    def handle(self, received: JavaObject) -> None:
         """Request a stop."""
+        self._java.Signal.handle(received, self._java.SignalHandler.SIG_DFL)
         self._stopping.set()
 
     class Java:
