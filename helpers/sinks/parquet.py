@@ -43,8 +43,6 @@ from helpers.streaming import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
 
-_MARK_SUCCESS = "mapreduce.fileoutputcommitter.marksuccessfuljobs"
-
 
 class Counts(NamedTuple):
     """The counts of a batch that was written to a sink.
@@ -355,9 +353,7 @@ class ParquetSink:
         has_version = MODEL_VERSION in scored.columns
         columns = stored_columns(context, self._meaning["event_id"], has_version)
         counted = records.observe(counts, *metrics(context, self._meaning["signal_index"]))
-        # The manifest says that the files are complete, so a file _SUCCESS is not needed.
-        writer = counted.select(*columns).write.option(_MARK_SUCCESS, "false")
-        writer.parquet(self._files.folder(folder))
+        self._files.write(counted.select(*columns), folder)
         found = observed(counts)
         if found is None:
             raise SinkError("Spark wrote a batch without counting it, so the batch is not stored.")

@@ -23,6 +23,9 @@ from helpers.spark import (
     summary,
 )
 
+# Whether Spark adds a file _SUCCESS, which a sink's manifest makes superfluous.
+_MARK_SUCCESS = "mapreduce.fileoutputcommitter.marksuccessfuljobs"
+
 # Target size of a merged file.
 _FILE_SIZE = 64 * 1024**2
 
@@ -50,6 +53,10 @@ class PartFiles:
     def remove(self, name: str) -> None:
         """Remove a folder of files."""
         remove_folder(self._spark, self.folder(name))
+
+    def write(self, rows: DataFrame, name: str) -> None:
+        """Write rows to the files of a new folder."""
+        rows.write.option(_MARK_SUCCESS, "false").parquet(self.folder(name))
 
     def read(self, parts: Iterable[Part]) -> DataFrame:
         """Return the rows of parts."""
@@ -100,7 +107,7 @@ class PartFiles:
         name = f"merged-{first:020d}-{uuid.uuid4()}"
         files = max(1, sum(part.size for part in group) // _FILE_SIZE)
         try:
-            self.read(group).coalesce(files).write.parquet(self.folder(name))
+            self.write(self.read(group).coalesce(files), name)
             part = self.finished(name, sum(part.rows for part in group), first)
         except BaseException:
             with contextlib.suppress(Exception):  # must not hide the original error
