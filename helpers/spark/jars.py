@@ -139,7 +139,7 @@ def fetch_jars(*coordinates: str) -> list[Path]:
     """
     name = "+".join("-".join(coordinate.split(":")[1:]) for coordinate in coordinates)
     for folder in _all_folders():
-        if (folder / name).is_dir():
+        if os.path.isdir(folder / name):  # also if the user may not read its parent
             return sorted((folder / name).glob("*.jar"))
     folder = jars_folder() / name
     _resolve(coordinates, folder)
@@ -198,7 +198,8 @@ def archive_option(program: str) -> list[str]:
     []
     """
     for folder in _all_folders():
-        for archive in folder.glob(f"{_archive_name(program)}-*.jsa"):
+        readable = os.access(folder, os.R_OK | os.X_OK)
+        for archive in folder.glob(f"{_archive_name(program)}-*.jsa") if readable else ():
             # Java crashes if a part is missing, for example after an interrupted copy.
             if archive.stem.endswith(f"-{archive.stat().st_size}"):
                 return [f"-XX:SharedArchiveFile={archive}"]
