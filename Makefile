@@ -44,7 +44,7 @@ pack: setup
 	@mkdir -p build
 	@.venv/bin/uv pip freeze --quiet --python .venv --exclude-editable > build/versions.txt
 	@.venv/bin/uv venv --quiet --clear --python .venv/bin/python build/environment
-	@grep -E '^($(packed))==' requirements.txt | .venv/bin/uv pip install --quiet \
+	@grep -E '^($(packed))==' requirements.txt | ./setup.sh \
 		--compile-bytecode --python build/environment --constraint build/versions.txt -r -
 	@tar -cf - -C build/environment --exclude='*/tensorflow/include' --exclude='*/pandas/tests' . \
 		| gzip -1 > build/environment.tar.gz
@@ -53,13 +53,13 @@ pack: setup
 	@ls -sh build/environment.tar.gz build/helpers.zip
 
 test-hub: setup
-	@./setup.sh requirements-hub.txt
-	@.venv/bin/uv pip install --quiet --target .venv/swan --no-deps -r tests/requirements-swan.txt
+	@./setup.sh -r requirements-hub.txt
+	@./setup.sh --target .venv/swan --no-deps -r tests/requirements-swan.txt
 	@npm install --silent --no-fund --no-audit --prefix .venv configurable-http-proxy@5.3.0
 	@.venv/bin/python -m pytest -m hub -s tests
 
 bench: setup
-	@./setup.sh requirements-bench.txt
+	@./setup.sh -r requirements-bench.txt
 	@.venv/bin/python examples/benchmark.py compare
 
 lab: setup

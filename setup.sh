@@ -1,7 +1,7 @@
 #!/bin/sh
 # Creates .venv with everything that the notebooks need. `make` calls this script; if .venv is
 # complete, it does nothing and needs no network. PYTHON names the interpreter to use (3.11,
-# 3.12 or 3.13). With the name of another requirements file, adds its packages to .venv.
+# 3.12 or 3.13). With arguments, passes them to `uv pip install`, for .venv.
 set -eu
 cd "$(dirname "$0")"
 
@@ -72,7 +72,7 @@ pass_index() {
 if [ $# -gt 0 ]; then
     choose_cache
     pass_index
-    exec .venv/bin/uv pip install --quiet --python .venv -r "$1"
+    VIRTUAL_ENV=$PWD/.venv exec .venv/bin/uv pip install --quiet "$@"
 fi
 
 if [ -e "$stamp" ] && java_is_new_enough; then

@@ -470,6 +470,8 @@ def run_steadily(
             if producer.poll() is None:
                 processes.sample()
                 return False
+            if producer.returncode:
+                raise subprocess.CalledProcessError(producer.returncode, producer.args)
             # Not the lag, which is that of the last interval: more events may have come since.
             return scoring.offsets_done >= events
 
@@ -618,7 +620,7 @@ def main(arguments: list[str] | None = None) -> int:
             for result in _results(options):
                 print(json.dumps(result), file=stdout, flush=True)
     except ImportError as error:
-        print(f"{error}: ./setup.sh requirements-bench.txt installs it.", file=sys.stderr)
+        print(f"{error}: ./setup.sh -r requirements-bench.txt installs it.", file=sys.stderr)
         return 1
     except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
@@ -663,7 +665,8 @@ def _start_producer(
     program = Path(__file__).resolve().parent / "kafka_producer.py"
     command = [sys.executable, str(program), bootstrap_servers, "--topic", topic]
     command += ["--events", str(events), *(("--rate", str(rate)) if rate else ())]
-    return subprocess.Popen(command, stdout=sys.stderr)
+    # In a kernel that a test started, sys.stderr is not a file.
+    return subprocess.Popen(command, stdout=sys.__stderr__)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
