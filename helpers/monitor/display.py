@@ -135,8 +135,13 @@ def _link_to_spark() -> str:
     """Return a link to Spark's web page, as HTML, if JupyterHub makes the page available."""
     prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
     context = SparkContext._active_spark_context
-    page = context and context.uiWebUrl
-    if not (prefix and page and find_spec("jupyter_server_proxy")):
+    if not (prefix and context and find_spec("jupyter_server_proxy")):
+        return ""
+    try:
+        page = context.uiWebUrl
+    except Exception:  # the session is being stopped
+        page = None
+    if page is None:
         return ""
     address = html.escape(f"{prefix}proxy/{urlsplit(page).port}/jobs/")
     return f'<div><a href="{address}" target="_blank">Spark UI</a></div>'

@@ -248,7 +248,9 @@ def check_broker(bootstrap_servers: str = "", kafka_config: str = "") -> Check:
         return _missing(what, str(error), f"correct {kafka_config}" if kafka_config else remedy)
     if not refusal:
         return _available(what, f"answers at {bootstrap_servers}")
-    found, _, remedy = refusal.rstrip(".").rpartition(": ")
+    found, colon, remedy = refusal.rstrip(".").rpartition(": ")
+    if not colon:
+        found, remedy = refusal, "check the address, and that the broker is running"
     host, _, port = bootstrap_servers.rpartition(":")
     if host in (LOOPBACK, "localhost") and port_is_free(int(port)):
         remedy = _start_broker(int(port))

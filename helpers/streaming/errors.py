@@ -163,7 +163,7 @@ def explained(error: Exception, settings: Mapping[str, str]) -> StreamError:
     text = cause_message(error)
     for cause in java_causes(error):  # Kerberos' own errors have only a number
         if cause.getClass().getSimpleName() == "LoginException":
-            name, text = "LoginException", cause.getMessage()
+            name, text = "LoginException", cause.getMessage() or text
     message, what_to_do = without_secrets(text, settings).rstrip("."), remedy(name) or remedy(text)
     return StreamError(f"Kafka at {servers} refuses: {message} ({name}){what_to_do}.")
 
