@@ -139,6 +139,7 @@ def test_a_notebook_runs_on_a_secured_kafka_and_shows_no_secret(
     assert searched.found == set()
 
 
+@pytest.mark.long
 def test_a_notebook_with_a_wrong_password_names_the_reason_and_no_secret(
     secure_kafka, write_client, copied, search, tmp_path
 ):
@@ -183,7 +184,11 @@ def test_a_program_with_a_wrong_password_names_the_reason_and_no_secret(
     client = write_client("a-wrong-password")
     names = {"servers": secure_kafka.bootstrap_servers, "folder": tmp_path}
     command = [argument.format(**names) for argument in PROGRAMS[name]]
-    code, printed, searched = search([*command, "--kafka-config", str(client.file)], client.secrets)
+    for _ in range(3):
+        arguments = [*command, "--kafka-config", str(client.file)]
+        code, printed, searched = search(arguments, client.secrets)
+        if "no Kafka broker answers" not in printed:  # on a busy machine, the answer is too late
+            break
     assert code == 1, printed
     assert "check sasl.mechanism, and user and password in sasl.jaas.config" in printed
     assert "Traceback" not in printed
