@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
@@ -653,20 +653,23 @@ def _stopped_at_the_end(spark: SparkSession) -> Iterator[SparkSession]:
 
 def _produce(bootstrap_servers: str, events: int) -> None:
     """Fill the topic with the producer from the README."""
-    producer = _start_producer(bootstrap_servers, TOPIC, events)
+    producer = _start_producer(bootstrap_servers, TOPIC, events, output=sys.stderr)
     if producer.wait():
         raise subprocess.CalledProcessError(producer.returncode, producer.args)
 
 
 def _start_producer(
-    bootstrap_servers: str, topic: str, events: int, rate: int | None = None
+    bootstrap_servers: str,
+    topic: str,
+    events: int,
+    rate: int | None = None,
+    output: int | TextIO = subprocess.DEVNULL,
 ) -> subprocess.Popen:
     """Start the producer from the README."""
     program = Path(__file__).resolve().parent / "kafka_producer.py"
     command = [sys.executable, str(program), bootstrap_servers, "--topic", topic]
     command += ["--events", str(events), *(("--rate", str(rate)) if rate else ())]
-    # In a kernel that a test started, sys.stderr is not a file.
-    return subprocess.Popen(command, stdout=sys.__stderr__)
+    return subprocess.Popen(command, stdout=output)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
