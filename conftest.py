@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -94,6 +95,24 @@ def topic(kafka: LocalKafka) -> str:
     name = f"topic-{next(_NUMBERS)}"
     kafka.create_topic(name, partitions=2)
     return name
+
+
+@pytest.fixture
+def one(kafka: LocalKafka) -> str:
+    """A new topic with one partition."""
+    name = f"one-{uuid.uuid4()}"
+    kafka.create_topic(name, partitions=1)
+    return name
+
+
+@pytest.fixture
+def settings(kafka: LocalKafka) -> dict[str, str]:
+    """A stream's settings: from the beginning, in a new consumer group."""
+    return {
+        "bootstrap.servers": kafka.bootstrap_servers,
+        "group.id": f"group-{uuid.uuid4()}",
+        "auto.offset.reset": "earliest",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,15 @@ def running(command: list[str], **options) -> Iterator[subprocess.Popen]:
                 break
 
 
+def end(process: subprocess.Popen) -> None:
+    """End a process, first with SIGTERM, and wait for it."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    process.kill()
+    process.wait(30)
+
+
 def listening(process: psutil.Process) -> set[tuple[str, str, int]]:
     """Return name, IP and port of the listening sockets of a process and its descendants."""
     found = set()

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from processes import wait_until
+from processes import end, wait_until
 
 from helpers.broker import free_port, port_is_free
 from helpers.broker.server import prepare
@@ -49,8 +49,4 @@ def small_broker(
         assert process.poll() is None, log_file.read_text()[-3_000:]
         yield f"localhost:{port}"
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        process.kill()
-        process.wait(30)
+        end(process)

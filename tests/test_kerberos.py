@@ -1,11 +1,10 @@
 """A Kafka with Kerberos: a real key distribution centre and broker, the job, and the producer."""
 
-import contextlib
 import os
 import subprocess
 
 import pytest
-from processes import ROOT, run_python, wait_until
+from processes import ROOT, end, run_python, wait_until
 from small_broker import small_broker
 
 from helpers.sinks import read_bad_records
@@ -38,11 +37,7 @@ def realm(tmp_path_factory):
         wait_until(lambda: "Standalone MiniKdc Running" in (folder / "kdc.log").read_text(), 60)
         yield folder
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        process.kill()
-        process.wait(30)
+        end(process)
 
 
 def java_option(realm):

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-import uuid
 from pathlib import Path
 
 import pytest
@@ -28,16 +27,6 @@ from helpers.streaming import (
 )
 
 SECONDS = 600  # for what hangs; a stream of these tests takes seconds
-
-
-@pytest.fixture
-def settings(kafka):
-    """A stream's settings: from the beginning, in a new consumer group."""
-    return {
-        "bootstrap.servers": kafka.bootstrap_servers,
-        "group.id": f"group-{uuid.uuid4()}",
-        "auto.offset.reset": "earliest",
-    }
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import uuid
 
 import pytest
 from kafka import (
@@ -31,24 +30,6 @@ from helpers.streaming.group import GroupProgress
 from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
 NOT_COMMITTED = "the query's offsets can't be committed to group"
-
-
-@pytest.fixture
-def settings(kafka):
-    """A query's settings: from the beginning, with a new consumer group."""
-    return {
-        "bootstrap.servers": kafka.bootstrap_servers,
-        "group.id": f"group-{uuid.uuid4()}",
-        "auto.offset.reset": "earliest",
-    }
-
-
-@pytest.fixture
-def one(kafka):
-    """A new topic with one partition."""
-    name = f"one-{uuid.uuid4()}"
-    kafka.create_topic(name, partitions=1)
-    return name
 
 
 @pytest.fixture

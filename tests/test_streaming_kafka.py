@@ -34,24 +34,6 @@ def ssc(spark):
     context.stop(stopSparkContext=False, stopGraceFully=False)
 
 
-@pytest.fixture
-def settings(kafka):
-    """A stream's settings: from the beginning, in a new consumer group."""
-    return {
-        "bootstrap.servers": kafka.bootstrap_servers,
-        "group.id": f"group-{uuid.uuid4()}",
-        "auto.offset.reset": "earliest",
-    }
-
-
-@pytest.fixture
-def one(kafka):
-    """A new topic with one partition."""
-    name = f"one-{uuid.uuid4()}"
-    kafka.create_topic(name, partitions=1)
-    return name
-
-
 def drain(ssc, topic, settings):
     """Return the keys and values that a stream delivers until the topic's end."""
     found = []

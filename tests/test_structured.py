@@ -32,14 +32,6 @@ def settings(kafka):
 
 
 @pytest.fixture
-def one(kafka):
-    """A new topic with one partition."""
-    name = f"one-{uuid.uuid4()}"
-    kafka.create_topic(name, partitions=1)
-    return name
-
-
-@pytest.fixture
 def query_of(spark, tmp_path):
     """Make queries on one checkpoint, and close them at the end."""
     queries = []
