@@ -51,6 +51,16 @@ def test_the_broker_starts_in_any_locale(monkeypatch):
         assert read(kafka, "events", 1) == [0]
 
 
+def test_the_broker_starts_beside_a_spark_with_an_older_scala(monkeypatch, tmp_path):
+    """A site's Spark 3.5 has Scala 2.12, and Kafka 4 needs 2.13."""
+    (tmp_path / "jars").mkdir()
+    (tmp_path / "jars" / "scala-library-2.12.18.jar").touch()
+    monkeypatch.setenv("SPARK_HOME", str(tmp_path))
+    with LocalKafka() as kafka:
+        kafka.create_topic("events", partitions=1)
+        assert "events" in kafka.topics()
+
+
 def test_a_failed_restart_keeps_the_data():
     """A restart that fails because the port is taken loses no records."""
     with LocalKafka() as kafka:

@@ -6,9 +6,11 @@ To add a broker setting, extend `_broker_settings`.
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import subprocess
 import uuid
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from helpers.broker import security
@@ -189,7 +191,7 @@ def _java(
     folder: Path, main_class: str, argument: str, class_option: str | None = None
 ) -> list[str]:
     """Return the command that runs one of Kafka's programs."""
-    jars = [*fetch_jars(*KAFKA_JARS), *spark_home().glob("jars/scala-library-*.jar")]
+    jars = [*fetch_jars(*KAFKA_JARS), _scala_library()]
     options = [
         *_JVM_OPTIONS,
         *([class_option] if class_option else archive_option(KAFKA_PROGRAM)),
@@ -198,3 +200,17 @@ def _java(
     ]
     class_path = os.pathsep.join(map(str, jars))
     return [java_command(), *options, "-cp", class_path, main_class, argument]
+
+
+def _scala_library() -> Path:
+    """Return Kafka's Scala, from PySpark's jars; a site's Spark may have an older one."""
+    homes = [spark_home()]
+    with contextlib.suppress(PackageNotFoundError):
+        homes.insert(0, Path(str(distribution("pyspark").locate_file("pyspark"))))
+    for home in homes:
+        for jar in home.glob("jars/scala-library-2.13.*.jar"):
+            return jar
+    raise BrokerError(
+        f"a local broker needs Scala 2.13, and the Spark in {homes[0]} has none: use a running "
+        "broker (bootstrap_servers), or install PySpark beside it, as in requirements.txt."
+    )
