@@ -35,6 +35,7 @@ import msgspec
 import numpy as np
 import orjson
 import pyarrow
+from py4j.protocol import Py4JError
 from pyspark import SparkContext
 from pyspark.ml.functions import vector_to_array
 from pyspark.sql import Column, DataFrame, Observation, Row
@@ -332,11 +333,21 @@ def observed(counts: Observation) -> dict[str, Any] | None:
     {'events': 3}
     """
     deadline = time.monotonic() + COUNTS_SECONDS
-    while not counts._jo.future().isCompleted():
+    while not _is_complete(counts):
         if time.monotonic() > deadline:
             return None
         time.sleep(0.05)
     return counts.get
+
+
+def _is_complete(counts: Observation) -> bool:
+    """Return whether an observation has its metrics."""
+    try:
+        return counts._jo.future().isCompleted()
+    except Py4JError:  # Spark 3.5, where only `get` is public, and that blocks
+        metrics = counts._jo.getClass().getDeclaredField("metrics")
+        metrics.setAccessible(True)
+        return metrics.get(counts._jo).isDefined()
 
 
 def event_type(schema: StructType = SCHEMA) -> StructType:

@@ -152,7 +152,8 @@ def metrics(context: SparkContext, signal_index: int) -> list[Column]:
         F.count(index).alias("events"),
         F.count_if(index == signal_index).alias("signal"),
         F.count("bad").alias("bad"),
-        F.collect_set("unused").alias("unused"),
+        # As text, because Python gets arrays only since Spark 4.1.
+        F.to_json(F.array_distinct(F.flatten(F.collect_set("unused")))).alias("unused"),
         F.count_if(is_outside).alias("outside"),
         F.min(F.when(is_outside, place)).alias("one_outside"),
     ]

@@ -17,6 +17,7 @@ separate manifest. The original files are kept for an hour.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import threading
@@ -362,7 +363,7 @@ class ParquetSink:
                 f"{found['outside']} records are not in the offset ranges of their batch, such as "
                 f"{found['one_outside']}: write the records that the batch's function received."
             )
-        unused = sorted({name for names in found["unused"] for name in names})
+        unused = sorted(json.loads(found["unused"]))
         return found["rows"], Counts(found["events"], found["signal"], found["bad"], unused)
 
     def _bad(self, part: Part) -> DataFrame:
