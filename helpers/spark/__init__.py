@@ -6,7 +6,7 @@ on any of Spark's file systems, `machine` finds the available cores and memory, 
 provides the folder for temporary files and the log.
 """
 
-from helpers.spark.arrow import arrow_function
+from helpers.spark.arrow import arrow_function, arrow_table
 from helpers.spark.errors import JAVA_ERRORS, cause_message, cause_name, java_causes, summary
 from helpers.spark.files import (
     JsonFolder,

@@ -1,4 +1,4 @@
-"""Functions on Arrow columns, also with a Spark that only has functions on pandas columns."""
+"""Arrow columns in functions and as tables, also with a Spark that has neither."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pyarrow
-from pyspark.sql import Column
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_type
+from pyspark.sql.pandas.types import to_arrow_schema, to_arrow_type
 from pyspark.sql.types import DataType, LongType, StructType
 
 if TYPE_CHECKING:
@@ -56,6 +56,23 @@ def arrow_function(
     made = F.pandas_udf(through_pandas, returns)
     made = made if deterministic else made.asNondeterministic()
     return lambda column: made(_exact(column, takes))
+
+
+def arrow_table(df: DataFrame) -> pyarrow.Table:
+    """Return the rows of a DataFrame as an Arrow table.
+
+    Spark 4.0 introduced ``toArrow``, which does the same.
+
+    Examples
+    --------
+    >>> arrow_table(spark.range(3))["id"].to_pylist()
+    [0, 1, 2]
+    """
+    if hasattr(df, "toArrow"):
+        return df.toArrow()
+    batches = df._collect_as_arrow()
+    schema = batches[0].schema if batches else to_arrow_schema(df.schema)
+    return pyarrow.Table.from_batches(batches, schema)
 
 
 def _exact(column: Column, takes: DataType) -> Column:

@@ -8,7 +8,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from pyspark.sql.types import ArrayType, DataType, NumericType
 
 from helpers.model import model_from_bytes, model_to_bytes
 from helpers.records import named, vector_entries
-from helpers.spark import JAVA_ERRORS, summary
+from helpers.spark import JAVA_ERRORS, arrow_table, summary
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 if TYPE_CHECKING:
@@ -363,7 +363,7 @@ def _is_in_round(number: int, rounds: int) -> Column:
 
 def _collect(df: DataFrame) -> pyarrow.Table:
     try:
-        return df.toArrow()
+        return arrow_table(df)
     except JAVA_ERRORS as error:
         raise TrainingError(f"Spark could not train: {summary(error)}") from None
 
@@ -380,12 +380,17 @@ def _interruptible(spark: SparkSession, work: Callable[[], Any]) -> Any:
         spark.sparkContext.setJobGroup(group, "training")
         return work()
 
+    # Spark 4.0 introduced the form with a session, which also passes on its tags.
+    is_old = spark.version.startswith("3.")
+    target = inheritable_thread_target(run) if is_old else inheritable_thread_target(spark)(run)
     with ThreadPoolExecutor(1, group) as threads:
-        future = threads.submit(inheritable_thread_target(spark)(run))
+        future = threads.submit(target)
         try:
             return future.result()
         except BaseException:
-            spark.sparkContext._jsc.sc().cancelJobGroupAndFutureJobs(group)
+            while not future.done():  # the next job may not have started yet
+                spark.sparkContext.cancelJobGroup(group)
+                wait([future], timeout=0.2)
             raise
 
 
