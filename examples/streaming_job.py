@@ -23,6 +23,10 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
+# First, because it finds the Spark of SPARK_HOME, if that is set.
+from helpers.spark import JarsError, SessionError, full_path, get_spark
+
+# isort: split
 from py4j.java_gateway import JavaObject, JavaPackage
 from py4j.protocol import Py4JJavaError
 from pyspark.java_gateway import ensure_callback_server_started
@@ -36,7 +40,6 @@ from helpers.records import parse_events
 from helpers.scoring import Score, score_stream
 from helpers.serving import ModelFile
 from helpers.sinks import ON_BAD_RECORD, ParquetSink, SinkError, prepare_dead_letters
-from helpers.spark import JarsError, SessionError, full_path, get_spark
 from helpers.streaming import (
     KafkaQuery,
     KafkaUtils,

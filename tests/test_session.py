@@ -138,6 +138,16 @@ def test_spark_home_names_the_spark_that_is_used(tmp_path):
     assert run.stdout.startswith(f"{tmp_path}/python/pyspark"), run.stderr
 
 
+def test_a_pyspark_for_another_spark_is_refused(tmp_path):
+    """Without the reason, Java's first missing class would be the only message."""
+    (tmp_path / "jars").mkdir()
+    (tmp_path / "jars" / "spark-core_2.12-3.5.7.jar").touch()
+    program = "import pyspark; from helpers.spark import get_spark; get_spark()"
+    run = run_python("-c", program, env={**os.environ, "SPARK_HOME": str(tmp_path)})
+    last = run.stderr.splitlines()[-1]
+    assert f"PySpark {pyspark.__version__} was imported" in last and "is 3.5.7: restart" in last
+
+
 def test_spark_submits_master_decides_what_is_restricted(monkeypatch):
     """With a YARN master from spark-submit, the driver is not bound to loopback."""
     asked = {}

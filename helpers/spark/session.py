@@ -211,6 +211,17 @@ def _refuse_connect() -> None:
         )
 
 
+def _refuse_another_python_api() -> None:
+    """Raise `SessionError` if PySpark is not that of the Spark that will be started."""
+    version, _ = spark_and_scala()
+    if version != pyspark.__version__ and "PYSPARK_GATEWAY_PORT" not in os.environ:
+        raise SessionError(
+            f"PySpark {pyspark.__version__} was imported, and the Spark in {spark_home()} is "
+            f"{version}: restart Python, and import helpers before pyspark, so that SPARK_HOME's "
+            "PySpark is found; or unset SPARK_HOME."
+        )
+
+
 def _submitted_settings() -> dict[str, str]:
     """Return the settings given to spark-submit; none if this program was started without it."""
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
@@ -251,6 +262,7 @@ def _hide_secrets(spark: SparkSession) -> None:
 def _start(settings: Mapping[str, str]) -> SparkSession:
     """Start Spark with its output redirected to a file instead of notebook cells."""
     java_command()
+    _refuse_another_python_api()
     conf = SparkConf().setAll(list(settings.items()))
     is_local = settings["spark.master"].startswith("local")
     if is_local:
