@@ -3,8 +3,9 @@
 # test   runs all tests, including the notebooks, in up to three processes: as many as the free
 #        memory allows, at 2.5 GB each; make test WORKERS=1 sets the number
 # test-long  runs the longest tests, which repeat crashes many times, in two hours
-# test-cluster  runs notebooks and jobs on a real YARN with HDFS and on a standalone cluster, in
-#        this machine, which takes a quarter of an hour and 10 GB of memory
+# test-cluster  runs notebooks and jobs on a real YARN with HDFS, on a standalone cluster and on older
+#        versions of Spark, in this machine, which takes 25 minutes and 10 GB of memory; if the
+#        headers of Kerberos are there (libkrb5-dev), also kafka-python's part of it
 # test-hub   runs the walkthrough as two users of a JupyterHub, and as a user of CERN SWAN; it needs
 #        npm, and installs the packages of requirements-hub.txt and tests/requirements-swan.txt
 # pack   packs the Python packages and `helpers` for a cluster's machines: see docs/clusters.md
@@ -37,6 +38,10 @@ test-long: setup
 	@.venv/bin/python -m pytest -m long -s
 
 test-cluster: setup
+	@for version in 3.5.7 4.0.0 4.1.1; do \
+		./setup.sh --target .venv/spark-$$version --no-deps pyspark==$$version || exit 1; \
+	done
+	@! command -v krb5-config > /dev/null || ./setup.sh gssapi==1.12.0
 	@.venv/bin/python -m pytest -m cluster -s
 
 # Without Spark, which a cluster has, and without `helpers`, which a driver sends to its executors.

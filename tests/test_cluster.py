@@ -1,7 +1,7 @@
-"""Notebooks and jobs on real clusters in this machine: YARN with HDFS, and Spark's standalone one.
+"""Notebooks and jobs where people work: YARN with HDFS, a standalone cluster, an older Spark.
 
-The executors have the packages that `make pack` has packed, and nothing of this repository but what
-Spark sends them.
+All run on this machine. The executors have the packages that `make pack` has packed, and nothing of
+this repository but what Spark sends them.
 """
 
 import contextlib
@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 from hadoop import hadoop
@@ -21,6 +23,7 @@ from processes import ROOT, run_python, running, wait_until, without_make
 from standalone import standalone
 
 from conftest import compare_records
+from helpers.notebook import find_notebook, record_in
 from helpers.sinks import read_scored
 from helpers.spark import CONNECTOR, spark_and_scala, spark_home
 
@@ -108,6 +111,30 @@ def test_a_notebook_has_the_same_results_on_yarn(
     if name == "1_walkthrough":
         yarn.download(results, tmp_path / "results")
         assert ids_scored(spark, tmp_path / "results", topic) == ids_in(kafka, topic)
+
+
+@pytest.mark.parametrize(
+    "version, name",
+    [
+        ("3.5.7", "1_walkthrough"),
+        ("3.5.7", "2_structured_streaming"),
+        ("3.5.7", "3_train_and_serve"),
+        ("4.0.0", "1_walkthrough"),
+        ("4.1.1", "1_walkthrough"),
+    ],
+)
+def test_a_notebook_has_the_same_results_on_a_sites_older_spark(tmp_path, version, name):
+    """A notebook records on the Spark of SPARK_HOME what is stored in it, all else as it is."""
+    package = Path(sys.prefix) / f"spark-{version}" / "pyspark"
+    (tmp_path / "python").mkdir()  # Spark's archive has its Python part here
+    (tmp_path / "python" / "pyspark").symlink_to(package)
+    (tmp_path / "python" / "lib").symlink_to(package / "python" / "lib")
+    for folder in ("bin", "jars"):
+        (tmp_path / folder).symlink_to(package / folder)
+    record = run_notebook(name, tmp_path, {**os.environ, "SPARK_HOME": str(tmp_path)})
+    cells = nbformat.read(find_notebook(name), as_version=4).cells
+    stored = next(cell for cell in cells if "record" in cell.metadata.get("tags", []))
+    compare_records(record_in(stored.outputs), record)
 
 
 def ids_scored(spark, folder, topic):
