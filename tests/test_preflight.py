@@ -388,6 +388,7 @@ context.stop()
 """
 
 
+@pytest.mark.long
 def test_the_executors_of_a_cluster_are_asked(monkeypatch, tmp_path, bare_python):
     """On a cluster, the executors' Python is checked, not the driver's."""
     for part in ("bin", "jars", "python"):

@@ -118,10 +118,8 @@ def copied(tmp_path):
     return copy
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if "walk" in name else pytest.mark.long) for name in FEW],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", FEW)
 def test_a_notebook_runs_on_a_secured_kafka_and_shows_no_secret(
     name, secure_kafka, write_client, copied, search, tmp_path
 ):

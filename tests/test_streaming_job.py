@@ -116,7 +116,8 @@ def test_a_service_stops_when_it_is_told_and_lets_nobody_else_write(
     assert len(seen) >= 3 and beyond_loopback(seen) == []
 
 
-@pytest.mark.parametrize("engine", ["structured", pytest.param("dstream", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["structured", "dstream"])
 def test_a_running_job_is_monitored_from_outside(
     kafka, filled, arguments, produce, event_values, serving_model, tmp_path, engine
 ):

@@ -416,6 +416,7 @@ def test_a_broker_that_comes_back_changes_no_total(query_of, own_kafka, caplog):
     assert values.all() == [b"%d" % number for number in range(11)]
 
 
+@pytest.mark.long
 def test_two_short_outages_are_not_taken_for_a_long_one(
     query_of, own_kafka, monkeypatch, caplog
 ):
