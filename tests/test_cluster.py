@@ -120,7 +120,7 @@ def test_a_notebook_has_the_same_results_on_yarn(
         ("3.5.7", "2_structured_streaming"),
         ("3.5.7", "3_train_and_serve"),
         ("4.0.0", "1_walkthrough"),
-        ("4.1.1", "1_walkthrough"),
+        ("4.1.1", "2_structured_streaming"),
     ],
 )
 def test_a_notebook_has_the_same_results_on_a_sites_older_spark(tmp_path, version, name):
