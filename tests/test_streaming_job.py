@@ -277,6 +277,7 @@ def ids_in(kafka, topic):
         return [int(record.key) for record in consumer if record.key.isdigit()]
 
 
+@pytest.mark.long
 def test_a_secured_kafka_needs_no_password_on_the_command_line(spark, event_values, tmp_path):
     """The settings are in a file; a right that dead letters lack is said when the job starts."""
     with LocalKafka(security="SASL_SSL") as kafka:
