@@ -344,6 +344,7 @@ ENTRIES: dict[str, Callable[[SparkSession, peers.Task], peers.Scored]] = {
     ),
     "kafka_python_loop": _alone(peers.kafka_python_loop),
     "confluent_loop": _alone(peers.confluent_loop),
+    "quix_streams": _alone(peers.quix_streams),
     "keras_in_memory": _alone(peers.keras_in_memory),
     "row_by_row": _alone(peers.row_by_row),
 }

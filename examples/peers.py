@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 BATCH = 4_096  # events per call of the network
 ROWS_OF_2016 = 2_000  # events that are scored one by one
 DEADLINE_SECONDS = 300
+QUIET_SECONDS = 5  # Quix Streams ends when no record has come for this long
 
 Predict = Callable[[np.ndarray], np.ndarray]
+Read = Callable[["Task", list[int]], Iterator[list[bytes]]]
 
 
 class Scored(NamedTuple):
@@ -79,12 +81,24 @@ def keras_in_memory(task: Task) -> Scored:
 
 def kafka_python_loop(task: Task) -> Scored:
     """Score with a loop around kafka-python's consumer, in one process per core."""
-    return _in_processes(_kafka_python, task)
+    return _score_with_loop(_kafka_python, task)
 
 
 def confluent_loop(task: Task) -> Scored:
     """Score with a loop around Kafka's C client, as one would write it by hand."""
-    return _in_processes(_confluent, task)
+    return _score_with_loop(_confluent, task)
+
+
+def quix_streams(task: Task) -> Scored:
+    """Score with Quix Streams, in one process per core, with the network in a batching sink.
+
+    The time is that from the first record of any process to the last batch, because a process can't
+    know when its consumer group is ready, and looks out for more records at the end.
+    """
+    cores, group = _cores(task), f"peer-{uuid.uuid4()}"
+    counts, _ = _in_processes(_score_in_quix, [(task, group)] * cores)
+    events, signal, first, last = zip(*(part for part in counts if part[0]), strict=True)
+    return Scored(sum(events), sum(signal), max(last) - min(first))
 
 
 def spark_documentation(spark: SparkSession, task: Task, folder: str) -> Scored:
@@ -186,15 +200,30 @@ def _confluent(task: Task, partitions: list[int]) -> Iterator[list[bytes]]:
     consumer.close()
 
 
-def _in_processes(read: Callable[[Task, list[int]], Iterator[list[bytes]]], task: Task) -> Scored:
+def _score_with_loop(read: Read, task: Task) -> Scored:
     """Score a topic in one process per core, each with a share of the partitions."""
-    cores = min(len(os.sched_getaffinity(0)), len(task.ends))
-    shares = [sorted(task.ends)[number::cores] for number in range(cores)]
+    cores, partitions = _cores(task), sorted(task.ends)
+    shares = [(read, task, partitions[number::cores]) for number in range(cores)]
+    counts, seconds = _in_processes(_score_share, shares)
+    events, signal = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return Scored(events, signal, seconds)
+
+
+def _cores(task: Task) -> int:
+    """Return how many processes can share the partitions, one per core."""
+    return min(len(os.sched_getaffinity(0)), len(task.ends))
+
+
+def _in_processes(function: Callable, arguments: list[tuple]) -> tuple[list[tuple], float]:
+    """Call a function in a process for each of its arguments, also with a barrier and a queue.
+
+    Return what the processes put into the queue, and the seconds since all were at the barrier.
+    """
     context = multiprocessing.get_context("spawn")
-    results, ready = context.Queue(), context.Barrier(cores + 1)
+    results, ready = context.Queue(), context.Barrier(len(arguments) + 1)
     processes = [
-        context.Process(target=_score_share, args=(read, task, share, ready, results), daemon=True)
-        for share in shares
+        context.Process(target=function, args=(*each, ready, results), daemon=True)
+        for each in arguments
     ]
     for process in processes:
         process.start()
@@ -202,24 +231,59 @@ def _in_processes(read: Callable[[Task, list[int]], Iterator[list[bytes]]], task
         ready.wait(DEADLINE_SECONDS)
         began = time.perf_counter()
         counts = [results.get(timeout=DEADLINE_SECONDS) for _ in processes]
-        seconds = time.perf_counter() - began
+        return counts, time.perf_counter() - began
     finally:
         for process in processes:
             process.kill()
             process.join()
-    events, signal = (sum(numbers) for numbers in zip(*counts, strict=True))
-    return Scored(events, signal, seconds)
 
 
 def _score_share(read, task: Task, partitions: list[int], ready, results) -> None:
     """Score some partitions on one core, once all processes are ready."""
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    predict, events, signal = _compiled(task.model), 0, 0
+    predict, events, signal = _compiled_for_one_core(task.model), 0, 0
     ready.wait(DEADLINE_SECONDS)
     for values in read(task, partitions):
         if values:
             events += len(values)
             signal += _signal(_matrix(values), predict)
     results.put((events, signal))
+
+
+def _score_in_quix(task: Task, group: str, ready, results) -> None:
+    """Score the partitions that a consumer group assigns, once all processes are ready."""
+    from quixstreams import Application
+    from quixstreams.sinks import BatchingSink, SinkBatch
+
+    predict = _compiled_for_one_core(task.model)
+
+    class Scores(BatchingSink):
+        """Scores the records between two commits, and counts them."""
+
+        events = signal = 0
+        first = last = 0.0
+
+        def add(self, *record, **others) -> None:
+            self.first = self.first or time.time()
+            super().add(*record, **others)
+
+        def write(self, batch: SinkBatch) -> None:
+            self.events += batch.size
+            self.signal += _signal(_matrix([item.value for item in batch]), predict)
+            self.last = time.time()
+
+    application = Application(
+        task.bootstrap_servers, consumer_group=group, auto_offset_reset="earliest",
+        commit_every=BATCH, loglevel="WARNING",
+    )  # fmt: skip
+    scores, topic = Scores(), application.topic(task.topic, value_deserializer="bytes")
+    application.dataframe(topic).sink(scores)
+    ready.wait(DEADLINE_SECONDS)
+    application.run(timeout=QUIET_SECONDS, collect=False)
+    results.put((scores.events, scores.signal, scores.first, scores.last))
+
+
+def _compiled_for_one_core(model: str) -> Predict:
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    return _compiled(model)
