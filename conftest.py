@@ -66,7 +66,8 @@ def kafka() -> Iterator[LocalKafka]:
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
     """One Spark session for all tests."""
-    session = get_spark(cores=2)
+    # With Spark's 200 partitions, a query that groups events takes 200 tasks per batch.
+    session = get_spark(cores=2, config={"spark.sql.shuffle.partitions": 2})
     yield session
     session.stop()
 
