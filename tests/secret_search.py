@@ -77,10 +77,14 @@ class SecretSearch:
 
     def look_into(self, folder: Path) -> int:
         """Search all files in a folder, and return how many there are."""
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        for file in files:
-            self.look_at(file.read_bytes(), str(file))
-        return len(files)
+        count = 0
+        for parent, _, names in os.walk(folder):  # unlike `rglob`, it takes a folder that vanishes
+            for file in (Path(parent, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # Java is still removing its files
+                    if file.is_file():
+                        self.look_at(file.read_bytes(), str(file))
+                        count += 1
+        return count
 
     def _repeat(self, look: Callable[[], None], seconds: float) -> None:
         while not self._over.is_set():
