@@ -65,6 +65,16 @@ def end(process: subprocess.Popen) -> None:
     process.wait(30)
 
 
+def arrange_spark(package: Path, home: Path) -> Path:
+    """Arrange a PySpark from PyPI as in Spark's archive, which SPARK_HOME names; return `home`."""
+    (home / "python").mkdir()
+    (home / "python" / "pyspark").symlink_to(package)
+    (home / "python" / "lib").symlink_to(package / "python" / "lib")
+    for folder in ("bin", "jars"):
+        (home / folder).symlink_to(package / folder)
+    return home
+
+
 def listening(process: psutil.Process) -> set[tuple[str, str, int]]:
     """Return name, IP and port of the listening sockets of a process and its descendants."""
     found = set()

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from hadoop import hadoop
 from kafka import KafkaConsumer
-from processes import ROOT, run_python, running, wait_until, without_make
+from processes import ROOT, arrange_spark, run_python, running, wait_until, without_make
 from standalone import standalone
 
 from conftest import compare_records
@@ -125,13 +125,8 @@ def test_a_notebook_has_the_same_results_on_yarn(
 )
 def test_a_notebook_has_the_same_results_on_a_sites_older_spark(tmp_path, version, name):
     """A notebook records on the Spark of SPARK_HOME what is stored in it, all else as it is."""
-    package = Path(sys.prefix) / f"spark-{version}" / "pyspark"
-    (tmp_path / "python").mkdir()  # Spark's archive has its Python part here
-    (tmp_path / "python" / "pyspark").symlink_to(package)
-    (tmp_path / "python" / "lib").symlink_to(package / "python" / "lib")
-    for folder in ("bin", "jars"):
-        (tmp_path / folder).symlink_to(package / folder)
-    record = run_notebook(name, tmp_path, {**os.environ, "SPARK_HOME": str(tmp_path)})
+    home = arrange_spark(Path(sys.prefix) / f"spark-{version}" / "pyspark", tmp_path)
+    record = run_notebook(name, tmp_path, {**os.environ, "SPARK_HOME": str(home)})
     cells = nbformat.read(find_notebook(name), as_version=4).cells
     stored = next(cell for cell in cells if "record" in cell.metadata.get("tags", []))
     compare_records(record_in(stored.outputs), record)

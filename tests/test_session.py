@@ -2,14 +2,12 @@
 
 import os
 import sys
-import zipfile
 from pathlib import Path
 
-import py4j
 import pyspark
 import pytest
 from kafka import KafkaAdminClient
-from processes import run_python, wait_until
+from processes import arrange_spark, run_python, wait_until
 
 from helpers.spark import SessionError, get_spark, protect_folder, session
 
@@ -124,14 +122,7 @@ def test_logs_stay_out_of_the_output_and_nothing_is_left(tmp_path):
 
 def test_spark_home_names_the_spark_that_is_used(tmp_path):
     """The Spark in SPARK_HOME is used instead of the one from PyPI."""
-    package = Path(pyspark.__file__).parent
-    (tmp_path / "python" / "lib").mkdir(parents=True)
-    (tmp_path / "python" / "pyspark").symlink_to(package)
-    (tmp_path / "jars").symlink_to(package / "jars")
-    (tmp_path / "bin").symlink_to(package / "bin")
-    with zipfile.ZipFile(tmp_path / "python" / "lib" / "py4j-0-src.zip", "w") as archive:
-        for source in Path(py4j.__file__).parent.glob("*.py"):
-            archive.write(source, f"py4j/{source.name}")
+    arrange_spark(Path(pyspark.__file__).parent, tmp_path)
     environment = {**os.environ, "SPARK_HOME": str(tmp_path)}
     program = "import helpers.spark, pyspark; print(pyspark.__file__)"
     run = run_python("-c", program, env=environment)
