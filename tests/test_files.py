@@ -1,5 +1,6 @@
 """Paths mean what they say; JSON files are written once, and are either complete or absent."""
 
+import contextlib
 import os
 import shutil
 import threading
@@ -153,3 +154,21 @@ def test_a_file_shows_that_it_was_touched(folder):
     before = folder.changed_at("0")
     folder.touch("0")
     assert folder.changed_at("0") > before - 1
+
+
+def test_a_file_that_another_process_removes_is_only_missing(folder):
+    """A file that goes while it is looked at is missing, not an error of Java's."""
+
+    def come_and_go():
+        for _ in range(300):
+            folder.write("0", {"a": "note"})
+            folder.delete("0")
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    while other.is_alive():
+        assert folder.names() in ([], ["0"])
+        folder.changed_at("0")
+        with contextlib.suppress(FileNotFoundError):
+            assert folder.read("0") == {"a": "note"}
+    assert folder.names() == []

@@ -13,6 +13,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,23 @@ class _CannotLinkError(Exception):
     """The file system doesn't support hard links; many network file systems don't."""
 
 
-def _is_taken(error: Exception) -> bool:
-    """Return whether Java's error, or one of its causes (as with HDFS), is that a file exists."""
-    names = (cause.getClass().getSimpleName() for cause in java_causes(error))
-    return "FileAlreadyExistsException" in names
+def _is(name: str, error: Exception) -> bool:
+    """Return whether a Java error, or one of its causes (as with HDFS), has a simple class name."""
+    return name in (cause.getClass().getSimpleName() for cause in java_causes(error))
+
+
+@contextlib.contextmanager
+def _missing_as_python() -> Iterator[None]:
+    """Raise Python's `FileNotFoundError` for Java's.
+
+    Looking first would not do: another process may remove the file between the look and its use.
+    """
+    try:
+        yield
+    except JAVA_ERRORS as error:
+        if not _is("FileNotFoundException", error):
+            raise
+        raise FileNotFoundError(summary(error)) from None
 
 
 class JsonFolder:
@@ -119,7 +133,7 @@ class JsonFolder:
         try:
             self._publish(draft, self._path(f"{name}.json"))
         except JAVA_ERRORS as error:
-            if not _is_taken(error):
+            if not _is("FileAlreadyExistsException", error):
                 raise
             raise FileExistsError(f"{self.uri}/{name}.json exists already") from None
         finally:
@@ -137,8 +151,6 @@ class JsonFolder:
         FileNotFoundError
             If there is no file of that name.
         """
-        if not self._files.exists(self._path(f"{name}.json")):
-            raise FileNotFoundError(f"{self.uri}/{name}.json doesn't exist")
         return json.loads(read_file(self._spark, f"{self.uri}/{name}.json"))
 
     def delete(self, name: str) -> None:
@@ -147,10 +159,8 @@ class JsonFolder:
 
     def changed_at(self, name: str) -> int | None:
         """Return a file's modification time in milliseconds since 1970; None if it is missing."""
-        path = self._path(f"{name}.json")
-        if not self._files.exists(path):
-            return None
-        return self._files.getFileStatus(path).getModificationTime()
+        status = _status(self._files, self._path(f"{name}.json"))
+        return None if status is None else status.getModificationTime()
 
     def touch(self, name: str) -> None:
         """Set a file's modification time to now."""
@@ -193,7 +203,7 @@ class JsonFolder:
         try:
             files.createLink(paths.of(path.toUri()), paths.of(draft.toUri()))
         except JAVA_ERRORS as error:
-            if _is_taken(error):
+            if _is("FileAlreadyExistsException", error):
                 raise
             raise _CannotLinkError from error
 
@@ -304,11 +314,13 @@ def folder_names(spark: SparkSession, folder: str) -> list[str]:
     []
     """
     path, files = _file_system(spark, folder)
-    if not files.exists(path):
+    try:
+        with _missing_as_python():
+            statuses = files.listStatus(path)
+    except FileNotFoundError:
         return []
     # As one string, because one call per name would take a second per thousand names.
-    file_util = java_class(spark, "org.apache.hadoop.fs.FileUtil")
-    found = file_util.stat2Paths(files.listStatus(path))
+    found = java_class(spark, "org.apache.hadoop.fs.FileUtil").stat2Paths(statuses)
     wrapped = java_class(spark, "scala.Predef").genericWrapArray(found)
     paths = wrapped.mkString("\0").split("\0")
     return sorted(path.rpartition("/")[2] for path in paths if path)
@@ -323,10 +335,8 @@ def file_size(spark: SparkSession, path: str | os.PathLike[str]) -> int | None:
     True
     """
     path, files = _file_system(spark, path)
-    if not files.exists(path):
-        return None
-    status = files.getFileStatus(path)
-    return status.getLen() if status.isFile() else None
+    status = _status(files, path)
+    return status.getLen() if status is not None and status.isFile() else None
 
 
 def flush_folder(spark: SparkSession, folder: str, inside: str) -> None:
@@ -371,6 +381,11 @@ def folder_size(spark: SparkSession, folder: str) -> int:
 def read_file(spark: SparkSession, name: str) -> str:
     """Return the text of a file.
 
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+
     Examples
     --------
     >>> _ = (getfixture("tmp_path") / "note").write_text("42")
@@ -378,7 +393,8 @@ def read_file(spark: SparkSession, name: str) -> str:
     '42'
     """
     path, files = _file_system(spark, name)
-    file = files.open(path)
+    with _missing_as_python():
+        file = files.open(path)
     try:
         return bytes(file.readAllBytes()).decode()
     finally:
@@ -389,6 +405,15 @@ def remove_folder(spark: SparkSession, folder: str) -> None:
     """Remove a folder and its contents, if it exists."""
     path, files = _file_system(spark, folder)
     files.delete(path, True)
+
+
+def _status(files: JavaObject, path: JavaObject) -> JavaObject | None:
+    """Return Hadoop's status of a file or folder; None if it is missing."""
+    try:
+        with _missing_as_python():
+            return files.getFileStatus(path)
+    except FileNotFoundError:
+        return None
 
 
 def _default_scheme(spark: SparkSession) -> str:

@@ -23,7 +23,6 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming import StreamingQuery
 
 from helpers.spark import (
-    JAVA_ERRORS,
     JsonFolder,
     check_running,
     exact_path,
@@ -489,7 +488,7 @@ class CheckpointOffsets:
     def _lines(self, name: str) -> list[str]:
         try:
             return read_file(self._spark, f"{self._checkpoint}/{name}").strip().splitlines()
-        except JAVA_ERRORS:
+        except FileNotFoundError:
             raise StreamError(f"the checkpoint {self._checkpoint} has no {name}.") from None
 
 
