@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import linecache
+import os
 import re
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nbformat
 from nbconvert import HTMLExporter
@@ -222,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         notebook, failure = run(path, given)
         # A failed run keeps the page of the last successful one.
         name = f"{path.stem}.failed" if failure else path.stem
-        page = _write_html(notebook, Path(options.html), name)
+        page = _write_html(notebook, path.parent, Path(options.html), name)
         if failure:
             print(f"{path.name} failed {failure}\n\nThe whole notebook: {page}", file=sys.stderr)
             return 1
@@ -305,13 +307,19 @@ def _split(setting: str) -> tuple[str, str]:
     return name, text
 
 
-def _write_html(notebook: nbformat.NotebookNode, folder: Path, name: str) -> Path:
-    """Write a notebook as an HTML page, and return the page's path."""
+def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name: str) -> Path:
+    """Write a notebook as an HTML page, and return the page's path.
+
+    Links in the notebook are relative to its folder, `home`; those of the page are relative to the
+    page's.
+    """
     exporter = HTMLExporter(embed_images=True)
     page, _ = exporter.from_notebook_node(
-        notebook, resources={"metadata": {"path": str(NOTEBOOKS), "name": name}}
+        notebook, resources={"metadata": {"path": str(home), "name": name}}
     )
     folder.mkdir(parents=True, exist_ok=True)
+    to_home = quote(os.path.relpath(home.resolve(), folder.resolve()))
+    page = re.sub(r'(<a\s[^>]*?href=")(?![a-z]+:|[#/])', rf"\g<1>{to_home}/", page)
     target = folder / f"{name}.html"
     target.write_text(page)
     return target

@@ -22,7 +22,7 @@ def make_notebook(tmp_path):
     """Write a notebook of a heading, a parameters cell, and other code cells."""
 
     def make(*sources, name="7_small"):
-        cells = [nbformat.v4.new_markdown_cell("# A heading")]
+        cells = [nbformat.v4.new_markdown_cell("# A heading\n\n[Next](8_next.ipynb#Then)")]
         cells += [nbformat.v4.new_code_cell('events = 5\nrate = 0.5\nname = ""\nfast = False')]
         cells[1].metadata["tags"] = ["parameters"]
         cells += [nbformat.v4.new_code_cell(source) for source in sources]
@@ -47,6 +47,14 @@ def test_it_ends_with_what_the_last_cell_records(make_notebook):
     assert run.returncode == 0, run.stderr
     assert run.stdout == "small: events=21 double=42\n"
     assert "A heading" in (path.parent / "pages" / "7_small.html").read_text()
+
+
+def test_the_links_of_its_page_lead_to_the_files_beside_the_notebook(make_notebook):
+    """Otherwise they would lead nowhere, because the page is in another folder."""
+    path = make_notebook("{'events': events}")
+    run_notebook(path)
+    page = (path.parent / "pages" / "7_small.html").read_text()
+    assert '<a href="../8_next.ipynb#Then">Next</a>' in page
 
 
 def test_without_a_terminal_the_progress_is_lines(make_notebook):
