@@ -2,7 +2,7 @@
 
 `servable_model` checks on the driver, before any job runs, whether a Keras model can be sent and
 called; `scoring_function` calls it. The functions import Keras only when they are called, because
-the import takes ten seconds, and a program that only parses its options does not need it.
+the import takes seconds, and a program that only parses its options does not need it.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     monitor = Monitor()
     score_stream(stream, process_instances, sink, monitor)
 
-In a notebook, the table is displayed below the cell that called `begin` and updated with each
-batch; elsewhere, a line is printed per batch. On a JupyterHub with ``jupyter-server-proxy``, a link
-below the table leads to Spark's web page.
+In a notebook, the table is displayed below the cell that called `score_stream` or `follow`, and
+updated with each batch; elsewhere, a line is printed per batch. On a JupyterHub with
+``jupyter-server-proxy``, a link below the table leads to Spark's web page.
 
 `figures` has a batch's numbers, `log` keeps and sums them, `display` prints the table, `plots`
 draws it, `metrics` serves them to Prometheus, and `listener` takes the numbers from Spark's reports

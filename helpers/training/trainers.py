@@ -242,11 +242,10 @@ class AveragingTrainer(Trainer):
 
     Notes
     -----
-    The optimizer's state is averaged like the weights. Resetting it in each round is as good if a
-    round is an epoch, and worse for shorter rounds. Mean AUC on 6,000 ATLAS events over five
-    splits, with averaged (reset) state: 2 workers 0.866 (0.867), in three rounds per epoch 0.867
-    (0.863); 8 workers 0.861 (0.859). The same seed and rows give the same weights, to the last bit,
-    however Spark partitions the rows or retries tasks, as long as the processors are of one kind.
+    The optimizer's state is averaged like the weights. Beginning with a new one in each round is as
+    good if a round is an epoch, and worse for shorter rounds: ``docs/training.md`` has the figures.
+    The same seed and rows give the same weights, to the last bit, however Spark partitions the rows
+    or retries tasks, as long as the processors are of one kind.
 
     References
     ----------
