@@ -48,7 +48,7 @@ ADVICE = """\
 12: "smallest" -> "earliest"
 13: lambda (k, v): -> lambda pair:
 16: print >> sys.stderr, "saving" -> print("saving", file=sys.stderr)
-17: SQLContext(...) -> get_spark()
+17: SQLContext(...) -> the same, or get_spark()
 18: .registerTempTable(...) -> .createOrReplaceTempView(...)
 19: 10L -> 10
 19: xrange -> range
@@ -120,7 +120,7 @@ def test_a_notebook_of_the_format_before_2015_is_read(tmp_path, capsys):
         ("x = 'kafka.serializer.StringDecoder'", "kafka.serializer.StringDecoder -> leave it out"),
         ("conf.set('spark.master', 'yarn-client')", '"yarn-client" -> "yarn"'),
         ("sqlContext.createDataFrame(rdd)", "sqlContext.createDataFrame -> spark.createDataFrame"),
-        ("x = HiveContext(sc)", 'HiveContext(...) -> get_spark(config={"spark.sql.'
+        ("x = HiveContext(sc)", 'HiveContext(...) -> the same, or get_spark(config={"spark.sql.'
          'catalogImplementation": "hive"})'),
         ("model.predict_classes(x)", ".predict_classes(...) -> .predict(...).argmax(axis=1)"),
         ("from keras.layers.core import Dense", "from keras.layers.core import -> "
@@ -137,6 +137,43 @@ def test_a_notebook_of_the_format_before_2015_is_read(tmp_path, capsys):
         ("print ('%d') % x", "print ('%d') % x -> print(...)".replace("'", '"')),
         ("except Exception, e:", "except Exception, e -> except Exception as e"),
         ("isinstance(x, unicode)", "unicode -> str"),
+        ("from kafka import SimpleProducer, TopicPartition", "SimpleProducer -> KafkaProducer"),
+        ("from kafka import TopicPartition, KafkaClient", "KafkaClient -> KafkaProducer, "
+         "KafkaConsumer or KafkaAdminClient"),
+        ("client = kafka.KafkaClient(host)", "kafka.KafkaClient -> KafkaProducer, KafkaConsumer or "
+         "KafkaAdminClient"),
+        ("producer.send_messages('t', x)", ".send_messages(...) -> .send(...)"),
+        ("from kafka.common import KafkaError", "kafka.common -> kafka.errors or kafka.structs"),
+        ("Producer(client, async=True)", "async -> leave it out"),
+        ("producer.send('t', value=json.dumps(x.to_dict()), key=k)",
+         "json.dumps(x.to_dict()) -> json.dumps(x.to_dict()).encode()"),
+        ("x = '--packages a:spark-streaming-kafka-0-8_2.11:2.0,b:c_2.13:1 shell'",
+         "a:spark-streaming-kafka-0-8_2.11:2.0 -> leave it out"),
+        ("x = '--packages com.databricks:spark-csv_2.10:1.4.0 shell'",
+         "com.databricks:spark-csv_2.10:1.4.0 -> its build for Spark 4"),
+        ("sqlc.sql('select 1')", "sqlc.sql -> spark.sql"),
+        ("df.select('a').map(f)", ".map(...) -> .rdd.map(...)"),
+        ("model.fit_generator(g)", ".fit_generator(...) -> .fit(...)"),
+        ("Model(input=x, outputs=y)", "input -> inputs"),
+        ("Dense(9, W_regularizer=l2())", "W_regularizer -> kernel_regularizer"),
+        ("Conv2D(32, 3, 3, activation='relu')",
+         "Conv2D(32, 3, 3...) -> Conv2D(filters, (rows, columns))"),
+        ("model.save_weights('a.h5')", '"a.h5" -> "....weights.h5"'),
+        ("history.history['val_acc']", '"val_acc" -> "val_accuracy"'),
+        ("from keras.utils import np_utils", "np_utils -> to_categorical"),
+        ("y = np_utils.to_categorical(y)",
+         "np_utils.to_categorical -> keras.utils.to_categorical"),
+        ("AccuracyEvaluator(a)", "AccuracyEvaluator(...) -> MulticlassClassificationEvaluator("
+         'predictionCol=..., labelCol=..., metricName="accuracy")'),
+        ("raise E, 'bad', tb", 'raise E, "bad", tb -> raise E("bad").with_traceback(tb)'),
+        ("print r'\\d'", 'print r"\\d" -> print(r"\\d")'),
+        ("print ('a') + b", 'print ("a") + b -> print(...)'),
+        ("x = rows.next()", "rows.next() -> next(rows)"),
+        ("x = d.keys()[0]", ".keys()[ -> list(...)[...]"),
+        ("x.encode('utf8').split(',')", '.encode("utf8") -> leave it out'),
+        ("sum(map(lambda k, (a, b): a, x))", "lambda k, (...) -> lambda ..., pair:"),
+        ("def f(x, (a, b)):", "def f(x, (a, b)...) -> a name for the pair"),
+        ("exec 'x = 1'", 'exec "x = 1" -> exec("x = 1")'),
         ("os.chmod(x, 0755)", "0755 -> 0o755"),
     ],
 )  # fmt: skip
@@ -161,6 +198,12 @@ def test_an_old_name_is_found(old, new):
         "f'{x:05d} 0777 100,000'",
         "table['unicode'].long, object.print",
         "except (TypeError, ValueError):",
+        "lambda k, pair=(1, 2): k\ndef f(x, pair=(1, 2)): pass",
+        "from kafka import KafkaProducer\nfrom pykafka import KafkaClient",
+        "x.encode()\nproducer.send('t', x.encode())\nproducer.send('t', json.dumps(x).encode())",
+        "Conv2D(32, (3, 3), 2)\ndf['acc']\nmodel.save_weights('a.weights.h5')",
+        "raise ValueError('a', b)",
+        "async def f(x): pass",
     ],
 )
 def test_what_only_looks_old_is_left_alone(code):
@@ -226,7 +269,8 @@ def test_the_kits_own_programs_need_no_change():
     ("name", "content", "reason"),
     [
         ("none.py", None, r"can't be read: No such file or directory\."),
-        ("words.py", b"print(\xff)", r"can't be read: it is not a Python script in UTF-8\."),
+        ("words.py", b"print(\xff)",
+         r"can't be read: it is not a Python script in UTF-8\. Name its .+\."),
         ("words.py", b"x = 1\nprint((x)\n", r"words\.py:\d: this is not Python: .+\."),
         ("words.ipynb", b"{", r"can't be read: it is not a notebook in UTF-8\."),
         ("words.ipynb", b"[]", r"can't be read: it is not a notebook in UTF-8\."),
@@ -246,6 +290,30 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(
     printed = capsys.readouterr()
     assert re.fullmatch(rf"{re.escape(str(tmp_path))}.*{reason}\n", printed.err)
     assert printed.out == f'{good}:1: print "ready" -> print("ready")\n'
+
+
+def test_what_is_found_before_an_error_and_in_other_cells_is_printed(tmp_path, capsys):
+    """One cell in another language, or one open bracket, does not hide the advice on the rest."""
+    file = tmp_path / "words.ipynb"
+    file.write_text(notebook("print 'a'", "xrange(3)\nprint(\n    urllib.quote(x)\n", "print 'b'"))
+    assert main([str(file)]) == 2
+    printed = capsys.readouterr()
+    found = [line.removeprefix(f"{file}:") for line in printed.out.splitlines()]
+    assert found == [
+        'cell 1, line 1: print "a" -> print("a")',
+        "cell 2, line 1: xrange -> range",
+        "cell 2, line 3: urllib.quote -> urllib.parse.quote",
+        'cell 3, line 1: print "b" -> print("b")',
+    ]
+    assert printed.err == f"{file}:cell 2, line 2: this is not Python: a bracket is not closed.\n"
+
+
+def test_a_cell_that_a_magic_sends_elsewhere_is_read(tmp_path, capsys):
+    """`%%writefile` and `%%spark` hold Python as well."""
+    file = tmp_path / "job.ipynb"
+    file.write_text(notebook("%%writefile job.py\nprint 'a'", "%%spark\nprint 'b'"))
+    assert main([str(file)]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_the_guides_command_prints_what_the_guide_says(tmp_path):
