@@ -19,7 +19,7 @@ from pyspark.sql import DataFrame
 from helpers.monitor import Batch, Monitor
 from helpers.records import keep_bad_records
 from helpers.sinks import ParquetSink, check_topics
-from helpers.streaming import PlannedBatch, TopicAndPartition
+from helpers.streaming import PlannedBatch, StreamError, TopicAndPartition
 
 Score = Callable[[DataFrame], DataFrame]
 
@@ -69,12 +69,18 @@ class Scoring:
         )
         seconds = time.monotonic() - began
         if self._monitor is not None:
-            lag = self._source.lag_after(batch.batch_id)
             figures = Batch(
-                batch.batch_id, counts.events, counts.signal, counts.bad, seconds, lag,
-                batch.planned_at,
+                batch.batch_id, counts.events, counts.signal, counts.bad, seconds,
+                self._lag_after(batch.batch_id), batch.planned_at,
             )  # fmt: skip
             self._monitor.add(figures, counts.unused)
+
+    def _lag_after(self, batch_id: int) -> int | None:
+        """Return the lag after a batch; None if the broker is away, because the batch is stored."""
+        try:
+            return self._source.lag_after(batch_id)
+        except StreamError:
+            return None
 
 
 def score_stream(

@@ -1,13 +1,16 @@
 """The monitor: its counts, its display in terminals and notebooks, and its plot."""
 
+import contextlib
 import io
 import os
 import re
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -20,6 +23,7 @@ from processes import ROOT, listening, run_python, scraped
 
 from helpers.monitor import Batch, Monitor, log, serve_metrics
 from helpers.notebook import recorded, run
+from helpers.spark import scratch_folder
 
 NOON = 1_704_110_400_000  # 2024-01-01, 12:00:00 UTC
 
@@ -181,7 +185,8 @@ def test_a_batch_whose_report_spark_has_dropped_is_counted(spark, capsys):
     """A batch whose progress report Spark drops is counted with the next report."""
     monitor = Monitor()
     progress = SimpleNamespace(
-        batchId=2, timestamp="2024-01-01T12:00:00.000Z", durationMs={"triggerExecution": 250},
+        id="a query", batchId=2, timestamp="2024-01-01T12:00:00.000Z",
+        durationMs={"triggerExecution": 250},
         sources=[SimpleNamespace(description="RateStream")],
     )  # fmt: skip
     with monitor.follow(spark):
@@ -191,7 +196,37 @@ def test_a_batch_whose_report_spark_has_dropped_is_counted(spark, capsys):
         assert [batch.batch_id for batch in monitor.batches] == [0, 1, 2]
         assert [batch.time for batch in monitor.batches] == [NOON] * 3
         assert monitor.batches[2].seconds == 0.25
-    assert monitor.totals()["events"] == 30
+    assert monitor.totals()["events"] == 40  # with the batch whose report has not come
+
+
+def test_queries_beside_each_other_are_not_mixed_up(spark):
+    """A batch gets the figures of its own query, though both have the same numbers."""
+    monitors, queries = {}, []
+    with contextlib.ExitStack() as following:
+        for name, seconds in (("slow", 2.0), ("fast", 0.0)):
+            monitor = monitors[name] = Monitor()
+            following.enter_context(monitor.follow(spark))
+            queries.append(_numbered_batches(spark, monitor, seconds))
+        for query in queries:
+            assert query.awaitTermination(300)
+    for name, monitor in monitors.items():
+        assert monitor.totals() == {"events": 3, "signal": 0, "bad": 0, "batches": 3}
+        assert all((batch.seconds >= 2) == (name == "slow") for batch in monitor.batches)
+
+
+def _numbered_batches(spark, monitor, seconds):
+    """Start a query of three batches, each of which takes some time."""
+    pause = threading.Event()
+
+    def process(df, batch_id):
+        pause.wait(seconds)
+        monitor.add(Batch(batch_id, 1, 0, 0, seconds=0.0))
+
+    folder = tempfile.mkdtemp(dir=scratch_folder())
+    for number in range(3):
+        Path(folder, f"{number}.txt").write_text("one")
+    lines = spark.readStream.option("maxFilesPerTrigger", 1).text(folder)
+    return lines.writeStream.foreachBatch(process).trigger(availableNow=True).start()
 
 
 def test_begin_forgets_earlier_batches(capsys):

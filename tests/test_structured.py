@@ -1,5 +1,8 @@
 """Tests of KafkaQuery: Structured Streaming with the promises of the DStream."""
 
+import contextlib
+import itertools
+import json
 import logging
 import threading
 import time
@@ -9,9 +12,15 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.admin import NewPartitions
 from processes import wait_until
+from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
 from helpers.broker import LocalKafka
+from helpers.higgs import FEATURES, generate_events
+from helpers.monitor import Monitor
+from helpers.records import parse_events
+from helpers.scoring import score_stream
+from helpers.sinks import ParquetSink, read_scored
 from helpers.streaming import (
     KafkaQuery,
     OffsetRange,
@@ -20,6 +29,7 @@ from helpers.streaming import (
     read_stream,
     structured,
 )
+from helpers.streaming.errors import BrokerAwayError
 from helpers.streaming.structured import CheckpointOffsets
 
 AGAIN = "was deleted and created again"
@@ -493,3 +503,76 @@ def test_a_broker_that_stays_away_is_an_error_in_time(query_of, own_kafka, monke
 
     with pytest.raises(StreamError, match="the broker has been away for 1 s"):
         query.run(until=kill, timeout=300, interval=0.5)
+
+
+def counted(spark, query_of, topic, settings, path, fail=lambda: None):
+    """Run a query into a sink with a monitor; return the totals and the number of stored events."""
+    monitor = Monitor()
+
+    def score(records):
+        fail()
+        events = parse_events(records)
+        vector = array_to_vector(F.array(F.lit(0.75), F.lit(0.25)))
+        good = F.col("event.reason").isNull()
+        return events.withColumn("prediction", F.when(good, vector)).withColumn(
+            "predicted_index", F.when(good, F.lit(0.0))
+        )
+
+    with (
+        ParquetSink(spark, path, signal_index=0, on_bad_record="skip") as sink,
+        query_of([topic], settings) as query,
+        contextlib.suppress(StreamError),
+        monitor.follow(spark),
+    ):
+        score_stream(query, score, sink, monitor)
+        query.run(timeout=300)
+    return monitor.totals(), read_scored(spark, path).count()
+
+
+def events_of(count):
+    """Return generated events as records."""
+    columns = ["EventId", *FEATURES]
+    rows = generate_events(count, seed=1)[columns].to_dict("records")
+    return [json.dumps(row).encode() for row in rows]
+
+
+def test_a_batch_that_is_repeated_after_a_restart_is_in_the_totals(
+    spark, query_of, one, produce, settings, tmp_path
+):
+    """Spark's report on such a batch lacks the latest offsets."""
+    produce(one, events_of(50))
+    tries = itertools.count()
+
+    def fail():
+        if next(tries) < 2:
+            raise OSError("for a moment")
+
+    path = str(tmp_path / "scored")
+    totals, stored = counted(spark, query_of, one, settings, path, fail)
+    assert (totals["events"], stored) == (0, 0)
+    totals, stored = counted(spark, query_of, one, settings, path, fail)
+    assert (totals["events"], stored) == (50, 50)
+
+
+def test_a_broker_that_is_away_after_a_commit_changes_no_total(
+    spark, query_of, one, produce, settings, tmp_path, monkeypatch
+):
+    """The batch is stored by then, so it is counted, only without a lag."""
+    produce(one, events_of(50))
+    away = iter([True])
+
+    def lag_after(self, batch_id):
+        if next(away, False):
+            raise BrokerAwayError("the broker gives no answer.")
+        return 0
+
+    monkeypatch.setattr(KafkaQuery, "lag_after", lag_after)
+    totals, stored = counted(spark, query_of, one, settings, str(tmp_path / "scored"))
+    assert (totals["events"], stored) == (50, 50)
+
+
+def test_a_query_can_be_closed_twice(query_of, one, settings):
+    """The end of a `with` block closes what was closed before."""
+    query = query_of([one], {**settings, "group.id": "closed-twice"})
+    query.close()
+    query.close()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from pyspark import SparkContext
 from pyspark.sql.streaming import StreamingQueryListener
 from pyspark.sql.streaming.listener import SourceProgress, StreamingQueryProgress
 
@@ -17,9 +18,14 @@ from helpers.monitor.figures import Batch
 # How long to wait for the report of a query's termination, after the query ends.
 _REPORT_SECONDS = 10
 
+# Spark's property of the thread that runs a query, StreamExecution.QUERY_ID_KEY.
+_QUERY_ID = "sql.streaming.queryId"
+
 
 class QueryListener(StreamingQueryListener):
     """Holds batches until Spark reports their progress, and completes them with it.
+
+    Spark reports all queries of the session. A batch belongs to the query whose thread adds it.
 
     Parameters
     ----------
@@ -29,14 +35,15 @@ class QueryListener(StreamingQueryListener):
 
     def __init__(self, show: Callable[[Batch], None]) -> None:
         self._show = show
-        self._held: dict[int, Batch] = {}
+        self._held: dict[tuple[str | None, int], Batch] = {}
         self._running: set[str] = set()
         self._changed = threading.Condition()
 
     def hold(self, batch: Batch) -> None:
         """Hold a batch until Spark reports its progress."""
+        query_id = SparkContext._active_spark_context.getLocalProperty(_QUERY_ID)
         with self._changed:
-            self._held[batch.batch_id] = batch
+            self._held[query_id, batch.batch_id] = batch
 
     def onQueryStarted(self, event: Any) -> None:  # noqa: N802 (Spark's name)
         """Record a running query, so that `wait` waits for it; Spark calls this."""
@@ -46,15 +53,22 @@ class QueryListener(StreamingQueryListener):
         """Complete the reported batch and earlier ones; Spark calls this."""
         progress: StreamingQueryProgress = event.progress
         planned_at = round(datetime.fromisoformat(progress.timestamp).timestamp() * 1000)
+        reported: dict[str, Any] = {"planned_at": planned_at}
+        if "triggerExecution" in progress.durationMs:
+            reported["seconds"] = progress.durationMs["triggerExecution"] / 1000
+        lag = _left(progress.sources[0]) if progress.sources else None
+        if lag is not None:
+            reported["lag"] = lag
         with self._changed:
             # Earlier batches are done; Spark dropped their reports.
-            ids = sorted(batch_id for batch_id in self._held if batch_id <= progress.batchId)
-            batches = [self._held.pop(batch_id) for batch_id in ids]
+            keys = sorted(
+                (batch_id, query_id) for query_id, batch_id in self._held
+                if query_id in (None, str(progress.id)) and batch_id <= progress.batchId
+            )  # fmt: skip
+            batches = [self._held.pop((query_id, batch_id)) for batch_id, query_id in keys]
         for batch in batches:
             if batch.batch_id == progress.batchId:
-                seconds = progress.durationMs["triggerExecution"] / 1000
-                lag = _left(progress.sources[0])
-                batch = replace(batch, seconds=seconds, lag=lag, planned_at=planned_at)
+                batch = replace(batch, **reported)
             elif batch.planned_at is None:
                 batch = replace(batch, planned_at=planned_at)
             self._show(batch)
@@ -73,12 +87,26 @@ class QueryListener(StreamingQueryListener):
         with self._changed:
             self._changed.wait_for(lambda: not self._running, _REPORT_SECONDS)
 
+    def show_the_rest(self) -> None:
+        """Show batches whose report has not come, with their own figures."""
+        with self._changed:
+            batches = [self._held[key] for key in sorted(self._held, key=str)]
+            self._held.clear()
+        for batch in batches:
+            self._show(batch)
+
 
 def _left(source: SourceProgress) -> int | None:
-    """Return how many offsets a query has left in Kafka; None for any other source."""
+    """Return how many offsets a query has left in Kafka; None if the report doesn't say so.
+
+    For a batch that is repeated after a restart, Spark has no latest offset, and reports 'None'.
+    """
     if not source.description.startswith("Kafka"):
         return None
-    ends, latest = json.loads(source.endOffset), json.loads(source.latestOffset)
+    try:
+        ends, latest = json.loads(source.endOffset), json.loads(source.latestOffset)
+    except (TypeError, ValueError):
+        return None
     return sum(
         offset - ends.get(topic, {}).get(partition, 0)
         for topic, partitions in latest.items()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
 from helpers.monitor.display import (
@@ -102,8 +103,11 @@ class Monitor:
             yield
             listener.wait()
         finally:
-            spark.streams.removeListener(listener)
             self._listener = None
+            listener.show_the_rest()
+            # If Java has died, that is the error to raise, not that it can't be asked.
+            with contextlib.suppress(Py4JError, ConnectionError):
+                spark.streams.removeListener(listener)
 
     def add(self, batch: Batch, unused: Iterable[str] = ()) -> None:
         """Add a batch, replacing a kept one with the same id, and display it.
