@@ -30,8 +30,13 @@ CLASS_COUNT = 2
 # anything from none to all. With this seed it is about half, so there is something to see.
 SEED = 39
 
+_TRIED = 32  # how many events a model and its copy must agree on
+
 # Layers that leave a probability unchanged at the end of a network.
 _UNCHANGING = ("Dropout", "Flatten", "Identity", "Reshape")
+
+# Numbers between these have squares that are normal 32-bit floats.
+_SMALL, _LARGE = 1e-3, 1e15
 
 _REGISTRY = threading.Lock()  # held while the classes that are registered with Keras are hidden
 
@@ -87,7 +92,7 @@ def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.M
 def normalized_network(network: keras.Model) -> keras.Model:
     """Return a network that first scales the features of each event to length 1.
 
-    Its first layer computes the same as Spark ML's `Normalizer` with ``p=2``, so the pipeline needs
+    Its first layers compute the same as Spark ML's `Normalizer` with ``p=2``, so the pipeline needs
     no such stage.
 
     Parameters
@@ -104,8 +109,15 @@ def normalized_network(network: keras.Model) -> keras.Model:
     """
     import keras
 
-    layer = keras.layers.UnitNormalization(name="normalization")
-    return keras.Sequential([keras.Input(network.input_shape[1:], name="features"), layer, network])
+    features = keras.Input(network.input_shape[1:], name="features")
+    # The layer adds up squares, which leave the range of 32-bit floats for very large or very small
+    # numbers. These are divided by the largest one first; all others by 1, which changes no digit.
+    largest = keras.ops.max(keras.ops.abs(features), axis=-1, keepdims=True)
+    is_moderate = keras.ops.logical_and(largest > _SMALL, largest < _LARGE)
+    divisor = keras.ops.where(is_moderate, keras.ops.ones_like(largest), largest)
+    moderate = keras.ops.divide_no_nan(features, divisor)
+    normalized = keras.layers.UnitNormalization(name="normalization")(moderate)
+    return keras.Model(features, network(normalized))
 
 
 def model_to_bytes(model: keras.Model) -> bytes:
@@ -278,7 +290,8 @@ class ServableModel(NamedTuple):
 def servable_model(model: keras.Model) -> ServableModel:
     """Return a model ready to be sent to workers, after checking that they can use it.
 
-    It is loaded here as a worker loads it, and scores three events. A model of a class that isn't
+    It is loaded here as a worker loads it, must return the same numbers as the model itself, and
+    scores three events. A model of a class that isn't
     part of Keras is sent as the functional model of the layers that its `call` uses.
 
     Parameters
@@ -317,7 +330,7 @@ def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
     Raises
     ------
     UnservableModelError
-        If the workers can't load the model.
+        If the workers can't load the model, or their model returns other numbers.
 
     Examples
     --------
@@ -330,7 +343,59 @@ def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
         content = model_to_bytes(network)
     except Exception as error:  # a layer's configuration may raise anything
         raise _needs_code(error) from None
-    return content, model_on_worker(content)
+    copy = model_on_worker(content)
+    check_copy(network, copy)
+    return content, copy
+
+
+def check_copy(network: keras.Model, copy: keras.Model) -> None:
+    """Raise `UnservableModelError` if a network's saved copy returns other numbers for some events.
+
+    Keras saves a function by its name, and if it has one of that name itself, it loads that one.
+
+    Parameters
+    ----------
+    network, copy : keras.Model
+        The network, and what was loaded of it.
+
+    Examples
+    --------
+    >>> import keras
+    >>> def relu(x): return 2 * x
+    >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Activation(relu)])
+    >>> check_copy(network, model_from_bytes(model_to_bytes(network)))
+    Traceback (most recent call last):
+    ...
+    helpers.model.UnservableModelError: this model can't be served: its saved copy returns other
+    numbers. ...
+    """
+    import keras
+
+    random = np.random.default_rng(0)
+    shapes = [given.shape[1:] for given in network.inputs]
+    if any(None in shape for shape in shapes):
+        return  # unknown how many features the network needs
+    events = [
+        keras.ops.convert_to_tensor(random.normal(scale=2, size=(_TRIED, *shape)), given.dtype)
+        for given, shape in zip(network.inputs, shapes, strict=True)
+    ]
+    try:
+        expected, found = (
+            keras.tree.flatten(model(events if len(events) > 1 else events[0], training=False))
+            for model in (network, copy)
+        )
+    except Exception:  # such as an embedding's, for a number that it doesn't know
+        return
+    if not all(
+        np.allclose(keras.ops.cast(one, "float64"), keras.ops.cast(other, "float64"),
+                    rtol=1e-5, atol=1e-6, equal_nan=True)
+        for one, other in zip(expected, found, strict=True)
+    ):  # fmt: skip
+        raise _refusal(
+            "its saved copy returns other numbers. A function in it has the name of one of Keras, "
+            "which was loaded in its place: write Keras' functions as strings, such as "
+            'activation="gelu", and build others from keras.layers and keras.ops'
+        )
 
 
 def compiled_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
@@ -487,9 +552,9 @@ def _is_probability(tensor: keras.KerasTensor) -> bool:
     """Return whether a tensor is the output of a sigmoid."""
     import keras
 
-    operation = tensor._keras_history.operation
+    operation, _, place = tensor._keras_history
     if isinstance(operation, keras.Model):
-        return _is_probability(operation.outputs[0])
+        return _is_probability(operation.outputs[place])
     function = getattr(operation, "activation", None)
     name = getattr(function, "__name__", type(operation).__name__)
     passes_on = isinstance(operation, keras.layers.Activation) and name == "linear"

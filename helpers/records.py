@@ -7,14 +7,15 @@ A good record
 - has ``EventId`` as a 64-bit integer (100000, not 100000.0 or "100000");
 - has each of the 30 features as a number within the range of 32-bit floats; where the schema has an
   integer (``PRI_jet_num``), the number is whole and fits (2 or 2.0, not 2.5). A feature of 64-bit
-  integers must be between -2**53 and 2**53, because features are passed on as 64-bit floats, which
-  can't represent all larger integers.
+  integers must be strictly between -2**53 and 2**53, because features are passed on as 64-bit
+  floats, which can't represent all larger integers;
+- has no lone surrogate in a text, and nothing nested deeper than 100 levels.
 
-Other fields are ignored. Every other record is bad: it is not scored, and does not stop the stream.
-A record for which the network returns no finite prediction is also bad. `parse_events` and then
-`helpers.transformers.ModelPredictor` give the reason, and `keep_bad_records` keeps the record with
-its topic, partition and offset. `json_to_dataframe_row` parses a single record and rejects the same
-records as `parse_events`.
+Numbers are read as 64-bit floats, so 1e-400 is 0. Other fields are ignored. Every other record is
+bad: it is not scored, and does not stop the stream. A record for which the network returns no
+finite prediction is also bad. `parse_events` and then `helpers.transformers.ModelPredictor` give
+the reason, and `keep_bad_records` keeps the record with its topic, partition and offset.
+`json_to_dataframe_row` parses a single record and rejects the same records as `parse_events`.
 
 For your own events, pass another schema: the first column is the integer that identifies an event,
 the others are its features, all of them numbers. `check_schema` rejects unusable schemas.
@@ -74,7 +75,8 @@ _NUMBERS = frozenset((int, float))  # not bool, which Python treats as an int
 _LARGEST = float(np.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _FLOATS = ("float", "double")
-_EXACT = 2**53  # 64-bit floats represent every integer up to this one
+_EXACT = 2**53  # below this integer, each number has a 64-bit float of its own
+_DEEPEST = 100  # levels of nesting; what Python can read depends on who calls it
 _QUOTED = 40  # maximum number of characters that a reason quotes from a bad record
 # Limits on the number and length of the unused field names that an Arrow batch reports to the
 # driver, because they come from outside.
@@ -491,7 +493,7 @@ def _integers(field: StructField, is_id: bool) -> _Integers | None:
     if bits is None:
         return None
     if bits == 64 and not is_id:
-        return _Integers(-_EXACT, _EXACT, "between -2**53 and 2**53")
+        return _Integers(1 - _EXACT, _EXACT - 1, "strictly between -2**53 and 2**53")
     return _Integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, f"of {bits} bits")
 
 
@@ -531,6 +533,8 @@ class _Parser:
         self._names = schema.names
         integers = [_integers(field, is_id=not place) for place, field in enumerate(schema)]
         self._integers = dict(zip(schema.names, integers, strict=True))
+        self._narrow = [place for place, field in enumerate(schema.fields[1:])
+                        if field.dataType.typeName() == "float"]  # fmt: skip
         self._whole_numbers = [(place, kind) for place, kind in enumerate(integers) if kind]
         self._kinds = [_kind(field) for field in schema]
         self._row = Row(*schema.names)
@@ -625,6 +629,8 @@ class _Parser:
         for index in np.flatnonzero((np.abs(features) > _LARGEST).any(axis=1)):
             reasons[index] = self._reason(values[index].as_py())
         bad = np.array([reason is not None for reason in reasons], dtype=bool)
+        if self._narrow:
+            features[:, self._narrow] = features[:, self._narrow].astype("float32")
         arrays = [
             pyarrow.array(ids, mask=bad),
             list_array(features[~bad], bad),
@@ -652,17 +658,29 @@ def _json_object(value: bytes | None) -> Mapping[str, Any]:
         raise BadRecordError(f"it is not JSON: {error}") from None
     if not isinstance(event, dict):
         raise BadRecordError(f"it is {_quoted(event)}, not a JSON object")
+    if value.count(b"[") + value.count(b"{") > _DEEPEST and _depth(event) > _DEEPEST:
+        raise BadRecordError("it is nested too deeply")
     if value.count(b":") != len(event):
         _check_names_differ(value)
     return event
 
 
+def _depth(value: object) -> int:
+    """Return how many levels of arrays and objects a JSON value has."""
+    levels, inner = 0, [value]
+    while inner := [part for part in inner if isinstance(part, list | dict)]:
+        levels += 1
+        inner = [
+            part
+            for each in inner
+            for part in (each.values() if isinstance(each, dict) else each)
+        ]
+    return levels
+
+
 def _check_names_differ(value: bytes) -> None:
     """Raise `BadRecordError` for duplicate names in an object, because orjson keeps the last."""
-    try:
-        pairs = json.loads(value.decode(), object_pairs_hook=list, parse_int=str, parse_float=str)
-    except RecursionError:
-        raise BadRecordError("it is nested too deeply") from None
+    pairs = json.loads(value.decode(), object_pairs_hook=list, parse_int=str, parse_float=str)
     seen: set[str] = set()
     for name, _ in pairs:
         if name in seen:

@@ -34,7 +34,9 @@ from pyspark.sql.types import (
     ArrayType,
     BinaryType,
     DataType,
+    DecimalType,
     DoubleType,
+    LongType,
     NumericType,
     StructField,
     StructType,
@@ -482,6 +484,12 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
             )
     columns = [named(name).cast("double") for name in names]
     known = [column.isNotNull() & ~F.isnan(column) for column in columns]
+    # As with records: 64-bit floats don't represent all larger integers.
+    known += [
+        named(name).between(1 - 2**53, 2**53 - 1)
+        for name in names
+        if isinstance(dataset.schema[name].dataType, LongType | DecimalType)
+    ]
     # As with records, an event without one of the features has no prediction.
     return F.when(functools.reduce(Column.__and__, known), F.array(*columns))
 

@@ -11,11 +11,14 @@ import pytest
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import (
+    UnservableModelError,
     build_model,
     compiled_predict,
     model_from_bytes,
     model_to_bytes,
+    normalized_network,
     scoring_function,
+    servable_model,
 )
 from helpers.serving import (
     ServingModel,
@@ -23,6 +26,7 @@ from helpers.serving import (
     fingerprint,
     load_serving_model,
     save_serving_model,
+    scaled_network,
 )
 from helpers.serving.archive import CONTRACT, _digest
 
@@ -67,6 +71,81 @@ def test_bytes_carry_the_model(model, features):
     np.testing.assert_array_equal(
         compiled_predict(copy)(features), compiled_predict(model)(features)
     )
+
+
+def sigmoid(x):
+    """Return something else than Keras' function of this name."""
+    return 5 * x
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        [keras.layers.Dense(16, keras.ops.gelu), keras.layers.Dense(2, "softmax")],
+        [keras.layers.Dense(1, sigmoid)],
+    ],
+    ids=["keras.ops", "own function"],
+)
+def test_a_function_that_keras_would_replace_is_refused(serving_model, tmp_path, network):
+    """Otherwise the workers would score with another function of the same name."""
+    model = keras.Sequential([keras.Input((30,)), *network])
+    with pytest.raises(UnservableModelError, match="saved copy returns other numbers"):
+        servable_model(model)
+    means, scales = serving_model.contract.means, serving_model.contract.scales
+    with pytest.raises(UnservableModelError, match="saved copy returns other numbers"):
+        scaled_network(model, means, scales)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_of_several_outputs_inside_the_used_one_counts(place):
+    """A network inside another one may have outputs that are not used."""
+    inputs = keras.Input((3,))
+    outputs = [keras.layers.Dense(1, "sigmoid")(inputs), keras.layers.Dense(1)(inputs)]
+    inner = keras.Model(inputs, outputs if place == 0 else outputs[::-1])
+    features = keras.Input((3,))
+    servable_model(keras.Model(features, inner(features)[place]))
+    with pytest.raises(UnservableModelError, match="not a probability"):
+        servable_model(keras.Model(features, inner(features)[1 - place]))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[1e20] + [1] * 29, [-1e20] + [5] * 29, [3e38] * 30, [1e-15] + [0] * 29, [1e-3] * 30, [0] * 30],
+)
+def test_very_large_and_very_small_events_are_scaled_to_length_1(model, row):
+    """Their squares are not 32-bit floats, but the network gets what Spark's Normalizer returns."""
+    features = np.array([row], "float64")
+    length = np.linalg.norm(features) or 1
+    np.testing.assert_allclose(
+        compiled_predict(normalized_network(model))(features.astype("float32")),
+        compiled_predict(model)((features / length).astype("float32")),
+        atol=1e-6,
+    )
+
+
+def test_moderate_events_are_scaled_as_by_keras_alone(model, features):
+    """The care for extremes changes no digit of the others."""
+    alone = keras.Sequential([keras.Input((30,)), keras.layers.UnitNormalization(), model])
+    np.testing.assert_array_equal(
+        compiled_predict(normalized_network(model))(100 * features),
+        compiled_predict(alone)(100 * features),
+    )
+
+
+@pytest.mark.parametrize("mean, scale", [(1.7e9, 1000.0), (0.0, 1e-6), (0.0, 1e17), (-5.0, 2.0)])
+def test_a_scale_of_any_size_is_served_as_it_was_trained(mean, scale):
+    """A time in seconds has a large mean beside a small scale."""
+    network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2, "softmax")])
+    score = scoring_function(scaled_network(network, [mean], [scale]))
+    expected = network.predict(np.array([[0.3]]), verbose=0)
+    np.testing.assert_allclose(score(np.array([[mean + 0.3 * scale]])), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e20, float("nan")])
+def test_a_scale_that_keras_would_replace_is_refused(model, scale):
+    """Keras divides by 1e-7 where the scale is smaller, and says nothing."""
+    with pytest.raises(ValueError, match=r"is not between 1e-07 and 1e.18: give the feature in"):
+        scaled_network(model, [0.0] * 30, [1.0] * 29 + [scale])
 
 
 def test_bytes_that_are_no_model_are_refused():
@@ -298,4 +377,6 @@ def test_a_fingerprint_tells_data_apart(spark):
     assert fingerprint(df) != fingerprint(df.limit(1))
     assert fingerprint(df) != fingerprint(df.replace("s", "b"))
     one, other = (spark.createDataFrame([row], "a int, b int") for row in ((1, None), (None, 1)))
+    assert fingerprint(one) != fingerprint(other)
+    one, other = (spark.createDataFrame([(row,)], "a array<int>") for row in ([1, None], [None, 1]))
     assert fingerprint(one) != fingerprint(other)

@@ -379,19 +379,59 @@ def test_a_schema_of_ones_own(spark):
     assert json_to_dataframe_row(values[0], schema).switches == 3
 
 
-@pytest.mark.parametrize("number", [2**53, -(2**53), 2**53 + 1, -(2**53) - 1, 2**63 - 1, 1e17, 7.0])
+@pytest.mark.parametrize(
+    "number",
+    [2**53 - 1, 1 - 2**53, 2**53, 2**53 + 0.0, 2**53 + 1, -(2**53) - 1, 2**63 - 1, 1e17, 7.0],
+)
 def test_both_ways_give_the_same_integers(spark, number):
     """An integer feature is exact in both ways, or makes the record a bad one in both."""
     schema = StructType().add("id", LongType()).add("run", LongType()).add("x", FloatType())
     value = json.dumps({"id": 2**63 - 1, "run": number, "x": 0.1}).encode()
     records = spark.createDataFrame([(value,)], "value binary")
     found = to_columns(records, schema).first()
-    if abs(number) <= 2**53:
+    if abs(number) < 2**53:
         assert json_to_dataframe_row(value, schema) == found == (2**63 - 1, number, found.x)
     else:
         assert found == (None, None, None)
-        with pytest.raises(BadRecordError, match=r"not an integer between -2\*\*53 and 2\*\*53"):
+        with pytest.raises(BadRecordError, match=r"not an integer strictly between -2\*\*53"):
             json_to_dataframe_row(value, schema)
+
+
+@pytest.mark.parametrize("text", [b"9007199254740993.0", b"-9007199254740992.6"])
+def test_a_fraction_that_a_float_rounds_to_a_large_integer_is_bad(text):
+    """Otherwise the network would get another integer than the record has."""
+    schema = StructType().add("id", LongType()).add("run", LongType())
+    with pytest.raises(BadRecordError, match=r"not an integer strictly between -2\*\*53"):
+        json_to_dataframe_row(b'{"id": 1, "run": %s}' % text, schema)
+
+
+def test_a_float_is_rounded_in_both_ways(spark):
+    """A 32-bit float has the same value in the stream, in a table and in a row."""
+    schema = StructType().add("id", LongType()).add("x", FloatType())
+    value = b'{"id": 1, "x": 16777217}'
+    records = spark.createDataFrame([(value,)], "value binary")
+    parsed = parse_events(records, schema).select("event.features").first().features
+    assert parsed == [16_777_216.0]
+    assert to_columns(records, schema).first().x == json_to_dataframe_row(value, schema).x
+
+
+@pytest.mark.parametrize("calls", [0, 400])
+@pytest.mark.parametrize("levels, reason", [(99, None), (101, "it is nested too deeply")])
+def test_how_deep_a_record_may_be_depends_on_the_record_only(calls, levels, reason):
+    """Python's own limit depends on how many functions are running."""
+    schema = StructType().add("id", LongType()).add("x", FloatType())
+    inner = b'{"a": ' * levels + b"1" + b"}" * levels
+
+    def parse(calls):
+        return parse(calls - 1) if calls else json_to_dataframe_row(
+            b'{"id": 1, "x": 2, "other": %s}' % inner, schema
+        )
+
+    if reason is None:
+        assert parse(calls).x == 2
+    else:
+        with pytest.raises(BadRecordError, match=reason):
+            parse(calls)
 
 
 def with_id(*fields):

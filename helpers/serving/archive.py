@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helpers.model import interface_of, model_on_worker, model_to_bytes
+from helpers.model import check_copy, interface_of, model_on_worker, model_to_bytes
 from helpers.serving.contract import Contract, ServingModel, ServingModelError
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     ------
     ServingModelError
         If network and contract disagree, or the path is not local or doesn't end in ``.keras``.
+    helpers.model.UnservableModelError
+        If the saved network returns other numbers than the network.
     """
     path = _local(path)
     if path.suffix != ".keras":
@@ -64,6 +66,7 @@ def save_serving_model(model: ServingModel, path: str | os.PathLike[str]) -> Ser
     written = _json({"contract": contract, "digest": _digest(files, contract)})
     content = _archive({**files, CONTRACT: written})
     saved = _serving_model_in(content, path)
+    check_copy(model.network, saved.network)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         draft = Path(folder) / path.name
@@ -220,10 +223,14 @@ def _scales_with(network: keras.Model, contract: Contract) -> bool:
     if not isinstance(layer, keras.layers.Normalization) or layer.invert:
         return False
     mean, variance = (np.ravel(numbers) for numbers in (layer.mean, layer.variance))
-    pairs = ((mean, contract.means), (np.sqrt(variance), contract.scales))
-    # The layer stores 32-bit floats.
-    return all(len(one) == len(other) and np.allclose(one, other, rtol=1e-5, atol=1e-30)
-               for one, other in pairs)  # fmt: skip
+    means, scales = np.array(contract.means), np.array(contract.scales)
+    if not len(mean) == len(variance) == len(means):
+        return False
+    # Files of earlier versions have 32-bit floats. A mean counts in units of its scale.
+    divisors = np.maximum(np.sqrt(variance), keras.config.epsilon())
+    return np.allclose((mean - means) / scales, 0, atol=1e-5) and np.allclose(
+        divisors, scales, rtol=1e-5, atol=0
+    )
 
 
 def _digest(files: Mapping[str, bytes], contract: Mapping[str, object]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
-from pyspark.sql.types import DoubleType, LongType, StructType
+from pyspark.sql.types import ArrayType, DoubleType, LongType, StructType
 
 from helpers.higgs import EVENT_ID
 from helpers.model import worker_copy
@@ -21,6 +21,10 @@ from helpers.records import name_faults, named
 
 if TYPE_CHECKING:
     import keras
+
+# Keras' Normalization divides by no less than the first. It loads its variance, the square of the
+# scale, as a 32-bit float.
+_SMALLEST_SCALE, _LARGEST_SCALE = 1e-7, 1e18
 
 _LIBRARIES = ("keras", "tensorflow-cpu", "tensorflow", "numpy", "pyspark")
 
@@ -47,8 +51,11 @@ def fingerprint(df: DataFrame) -> str:
     True
     """
     names = sorted(df.columns)
-    columns = list(map(named, names))
-    # The hash ignores nulls, whatever their column.
+    columns = [
+        F.to_json(named(name)) if isinstance(df.schema[name].dataType, ArrayType) else named(name)
+        for name in names
+    ]
+    # The hash ignores nulls, whatever their column, and also in arrays.
     hashes = F.xxhash64(*columns, *[column.isNull() for column in columns]).cast("decimal(20, 0)")
     rows, total = df.select(F.count(F.lit(1)), F.sum(hashes)).first()
     digest = hashlib.sha256(f"{names} {rows} {total}".encode()).hexdigest()
@@ -161,6 +168,11 @@ def scaled_network(
     means, scales : sequence of float
         One of each per feature, such as ``mean`` and ``std`` of Spark's `StandardScalerModel`.
 
+    Raises
+    ------
+    ValueError
+        If a scale is too small or too large for Keras' `Normalization`.
+
     Examples
     --------
     >>> import keras
@@ -171,10 +183,19 @@ def scaled_network(
     """
     import keras
 
-    variance = np.square(scales)
-    scaling = keras.layers.Normalization(mean=means, variance=variance, name="scaling")
+    unfit = [scale for scale in scales if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE]
+    if unfit:
+        raise ValueError(
+            f"the scale {unfit[0]} is not between {_SMALLEST_SCALE} and {_LARGEST_SCALE}: give the "
+            "feature in another unit, or leave it out if it is constant."
+        )
+    # In 64-bit floats, because a small scale beside a large mean, as of a time, needs their digits.
+    features = keras.Input((len(means),), dtype="float64", name="features")
+    scaling = keras.layers.Normalization(
+        mean=np.array(means, "float64"), variance=np.square(scales), name="scaling", dtype="float64"
+    )
     _, network = worker_copy(network)  # without an optimizer, if it has one
-    return keras.Sequential([keras.Input((len(means),), name="features"), scaling, network])
+    return keras.Sequential([features, scaling, network])
 
 
 def _library_versions() -> dict[str, str]:

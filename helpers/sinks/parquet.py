@@ -348,6 +348,7 @@ class ParquetSink:
         self, scored: DataFrame, ranges: list[OffsetRange], left: list[OffsetRange], folder: str
     ) -> tuple[int, Counts]:
         """Write a batch's remaining records to files; return the number of rows, and the counts."""
+        _check_classes(scored)
         counts, context = Observation(), self._spark.sparkContext
         starts = {part.topicAndPartition(): part.fromOffset for part in left}
         records = bounded(scored, ranges, starts, self._state.number + 1)
@@ -481,3 +482,14 @@ def _read_committed(spark: SparkSession, path: str | os.PathLike[str]) -> DataFr
         raise SinkError(f"{path} is not the folder of a ParquetSink: check the path.")
     state = CommitLog(spark, path).last()
     return PartFiles(spark, path, state.meaning.get("event_id", EVENT_ID)).read(state.parts)
+
+
+def _check_classes(scored: DataFrame) -> None:
+    """Raise `SinkError` if it is known that the predictions don't have two entries."""
+    entries = scored.schema["prediction"].metadata.get("ml_attr", {}).get("num_attrs", 2)
+    if entries != 2:
+        raise SinkError(
+            f"the network distinguishes {entries} classes, but the sink stores the probabilities "
+            "of two: combine the others in `prediction` and `predicted_index`, or store them with "
+            "Spark's own file sink."
+        )

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow
 import pyarrow.compute
+from py4j.protocol import Py4JError
 from pyspark import StorageLevel, inheritable_thread_target
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, DataType, NumericType
 
-from helpers.model import model_from_bytes, model_to_bytes
+from helpers.model import check_copy, model_from_bytes, model_to_bytes
 from helpers.records import named, vector_entries
-from helpers.spark import JAVA_ERRORS, arrow_table, summary
+from helpers.spark import JAVA_ERRORS, arrow_table, how_java_exited, java_has_exited, summary
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _Pass = Callable[..., np.ndarray]  # a pass over the rows; returns a replica's t
 _ALWAYS_SHUFFLED = (
     "if it is Distributed Keras' `shuffle`, leave it out; rows are shuffled in each epoch."
 )
+_END_SECONDS = 10  # how long Java may still be exiting when Python notices
 _NO_ROWS = "there are no rows to train on."
 _REMEDY = "scale the features, or lower the optimizer's learning rate."
 
@@ -122,6 +124,8 @@ class Trainer(ABC):
             If a column is missing or doesn't fit the network, or a number in it is not finite.
         TrainingError
             If training fails.
+        helpers.model.UnservableModelError
+            If a saved copy of the network returns other numbers than the network.
         """
         import keras
 
@@ -133,7 +137,12 @@ class Trainer(ABC):
             rows = rows.unionByName(self._rows(validation).withColumn("validates", F.lit(True)))
         loss = keras.losses.deserialize(self._loss)
         _check_labels(self._label_col, rows.schema["label"].dataType, loss)
-        model = self._train(rows)
+        try:
+            model = self._train(rows)
+        except (Py4JError, ConnectionError):
+            if not java_has_exited(_END_SECONDS):
+                raise
+            raise TrainingError(how_java_exited()) from None
         self._seconds = time.monotonic() - began
         return model
 
@@ -161,7 +170,9 @@ class Trainer(ABC):
         return df.select(features.alias("features"), label.alias("label"))
 
     def _recipe(self) -> tuple[bytes, Any, Any]:
-        return model_to_bytes(self._model), self._optimizer, self._loss
+        content = model_to_bytes(self._model)
+        check_copy(self._model, model_from_bytes(content))
+        return content, self._optimizer, self._loss
 
     def _epochs(self, replica: Replica, train: _Pass, measure: _Pass) -> keras.Model:
         """Train a replica, and return the trained network.
