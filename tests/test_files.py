@@ -172,3 +172,19 @@ def test_a_file_that_another_process_removes_is_only_missing(folder):
         with contextlib.suppress(FileNotFoundError):
             assert folder.read("0") == {"a": "note"}
     assert folder.names() == []
+
+
+def test_what_is_there_but_cannot_be_read_is_not_called_missing(folder, tmp_path):
+    """Java has the same exception for a missing file, a folder and too many open files."""
+    (tmp_path / "files" / "0.json").mkdir()
+    with pytest.raises(Exception, match="Is a directory") as refused:
+        folder.read("0")
+    assert not isinstance(refused.value, FileNotFoundError)
+
+
+def test_a_file_that_cannot_be_written_is_said_in_a_sentence(folder, tmp_path):
+    """The error is Python's, with Java's reason, and no draft stays behind."""
+    (tmp_path / "files").rmdir()
+    (tmp_path / "files").touch()
+    with pytest.raises(OSError, match=r"files/0\.json can't be written: "):
+        folder.write("0", {})

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyspark
@@ -9,7 +11,7 @@ import pytest
 from kafka import KafkaAdminClient
 from processes import arrange_spark, run_python, wait_until
 
-from helpers.spark import SessionError, get_spark, protect_folder, session
+from helpers.spark import SessionError, changed_settings, get_spark, protect_folder, session
 
 
 def test_the_existing_session_is_used(spark):
@@ -164,3 +166,53 @@ def test_a_folder_with_settings_is_kept_from_others(spark, tmp_path, caplog, nam
     protect_folder(spark, str(folder))
     assert folder.stat().st_mode & 0o777 == mode
     assert ("chmod 700 it" in caplog.text) == (mode != 0o700)
+
+
+def test_settings_that_several_threads_change_return(spark):
+    """A session has its own settings again when the last of them is done."""
+    name = "spark.sql.shuffle.partitions"
+    before, together = spark.conf.get(name), threading.Barrier(4)
+
+    def change():
+        for _ in range(20):
+            together.wait(60)
+            with changed_settings(spark, {name: "7"}):
+                assert spark.conf.get(name) == "7"
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(change) for _ in range(4)]:
+            done.result(300)
+    assert spark.conf.get(name) == before
+
+
+ENDED = """
+import os, signal, sys
+from pyspark import SparkContext
+from helpers.spark import SessionError, check_running, get_spark
+
+spark = get_spark(cores=1)
+spark._jsc.sc().stop()  # as YARN does when it ends an application
+try:
+    check_running(spark)
+except SessionError as error:
+    print(error)
+spark = get_spark(cores=1)
+print(spark.range(3).count())
+os.kill(SparkContext._gateway.proc.pid, signal.SIGKILL)
+SparkContext._gateway.proc.wait(60)
+for _ in range(2):
+    try:
+        get_spark()
+    except SessionError as error:
+        print(error)
+"""
+
+
+def test_a_session_that_ended_in_java_is_noticed():
+    """After Java's end, `get_spark` starts again, or says that Python must be restarted."""
+    run = run_python("-c", ENDED)
+    stopped, count, *refused = run.stdout.splitlines()
+    assert "this Spark session was stopped" in stopped and count == "3", run.stderr
+    assert len(refused) == 2
+    assert all(line.startswith("Java exited unexpectedly; ") for line in refused)
+    assert all("restart Python" in line for line in refused)

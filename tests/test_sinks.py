@@ -6,6 +6,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import keras
 import pytest
 from processes import wait_until
 from pyspark.ml.functions import array_to_vector
@@ -30,6 +31,7 @@ from helpers.streaming import (
     TopicAndPartition,
     new_streaming_context,
 )
+from helpers.transformers import ModelPredictor
 
 PARTITION = TopicAndPartition("events", 0)
 
@@ -285,6 +287,38 @@ def test_of_many_that_find_a_sink_dead_one_takes_its_path(spark, path, impatient
     assert (len(opened), [type(error) for error in refused]) == (1, [SinkError] * 3)
     with pytest.raises(SinkError, match="another job writes to"):
         write(dead, spark, 0, 10)
+
+
+def test_a_path_that_was_removed_is_not_another_job(spark, path):
+    """The message says what happened, instead of naming a job that doesn't exist."""
+    removed = pytest.raises(SinkError, match="were removed while the sink was open")
+    with removed, Sink(spark, path) as sink:
+        shutil.rmtree(path)
+        write(sink, spark, 0, 10)
+
+
+def test_more_classes_than_two_are_refused(spark, path):
+    """Otherwise their probabilities would be missing from the results."""
+    network = keras.Sequential([keras.Input((30,)), keras.layers.Dense(3, "softmax")])
+    records = rows(spark, 0, 10).drop("prediction")
+    features = array_to_vector(F.array_repeat(F.lit(0.5), 30))
+    scored = ModelPredictor(network).predict(records.withColumn("features", features))
+    with Sink(spark, path) as sink:
+        with pytest.raises(SinkError, match="distinguishes 3 classes"):
+            sink.write(scored, sink.stream.plan(0, 10))
+        assert sink.positions() == {}
+
+
+def test_a_start_that_could_not_be_written_is_written_later(spark, path, monkeypatch):
+    """Otherwise a crash before the first batch would begin at another place."""
+    with ParquetSink(spark, path, signal_index=0) as sink:
+        with monkeypatch.context() as failing:
+            failing.setattr(files_of_spark.JsonFolder, "write", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                sink.begin({PARTITION: 7}, {"events": "id-1"})
+        sink.begin({PARTITION: 7}, {"events": "id-1"})
+    with ParquetSink(spark, path, signal_index=0) as sink:
+        assert sink.positions() == {PARTITION: 7}
 
 
 def test_who_waited_too_long_takes_nothing_from_a_healthy_sink(spark, path, monkeypatch):

@@ -200,6 +200,55 @@ def test_aborted_transactions_never_appear_and_gaps_do_not_hang(ssc, kafka, one,
     assert committed(kafka, settings["group.id"]) == {0: 24}  # a mark ends each transaction
 
 
+@pytest.mark.parametrize("by_element", [True, False])
+def test_a_stream_goes_on_where_retention_moves_while_it_reads(
+    ssc, kafka, produce, one, settings, caplog, by_element
+):
+    """Records that go between a batch's plan and its tasks are reported, and stop nothing."""
+    produce(one, [b"%d" % number for number in range(50)])
+    stream, found, deleted = KafkaUtils.createDirectStream(ssc, [one], settings), [], []
+
+    def delete():
+        if not deleted:
+            with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+                deleted.append(admin.delete_records({TopicPartition(one, 0): 30}))
+
+    def process_rdd(rdd):
+        delete()
+        found.extend(int(value) for _, value in rdd.collect())
+
+    def process(df, batch_id):
+        delete()
+        found.extend(int(row.value) for row in df.collect())
+
+    if by_element:
+        stream.foreachRDD(process_rdd)
+    else:
+        stream.foreachBatch(process)
+    with caplog.at_level(logging.WARNING):
+        run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
+    assert sorted(found) == list(range(30, 50))
+    assert "offsets 0 to 29 of one-" in caplog.text
+
+
+def test_a_position_in_an_open_transaction_is_not_another_topic(spark, kafka, one, settings):
+    """Whoever read the records before may read only finished transactions now, and waits."""
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"id-{uuid.uuid4()}"
+    ) as producer:
+        producer.init_transactions()
+        producer.begin_transaction()
+        producer.send(one, b"open").get(10)
+        at_1 = {TopicAndPartition(one, 0): 1}
+        reading = {**settings, "isolation.level": "read_committed"}
+        planner = OffsetPlanner(spark, [one], reading, positions=at_1)
+        assert planner.next_batch() == [] and planner.unread() == 0
+        producer.send(one, b"more").get(10)
+        producer.commit_transaction()
+    assert wait_until(planner.next_batch) == [OffsetRange(one, 0, 1, 3)]
+    planner.close()
+
+
 def test_an_open_transaction_is_waited_for(spark, kafka, one, settings):
     """Otherwise a batch would wait for records that nobody may read yet, until it fails."""
     with KafkaProducer(

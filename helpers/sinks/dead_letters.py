@@ -20,7 +20,14 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import BinaryType, LongType
 
 from helpers.kafka_settings import ANSWER_SECONDS
-from helpers.spark import JAVA_ERRORS, arrow_function, cause_message, cause_name, summary
+from helpers.spark import (
+    JAVA_ERRORS,
+    arrow_function,
+    cause_message,
+    cause_name,
+    changed_settings,
+    summary,
+)
 from helpers.streaming import (
     StreamError,
     explained,
@@ -357,7 +364,7 @@ def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[st
     room = _room(place)
     sized = letters.withColumn("size", _size())
     large = sized.where(F.col("size") > place.limit)
-    with _row_by_row(letters.sparkSession):
+    with changed_settings(letters.sparkSession, _FEW_RECORDS):
         checked = large.select("source.*", "size", _fits(place, room).alias("fits")).collect()
         unsent = [letter for letter in checked if not letter.fits]
         messages = sized.where(F.col("size") <= place.limit)
@@ -377,19 +384,6 @@ def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[st
             len(unsent) - _PLACES_LOGGED,
         )
     return len(unsent)
-
-
-@contextmanager
-def _row_by_row(spark: SparkSession) -> Iterator[None]:
-    """Make Spark buffer few records, because thousands of large ones don't fit in memory."""
-    before = {name: spark.conf.get(name) for name in _FEW_RECORDS}
-    try:
-        for name, value in _FEW_RECORDS.items():
-            spark.conf.set(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            spark.conf.set(name, value)
 
 
 def _size() -> Column:

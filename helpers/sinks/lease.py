@@ -14,7 +14,7 @@ import time
 
 from pyspark.sql import SparkSession
 
-from helpers.sinks.errors import taken_over
+from helpers.sinks.errors import SinkError, taken_over
 from helpers.spark import JsonFolder
 
 _LOGGER = logging.getLogger(__name__)
@@ -57,8 +57,15 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `SinkError` if another sink has since claimed the path."""
-        if self._numbers()[-1:] != [self._number]:
+        """Raise `SinkError` if another sink has since claimed the path, or the path is gone."""
+        numbers = self._numbers()
+        if not numbers:
+            raise SinkError(
+                f"the files of {self._path} were removed while the sink was open. Nothing of this "
+                "batch is committed: restore them, or begin with a new path and a new group or "
+                "checkpoint."
+            )
+        if numbers[-1] != self._number:
             raise taken_over(self._path)
 
     def close(self) -> None:

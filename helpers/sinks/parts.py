@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
 from pyspark.sql import DataFrame, SparkSession
@@ -14,6 +14,7 @@ from helpers.sinks.commits import Part
 from helpers.sinks.errors import SinkError
 from helpers.spark import (
     JAVA_ERRORS,
+    changed_settings,
     exact_reader,
     flush_folder,
     folder_names,
@@ -22,6 +23,9 @@ from helpers.spark import (
     remove_folder,
     summary,
 )
+
+# Spark lists files on the driver instead of in a job with a task per file.
+_LISTED_BY_THE_DRIVER = {"spark.sql.sources.parallelPartitionDiscovery.threshold": "1000000"}
 
 # Whether Spark adds a file _SUCCESS, which a sink's manifest makes superfluous.
 _MARK_SUCCESS = "mapreduce.fileoutputcommitter.marksuccessfuljobs"
@@ -63,7 +67,7 @@ class PartFiles:
         files = [f"{self.folder(part.folder)}/{name}" for part in parts for name in part.files]
         if not files:
             return self._spark.createDataFrame([], self._schema)
-        with _listed_by_the_driver(self._spark):
+        with changed_settings(self._spark, _LISTED_BY_THE_DRIVER):
             return exact_reader(self._spark).schema(self._schema).parquet(*files)
 
     def finished(self, name: str, rows: int, first: int) -> Part:
@@ -134,13 +138,3 @@ def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
     return count
 
 
-@contextlib.contextmanager
-def _listed_by_the_driver(spark: SparkSession) -> Iterator[None]:
-    """Make Spark list files on the driver instead of in a job with a task per file."""
-    name = "spark.sql.sources.parallelPartitionDiscovery.threshold"
-    before = spark.conf.get(name)
-    spark.conf.set(name, "1000000")
-    try:
-        yield
-    finally:
-        spark.conf.set(name, before)

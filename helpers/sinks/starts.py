@@ -59,7 +59,7 @@ class StartLog:
                 continue
             if kept:
                 self._files.delete(_PREFIX + topic)
-            self._kept[topic] = {
+            start = {
                 "topic_id": topic_id,
                 "offsets": {
                     str(part.partition): offset
@@ -67,4 +67,5 @@ class StartLog:
                     if part.topic == topic
                 },
             }
-            self._files.write(_PREFIX + topic, self._kept[topic])
+            self._files.write(_PREFIX + topic, start)
+            self._kept[topic] = start

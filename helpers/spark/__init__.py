@@ -1,9 +1,9 @@
 """Spark on a laptop and on a cluster: the session, its jars, and files that Spark can reach.
 
 `get_spark` returns the existing session or starts one with the Kafka connector. `jars` fetches jars
-from Maven Central, `errors` finds the reason in Java's errors, `files` reads and writes small files
-on any of Spark's file systems, `machine` finds the available cores and memory, and `scratch`
-provides the folder for temporary files and the log.
+from Maven Central, `errors` finds the reason in Java's errors, `java_exit` says whether Java has
+exited, `files` reads and writes small files on any of Spark's file systems, `machine` finds the
+available cores and memory, and `scratch` provides the folder for temporary files and the log.
 """
 
 from helpers.spark.arrow import arrow_function, arrow_table
@@ -34,13 +34,16 @@ from helpers.spark.jars import (
     spark_home,
     spark_program,
 )
+from helpers.spark.java_exit import how_java_exited, java_has_exited, java_ran_out_of_memory
 from helpers.spark.machine import available_cores, available_memory
 from helpers.spark.scratch import log_file, protect_folder, scratch_folder
 from helpers.spark.session import (
     SUBMIT_ARGUMENTS,
     SessionError,
+    changed_settings,
     check_running,
     fetch,
     get_spark,
+    is_stopped,
     names_connector,
 )

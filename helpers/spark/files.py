@@ -42,17 +42,20 @@ def _is(name: str, error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _missing_as_python() -> Iterator[None]:
-    """Raise Python's `FileNotFoundError` for Java's.
+def _missing_as_python(files: JavaObject, path: JavaObject) -> Iterator[None]:
+    """Raise Python's `FileNotFoundError` if Java raises an error because a path is missing.
 
     Looking first would not do: another process may remove the file between the look and its use.
+    Java's error alone would not do either: it has the same one for too many open files.
     """
     try:
         yield
     except JAVA_ERRORS as error:
-        if not _is("FileNotFoundException", error):
+        reason = summary(error)
+        may_be_there = re.search(r"\((?!No such file or directory)[^()]*\)$", reason)
+        if not _is("FileNotFoundException", error) or (may_be_there and files.exists(path)):
             raise
-        raise FileNotFoundError(summary(error)) from None
+        raise FileNotFoundError(reason) from None
 
 
 class JsonFolder:
@@ -119,23 +122,20 @@ class JsonFolder:
         ------
         FileExistsError
             If a file of that name exists; it stays unchanged.
+        OSError
+            If the file can't be written, for example because the disk is full.
         """
         # The draft's name doesn't contain `name`, which may have the maximum length already.
         draft = self._path(f".{uuid.uuid4()}.draft")
-        file = self._files.create(draft, False)
+        is_written = False
         try:
-            file.write(f"{json.dumps(content)}\n".encode())
-            file.hsync()
-        finally:
-            file.close()
-        if self._local:  # where Hadoop's hsync reaches only the system's cache
-            _flush(_local_path(draft))
-        try:
+            self._write_draft(draft, f"{json.dumps(content)}\n".encode())
+            is_written = True
             self._publish(draft, self._path(f"{name}.json"))
         except JAVA_ERRORS as error:
-            if not _is("FileAlreadyExistsException", error):
-                raise
-            raise FileExistsError(f"{self.uri}/{name}.json exists already") from None
+            if is_written and _is("FileAlreadyExistsException", error):
+                raise FileExistsError(f"{self.uri}/{name}.json exists already") from None
+            raise OSError(f"{self.uri}/{name}.json can't be written: {summary(error)}") from None
         finally:
             # A leftover draft is harmless, and failing to delete it must not hide an earlier error.
             with contextlib.suppress(*JAVA_ERRORS):
@@ -183,6 +183,17 @@ class JsonFolder:
             raise OSError(f"{self._folder} can't be created: {reason}. Check the path.")
         for folder in missing:
             _flush(folder.parent)
+
+    def _write_draft(self, draft: JavaObject, content: bytes) -> None:
+        """Write a file, and flush it to disk."""
+        file = self._files.create(draft, False)
+        try:
+            file.write(content)
+            file.hsync()
+        finally:
+            file.close()
+        if self._local:  # where Hadoop's hsync reaches only the system's cache
+            _flush(_local_path(draft))
 
     def _publish(self, draft: JavaObject, path: JavaObject) -> None:
         """Give a file its name atomically; fail if the name is taken."""
@@ -315,7 +326,7 @@ def folder_names(spark: SparkSession, folder: str) -> list[str]:
     """
     path, files = _file_system(spark, folder)
     try:
-        with _missing_as_python():
+        with _missing_as_python(files, path):
             statuses = files.listStatus(path)
     except FileNotFoundError:
         return []
@@ -393,7 +404,7 @@ def read_file(spark: SparkSession, name: str) -> str:
     '42'
     """
     path, files = _file_system(spark, name)
-    with _missing_as_python():
+    with _missing_as_python(files, path):
         file = files.open(path)
     try:
         return bytes(file.readAllBytes()).decode()
@@ -410,7 +421,7 @@ def remove_folder(spark: SparkSession, folder: str) -> None:
 def _status(files: JavaObject, path: JavaObject) -> JavaObject | None:
     """Return Hadoop's status of a file or folder; None if it is missing."""
     try:
-        with _missing_as_python():
+        with _missing_as_python(files, path):
             return files.getFileStatus(path)
     except FileNotFoundError:
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyspark.util
@@ -32,6 +34,7 @@ from helpers.spark.jars import (
     spark_home,
     spark_program,
 )
+from helpers.spark.java_exit import how_java_exited, java_has_exited
 from helpers.spark.machine import available_cores
 from helpers.spark.scratch import log_file, scratch_folder
 
@@ -48,6 +51,12 @@ _DAEMON = "helpers.spark.daemon"
 _OVERHEAD, _WORKER = 400, 800
 
 _LOGGER = logging.getLogger(__name__)
+
+
+# The settings that `changed_settings` has changed, by session and name: how many blocks use them,
+# and the session's own values.
+_CHANGED: dict[tuple[str, str], tuple[int, str]] = {}
+_CHANGING = threading.Lock()
 
 
 class SessionError(RuntimeError):
@@ -93,8 +102,9 @@ def get_spark(
     Raises
     ------
     SessionError
-        If Spark doesn't start, the session uses Spark Connect, the Kafka connector for its version
-        doesn't exist or can't be fetched, or SWAN has a cluster and the notebook isn't connected.
+        If Spark doesn't start, Java of an earlier session has died, the session uses Spark Connect,
+        the Kafka connector for its version doesn't exist or can't be fetched, or SWAN has a cluster
+        and the notebook isn't connected.
     helpers.spark.JarsError
         If Java or Spark's jars are missing.
 
@@ -105,7 +115,13 @@ def get_spark(
     3
     """
     _refuse_connect()
-    if SparkContext._active_spark_context is not None:
+    if SparkContext._gateway is not None and java_has_exited():
+        raise SessionError(how_java_exited())
+    context = SparkContext._active_spark_context
+    if context is not None and _has_ended(context):  # by Java, as when YARN ends an application
+        context.stop()
+        context = None
+    if context is not None:
         spark = SparkSession.builder.getOrCreate()
     else:
         submitted = {**_submitted_settings(), **_swan_settings()}
@@ -127,8 +143,61 @@ def check_running(spark: SparkSession) -> None:
     --------
     >>> check_running(spark)
     """
-    if spark.sparkContext._jsc is None:
+    if is_stopped(spark):
         raise SessionError("this Spark session was stopped: start a new one with get_spark().")
+
+
+def is_stopped(spark: SparkSession) -> bool:
+    """Return whether a session was stopped, here or in Java, as when YARN ends an application.
+
+    Examples
+    --------
+    >>> is_stopped(spark)
+    False
+    """
+    return _has_ended(spark.sparkContext)
+
+
+@contextlib.contextmanager
+def changed_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+    """Change settings of a session within a ``with`` block, which others may share.
+
+    The session's own values return when the last block that changes them ends. Whoever changes a
+    setting must change it to the same value.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session.
+    settings : mapping
+        The values, by Spark's names.
+
+    Examples
+    --------
+    >>> with changed_settings(spark, {"spark.sql.shuffle.partitions": "7"}):
+    ...     spark.conf.get("spark.sql.shuffle.partitions")
+    '7'
+    """
+    session = spark._jsparkSession.sessionUUID()
+    try:
+        with _CHANGING:
+            for name, value in settings.items():
+                uses, before = _CHANGED.get((session, name), (0, spark.conf.get(name)))
+                _CHANGED[session, name] = uses + 1, before
+                spark.conf.set(name, value)
+        yield
+    finally:
+        with _CHANGING:
+            for name in settings:
+                uses, before = _CHANGED.pop((session, name))
+                if uses > 1:
+                    _CHANGED[session, name] = uses - 1, before
+                else:
+                    spark.conf.set(name, before)
+
+
+def _has_ended(context: SparkContext) -> bool:
+    return context._jsc is None or context._jsc.sc().isStopped()
 
 
 def fetch() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from pyspark import RDD, SparkContext
 from pyspark.streaming import StreamingContext
 
-from helpers.spark import summary
+from helpers.spark import get_spark, is_stopped, summary
 from helpers.streaming.errors import StreamError, insist, remedy, without_secrets
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.listener import ContextListener
@@ -130,7 +130,7 @@ class Batches:
         if not ranges:
             return SparkContext._active_spark_context.emptyRDD()
         try:
-            return self.source.read(ranges).rdd.map(to_element)
+            return self.source.read(batch_id_of(batch_time), ranges).rdd.map(to_element)
         except Exception as error:
             self._fail(f"batch {batch_id_of(batch_time)} can't be read: {summary(error)}")
             raise
@@ -146,13 +146,13 @@ class Batches:
         try:
             for is_last_try in (False, True):
                 try:
-                    records = few_tasks(self.source.read(ranges), ranges)
+                    records = few_tasks(self.source.read(batch_id, ranges), ranges)
                     function(PlannedBatch(batch_id, ranges, records))
                     return
                 except Exception:
                     if is_last_try:
                         self._stopped.set()
-                    if self._stopped.is_set():
+                    if self._stopped.is_set() or is_stopped(get_spark()):
                         raise
                     _LOGGER.warning("batch %s failed and is retried", batch_id, exc_info=True)
         finally:
@@ -176,6 +176,7 @@ class Batches:
         if failure is not None:
             self._fail(f"batch {batch_id} failed: {failure}{remedy(failure)}")
             return
+        self.source.report_deleted(batch_id)
         records = self.ledger.complete(batch_id)
         try:
             self.source.commit()

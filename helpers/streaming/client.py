@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
 from helpers.kafka_settings import ANSWER_SECONDS
@@ -170,6 +171,14 @@ class KafkaClient:
         with self._asking():
             return self._offsets(self._consumer.endOffsets, partitions)
 
+    def last_written(self, partition: TopicAndPartition) -> int:
+        """Return the offset after a partition's last record, also of an unfinished transaction."""
+        asked = self._java_partition(partition)
+        with self._asking():
+            latest = self._jvm.org.apache.kafka.clients.admin.OffsetSpec.latest()
+            found = self._admin.listOffsets(self._jvm.java.util.Map.of(asked, latest))
+            return self._answer(found.partitionResult(asked)).offset()
+
     def without_deleted(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
         """Return planned ranges without offsets deleted since, after a warning about those.
 
@@ -220,6 +229,19 @@ class KafkaClient:
                 "to earliest."
             )
         _LOGGER.warning("%s", loss)
+
+    def report_deleted_meanwhile(self, ranges: Iterable[OffsetRange]) -> None:
+        """Warn about offsets that retention deleted while their batch was read."""
+        planned = {part.topicAndPartition(): part for part in ranges}
+        begins = self.begins(planned)
+        for partition, part in planned.items():
+            if begins[partition] > part.fromOffset:
+                _LOGGER.warning(
+                    "offsets %s to %s of %s, partition %s, were deleted while their batch was "
+                    "read: some of them may be missing. Raise the topic's retention.ms.",
+                    part.fromOffset, min(begins[partition], part.untilOffset) - 1, part.topic,
+                    part.partition,
+                )  # fmt: skip
 
     def committed(
         self, partitions: Iterable[TopicAndPartition]
@@ -282,8 +304,9 @@ class KafkaClient:
 
     def close(self) -> None:
         """Close the connections to Kafka."""
-        second = self._jvm.java.time.Duration.ofSeconds(1)
-        with self._lock:
+        # If Java has died, the connections are closed, and the reason is already being raised.
+        with self._lock, contextlib.suppress(Py4JError, ConnectionError):
+            second = self._jvm.java.time.Duration.ofSeconds(1)
             self._consumer.close(second)
             self._admin.close(second)
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 
 from py4j.protocol import Py4JError, Py4JJavaError
-from pyspark import SparkContext
 from pyspark.sql import SparkSession
 from pyspark.streaming import StreamingContext
 
-from helpers.spark import JAVA_ERRORS, check_running, log_file, summary
+from helpers.spark import (
+    JAVA_ERRORS,
+    check_running,
+    how_java_exited,
+    java_has_exited,
+    java_ran_out_of_memory,
+    summary,
+)
 from helpers.streaming.batches import Batches, batches_of
 from helpers.streaming.errors import StreamError
 
@@ -40,12 +45,18 @@ def new_streaming_context(spark: SparkSession, batch_seconds: float) -> Streamin
     ------
     SessionError
         If the session was stopped.
+    ValueError
+        If the interval is not a number between 0.001 and 86,400.
 
     Examples
     --------
     >>> ssc = new_streaming_context(spark, batch_seconds=1)
     """
     check_running(spark)
+    if not (isinstance(batch_seconds, int | float) and 0.001 <= batch_seconds <= 86_400):
+        raise ValueError(
+            f"the batch interval is {batch_seconds!r}: it must be between 0.001 and 86,400 seconds."
+        )
     active = StreamingContext.getActive()
     if active is not None:
         stop_streaming(active, gracefully=False)
@@ -157,9 +168,9 @@ def java_watched() -> Iterator[None]:
     except (Py4JError, ConnectionError, StreamError) as error:
         # A failed batch has its own reason, unless Java was already dying.
         has_reason = isinstance(error, (Py4JJavaError, StreamError))
-        if (has_reason and not _ran_out_of_memory()) or not _java_has_ended():
+        if (has_reason and not java_ran_out_of_memory()) or not java_has_exited(END_SECONDS):
             raise
-        raise StreamError(_how_java_ended()) from None
+        raise StreamError(how_java_exited()) from None
 
 
 @contextlib.contextmanager
@@ -187,39 +198,6 @@ def interrupt_noted() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, usual)
-
-
-def _java_has_ended() -> bool:
-    """Return whether the JVM that this process started has exited."""
-    process = getattr(SparkContext._gateway, "proc", None)
-    if process is None:  # spark-submit started the JVM, which started this process
-        return False
-    try:
-        process.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _ran_out_of_memory() -> bool:
-    """Return whether Java's log reports that memory ran out."""
-    file = log_file()
-    return file.exists() and "OutOfMemoryError" in file.read_text(errors="replace")
-
-
-def _how_java_ended() -> str:
-    """Return why Java exited, as far as its log says, and what to do."""
-    if _ran_out_of_memory():
-        return (
-            "Java ran out of memory and exited; committed batches are kept. Give it more memory "
-            'with get_spark(memory="4g") or spark-submit --driver-memory 4g, or make batches '
-            "smaller with spark.streaming.kafka.maxRatePerPartition or max.poll.records. "
-            f"Its log is {log_file()}."
-        )
-    return (
-        f"Java exited unexpectedly; committed batches are kept. Its log, {log_file()}, may have "
-        "the reason; if not, the system may have killed it to free memory."
-    )
 
 
 def _not_done(streams: list[Batches], seconds: float) -> str:

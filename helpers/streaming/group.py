@@ -61,7 +61,7 @@ class GroupProgress:
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._last: concurrent.futures.Future | None = None
         self._ours: Offsets = {}  # the last commit, unless its outcome is unknown
-        self._has_warned = False
+        self._has_warned = self._is_closed = False
 
     def commit(self, offsets: Callable[[], Offsets]) -> None:
         """Commit offsets soon; a commit that has not begun by then is left out.
@@ -81,7 +81,10 @@ class GroupProgress:
             concurrent.futures.wait([self._last], ANSWER_SECONDS)
 
     def close(self) -> None:
-        """Close the connections to Kafka, after the last commit."""
+        """Close the connections to Kafka, after the last commit; again, it does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         closing = self._thread.submit(self._client.close)  # a client belongs to one thread
         self._thread.shutdown(wait=False)
         concurrent.futures.wait([closing], ANSWER_SECONDS)

@@ -29,6 +29,7 @@ _F_STRING = getattr(tokenize, "FSTRING_MIDDLE", None)  # since Python 3.12
 # Strings that the rules see; in others, such as messages, a name means nothing.
 _SETTING = re.compile(r"[\w.,:/-]*|.*(?:spark-streaming-kafka|_2\.1[0-2]:).*")
 _ONLY_STRINGS = re.compile(r'(?: ?\w{0,2}"[^"]*")*')
+_LONGEST = 1_000  # letters of a string that are looked at
 _NOT_PYTHON = "this is not Python"
 _REMEDY = " Name its encoding in the first line, such as # -*- coding: latin-1 -*-."
 _OPENING, _CLOSING = tuple("([{"), tuple(")]}")
@@ -100,31 +101,48 @@ def _parse(source: str) -> Iterator[_Statement]:
     bracket that was opened last, if there is one.
     """
     lines = "\n".join(line.lstrip() for line in source.split("\n"))
-    text, code, numbers, end, brackets = "", "", [], None, []
+    statement, end, brackets = _Pieces(), None, []
     try:
         for token in tokenize.generate_tokens(io.StringIO(_OLD_NUMBER.sub(MARK, lines)).readline):
             if token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
-                if not _ONLY_STRINGS.fullmatch(code):
-                    yield _Statement(text, code, numbers)
-                text, code, numbers, brackets = "", "", [], []
+                if not _ONLY_STRINGS.fullmatch("".join(statement.code)):
+                    yield statement.joined()
+                statement, brackets = _Pieces(), []
             elif token.type != tokenize.COMMENT and token.string.strip():
                 if token.string in _OPENING:
                     brackets.append(token.start)
                 elif token.string in _CLOSING and brackets:
                     brackets.pop()
-                piece, blank = _strings(token)
-                if token.start != end and text and not (
-                    text.endswith(_OPENING) or piece[0] in ")]}.,:"
-                ):
-                    piece, blank = f" {piece}", f" {blank}"
-                text, code = text + piece, code + blank
-                numbers += [token.start[0]] * len(piece)
+                statement.add(*_strings(token), token.start[0], is_apart=token.start != end)
                 end = token.end
     except tokenize.TokenError as error:
-        yield _Statement(text, code, numbers)
+        yield statement.joined()
         if brackets:
             raise tokenize.TokenError("a bracket is not closed", brackets[-1]) from error
         raise
+
+
+class _Pieces:
+    """The pieces of a statement: its text, the same with blanks for strings, and the lines."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.code: list[str] = []
+        self.lines: list[int] = []
+
+    def add(self, piece: str, blank: str, line: int, is_apart: bool) -> None:
+        """Add a token, after a space where one makes a difference."""
+        if is_apart and self.text and not (
+            self.text[-1].endswith(_OPENING) or piece[0] in ")]}.,:"
+        ):
+            piece, blank = f" {piece}", f" {blank}"
+        self.text.append(piece)
+        self.code.append(blank)
+        self.lines += [line] * len(piece)
+
+    def joined(self) -> _Statement:
+        """Return the statement."""
+        return _Statement("".join(self.text), "".join(self.code), self.lines)
 
 
 def _strings(token: tokenize.TokenInfo) -> tuple[str, str]:
@@ -134,17 +152,18 @@ def _strings(token: tokenize.TokenInfo) -> tuple[str, str]:
         return token.string, token.string
     prefix, _, inner = quoted.groups() if quoted else ("", "", token.string)
     before, after = (f'{prefix.strip("uU")}"', '"') if quoted else ("", "")
-    text = re.sub(r"\s", " ", inner.replace(MARK, "")).replace('"', "'")
+    # Embedded pictures and texts are long, and have no old names.
+    text = re.sub(r"\s", " ", inner[:_LONGEST].replace(MARK, "")).replace('"', "'")
     blank = text if _SETTING.fullmatch(text) else "\0" * len(text)
     return f"{before}{text}{after}", f"{before}{blank}{after}"
 
 
 def _read(file: str) -> list[str]:
     """Return the code of a notebook's cells, or that of a script as a single cell."""
-    if not file.endswith(".ipynb"):
+    if not _is_notebook(file):
         with tokenize.open(file) as script:
             return [script.read()]
-    notebook = json.loads(Path(file).read_text(encoding="utf-8"))
+    notebook = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     try:
         sheets = notebook.get("worksheets", [notebook])  # until 2015
         cells = [cell for sheet in sheets for cell in sheet["cells"] if cell["cell_type"] == "code"]
@@ -164,7 +183,11 @@ def _without_magics(source: str) -> str:
 
 def _place(file: str, cell: int, line: int) -> str:
     """Return where something is: a notebook's code cells are counted, as Jupyter does."""
-    return f"{file}:cell {cell}, line {line}" if file.endswith(".ipynb") else f"{file}:{line}"
+    return f"{file}:cell {cell}, line {line}" if _is_notebook(file) else f"{file}:{line}"
+
+
+def _is_notebook(file: str) -> bool:
+    return file.lower().endswith(".ipynb")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,8 +207,8 @@ def _report(file: str) -> int:
     except OSError as error:
         print(f"{file} can't be read: {error.strerror}.", file=sys.stderr)
         return 2
-    except (ValueError, SyntaxError):
-        kind = "notebook" if file.endswith(".ipynb") else "Python script"
+    except (ValueError, SyntaxError, RecursionError):
+        kind = "notebook" if _is_notebook(file) else "Python script"
         remedy = "" if kind == "notebook" else _REMEDY
         print(f"{file} can't be read: it is not a {kind} in UTF-8.{remedy}", file=sys.stderr)
         return 2

@@ -108,7 +108,7 @@ CHANGES = [
     (rf'"[\w.,:-]*:{ZOOKEEPER_PORT}(?:[,/][^" ]*)?"', "for a stream, the brokers' addresses",
      "such as host:9092; Kafka 4 has no ZooKeeper"),
     (r'(?:--(?:packages|jars) (?=[^\s",]*(?:[\s"]|$)))?'
-     r'[^\s",]*spark-(?:streaming|sql)-kafka[^\s",]*', "leave it out",
+     r'(?<![^\s",])[^\s",]*spark-(?:streaming|sql)-kafka[^\s",]*', "leave it out",
      "the stream fetches the connector for the running Spark"),
     (r'(?<![^\s",])(?![^\s",]*spark-(?:streaming|sql)-kafka)[^\s",]+_2\.1[0-2]:[^\s",]+',
      "its build for Spark 4",

@@ -122,6 +122,10 @@ class OffsetPlanner:
         """Return planned ranges without offsets deleted since; see `KafkaClient`."""
         return self._client.without_deleted(ranges)
 
+    def report_deleted_meanwhile(self, ranges: Iterable[OffsetRange]) -> None:
+        """Warn about offsets that retention deleted while their batch was read."""
+        self._client.report_deleted_meanwhile(ranges)
+
     def commit(self, offsets: Mapping[TopicAndPartition, int]) -> None:
         """Commit the next offset of each partition to the consumer group.
 
@@ -196,13 +200,15 @@ class OffsetPlanner:
         self._client.topic_ids(self._topics, self._topic_ids)
         for partition, end in ends.items():
             self._stay_within(partition, begins[partition], end)
+            # Where only the records of finished transactions count, an end may be behind.
+            ends[partition] = max(end, self._positions[partition])
         self._unread = sum(end - self._positions[partition] for partition, end in ends.items())
         return ends
 
     def _stay_within(self, partition: TopicAndPartition, begin: int, end: int) -> None:
         """Apply ``auto.offset.reset`` if a partition's next record was deleted."""
         position = self._positions[partition]
-        if position > end:
+        if position > end and position > self._client.last_written(partition):
             raise TopicRecreatedError(
                 partition.topic,
                 f"partition {partition.partition} should resume from offset {position}, but ends "

@@ -87,6 +87,8 @@ class RangeReader:
         A session with the Kafka connector.
     settings : mapping
         Settings of `KafkaConsumer` by Kafka's names.
+    skip_deleted : bool
+        Whether offsets that retention has deleted are left out; otherwise, they are an error.
 
     Examples
     --------
@@ -95,12 +97,16 @@ class RangeReader:
     100
     """
 
-    def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self, spark: SparkSession, settings: Mapping[str, str], skip_deleted: bool = False
+    ) -> None:
         self._spark = spark
         # Spark keeps consumers and their prefetched records for five minutes, by group. By default,
         # each read has a new group, so they would pile up until Java's memory is full.
         group = f"{_GROUP_PREFIX}-{uuid.uuid4()}"
-        self._options = source_options(settings) | {"kafka.group.id": group}
+        self._options = source_options(settings) | {
+            "kafka.group.id": group, "failOnDataLoss": str(not skip_deleted).lower()
+        }  # fmt: skip
 
     def read(self, ranges: Iterable[OffsetRange]) -> DataFrame:
         """Return the records of the ranges.

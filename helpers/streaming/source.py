@@ -76,7 +76,9 @@ class Source:
             (last.positions, last.topic_ids) if last else (definition.positions, None)
         )
         self.limit = RateLimit(spark.sparkContext, definition.interval)
-        self._reader = RangeReader(spark, definition.settings)
+        self._skips_deleted = definition.settings["auto.offset.reset"] != "none"
+        self._reader = RangeReader(spark, definition.settings, self._skips_deleted)
+        self._being_read: dict[int, list[OffsetRange]] = {}
         self.planner = OffsetPlanner(
             spark, definition.topics, definition.settings, definition.from_offsets, positions,
             topic_ids,
@@ -104,15 +106,24 @@ class Source:
         self._ledger.plan(interval, plan.ranges, time.time_ns() // 1_000_000)
         self._ledger.begin(self.planner.starts(), self.planner.unread())
 
-    def read(self, ranges: list[OffsetRange]) -> DataFrame:
+    def read(self, batch_id: int, ranges: list[OffsetRange]) -> DataFrame:
         """Return the records of planned ranges, without those that retention has deleted."""
         left = ranges
         # If the broker is away, the tasks that read wait for it.
         with contextlib.suppress(BrokerAwayError):
             left = self.planner.without_deleted(ranges)
+        self._being_read[batch_id] = left
         if not left:  # an empty range is read as an empty DataFrame
             left = [replace(ranges[0], fromOffset=ranges[0].untilOffset)]
         return self._reader.read(left)
+
+    def report_deleted(self, batch_id: int) -> None:
+        """Warn about offsets that retention deleted while a batch was read; it is done."""
+        left = self._being_read.pop(batch_id, [])
+        if left and self._skips_deleted:
+            # An error from Kafka must not fail the batch.
+            with contextlib.suppress(StreamError):
+                self.planner.report_deleted_meanwhile(left)
 
     def commit(self) -> None:
         """Commit what may be committed; wait at most 60 s for a broker that is away."""

@@ -28,6 +28,7 @@ from helpers.spark import (
     exact_path,
     folder_names,
     full_path,
+    is_stopped,
     read_file,
     summary,
 )
@@ -336,26 +337,13 @@ class KafkaQuery:
         try:
             self._function(batch)
         except Exception:
-            if self._stopping:
+            if self._stopping or is_stopped(self._spark):
                 raise
             _LOGGER.warning("batch %s failed and is retried", batch.batch_id, exc_info=True)
             self._function(batch)
         # The batch is done, so an error from Kafka must not repeat it.
         with contextlib.suppress(StreamError):
-            self._report_deleted_meanwhile(left)
-
-    def _report_deleted_meanwhile(self, ranges: Iterable[OffsetRange]) -> None:
-        """Warn about offsets that retention deleted while their batch was read."""
-        planned = {part.topicAndPartition(): part for part in ranges}
-        begins = self._client.begins(planned)
-        for partition, part in planned.items():
-            if begins[partition] > part.fromOffset:
-                _LOGGER.warning(
-                    "offsets %s to %s of %s, partition %s, were deleted while their batch was "
-                    "read: some of them may be missing. Raise the topic's retention.ms.",
-                    part.fromOffset, min(begins[partition], part.untilOffset) - 1, part.topic,
-                    part.partition,
-                )  # fmt: skip
+            self._client.report_deleted_meanwhile(left)
 
     def _wait_for_the_broker(
         self, error: StreamingQueryException, interrupted: threading.Event

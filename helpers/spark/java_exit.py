@@ -1,0 +1,67 @@
+"""Whether Java has exited, and why, for error messages: Python only notices refused connections."""
+
+from __future__ import annotations
+
+import subprocess
+
+from pyspark import SparkContext
+
+from helpers.spark.scratch import log_file
+
+
+def java_has_exited(seconds: float = 0.0) -> bool:
+    """Return whether the Java process that this one started has exited.
+
+    Parameters
+    ----------
+    seconds : float
+        How long to wait for that. Java may still be exiting when Python notices the first error.
+
+    Examples
+    --------
+    >>> java_has_exited()
+    False
+    """
+    process = getattr(SparkContext._gateway, "proc", None)
+    if process is None:  # spark-submit started Java, which started this process
+        return False
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def java_ran_out_of_memory() -> bool:
+    """Return whether Java's log reports that memory ran out.
+
+    Examples
+    --------
+    >>> java_ran_out_of_memory()
+    False
+    """
+    file = log_file()
+    return file.exists() and "OutOfMemoryError" in file.read_text(errors="replace")
+
+
+def how_java_exited() -> str:
+    """Return why Java exited, as far as its log says, and what to do.
+
+    Examples
+    --------
+    >>> how_java_exited()[:24]
+    'Java exited unexpectedly'
+    """
+    again = "restart Python (in a notebook, the kernel), because a process starts Java only once"
+    if java_ran_out_of_memory():
+        return (
+            "Java ran out of memory and exited; committed batches are kept. To go on, "
+            f"{again}, and "
+            'give it more memory with get_spark(memory="4g") or spark-submit --driver-memory 4g, '
+            "or make batches smaller with spark.streaming.kafka.maxRatePerPartition or "
+            f"max.poll.records. Its log is {log_file()}."
+        )
+    return (
+        f"Java exited unexpectedly; committed batches are kept. To go on, {again}. Its log, "
+        f"{log_file()}, may have the reason; if not, the system may have killed it to free memory."
+    )
