@@ -21,7 +21,7 @@ WORKERS = auto
 # The notebook's parameters: the variables on the command line, except those for make itself.
 typed = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 quoted = '$(subst ','\'',$(1))'
-parameters = $(foreach name,$(filter-out NOTEBOOK PYTHON,$(typed)),$(call quoted,$(name)=$($(name))))
+parameters = $(foreach name,$(filter-out NOTEBOOK PYTHON,$(typed)),$(call quoted,$(name)=$(value $(name))))
 
 # What Spark's workers import, as in helpers/preflight/checks.py.
 packed = numpy|pandas|pyarrow|orjson|msgspec|keras|tensorflow(-cpu)?

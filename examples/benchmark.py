@@ -311,10 +311,12 @@ def original_functions(spark: SparkSession, task: peers.Task) -> peers.Scored:
     """
     names = definitions("1_walkthrough", "pipeline")
     settings = {"bootstrap.servers": task.bootstrap_servers, "auto.offset.reset": "earliest"}
+    planned: list[int] = []
     ended: list[float] = []
     counts: list[tuple[int, int]] = []
 
     def process_batch(records: DataFrame, batch_id: int) -> None:
+        planned.append(batch_id)
         scored = names["predict"](names["prepare_dataframe"](to_columns(records)))
         is_signal = F.col("predicted_index") == 0
         scored = names["post_process"](scored).agg(F.count("*"), F.count_if(is_signal))
@@ -324,10 +326,9 @@ def original_functions(spark: SparkSession, task: peers.Task) -> peers.Scored:
     ssc = new_streaming_context(spark, INTERVAL_SECONDS)
     stream = KafkaUtils.createDirectStream(ssc, [task.topic], settings)
     stream.foreachBatch(process_batch)
-    began = time.time()
     run_stream(ssc, until=lambda: stream.lag() == 0, timeout=DRAIN_SECONDS)
     events, signal = (sum(numbers) for numbers in zip(*counts, strict=True))
-    return peers.Scored(events, signal, ended[-1] - began)
+    return peers.Scored(events, signal, ended[-1] - planned[0] / 1000)  # as with the other streams
 
 
 def _alone(score: Callable[[peers.Task], peers.Scored]) -> Callable[..., peers.Scored]:

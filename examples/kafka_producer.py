@@ -184,9 +184,8 @@ def chunks(options: argparse.Namespace, stopping: Stopping) -> Iterator[pd.DataF
             yield from _file_chunks(options)
         else:
             yield from _generated_chunks(options, round_number)
-        if not options.loop:
+        if not options.loop or stopping.wait(options.pause):
             return
-        stopping.wait(options.pause)
 
 
 def connect(options: argparse.Namespace) -> KafkaProducer:
@@ -386,6 +385,8 @@ def _file_chunks(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
     events = read_events(options.csv)
     if options.events is not None:
         events = events.head(options.events)
+    if events.empty:
+        raise ProducerError(f"{options.csv} has no events: give another file.")
     for first in range(0, len(events), CHUNK):
         yield events.iloc[first : first + CHUNK]
 
@@ -405,13 +406,13 @@ def _pace(rate: float | None, stopping: Stopping) -> Callable[[], None]:
     return wait if rate else lambda: None
 
 
-def _positive(kind: type) -> Callable[[str], float]:
-    """Return a converter for argparse that accepts only numbers above 0."""
+def _number(kind: type, least: float, most: float = 1e9) -> Callable[[str], float]:
+    """Return a converter for argparse that accepts only numbers from `least` to `most`."""
 
     def number(text: str) -> float:
         value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most:,.0f}")
         return value
 
     return number
@@ -427,12 +428,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--topic", default="Machine_Learning", help="default: %(default)s")
     parser.add_argument(
-        "--events", type=_positive(int), help="how many; default: 100000, or the whole file"
+        "--events", type=_number(int, 1), help="how many; default: 100000, or the whole file"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of generated events; default: 0")
+    parser.add_argument(
+        "--seed", type=_number(int, 0, 2**63), default=0,
+        help="seed of generated events; default: 0",
+    )  # fmt: skip
     parser.add_argument("--csv", help="send the events of the challenge's file (.csv or .csv.gz)")
     parser.add_argument(
-        "--rate", type=_positive(float), help="events per second; default: full speed"
+        "--rate", type=_number(float, 0.001), help="events per second; default: full speed"
     )
     parser.add_argument("--compression", choices=CODECS, help="default: lz4")
     parser.add_argument(
@@ -440,7 +444,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="settings for Kafka clients, including passwords, in Kafka's properties format",
     )  # fmt: skip
     parser.add_argument("--loop", action="store_true", help="start over at the end, until Ctrl-C")
-    parser.add_argument("--pause", type=float, default=0, help="seconds between rounds; default: 0")
+    parser.add_argument(
+        "--pause", type=_number(float, 0, 86_400), default=0,
+        help="seconds between rounds; default: 0",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.events is None and not options.csv:
         options.events = 100_000

@@ -224,6 +224,11 @@ def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
     """
     letters_topic, topic_id, limit = topic + DEAD_LETTERS, "", DEFAULT_LIMIT
     topics = admin.list_topics()
+    if not {topic, letters_topic} & set(topics):
+        raise ReplayError(
+            f"there is no topic {topic!r} that this user may see: check its name, and the ACL "
+            "DESCRIBE."
+        )
     if letters_topic in topics:
         (description,) = admin.describe_topics([letters_topic])
         topic_id = str(description["topic_id"])
@@ -382,10 +387,12 @@ def repair_function(text: str) -> Repair:
     if not Path(file).is_file():
         raise argparse.ArgumentTypeError(f"{text}: give a file and a function, as file.py:function")
     spec = importlib.util.spec_from_file_location("repair", file)
+    if spec is None:
+        raise argparse.ArgumentTypeError(f"{file} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise argparse.ArgumentTypeError(f"{file} can't be loaded: {error!r}") from None
     if not callable(getattr(module, name, None)):
         raise argparse.ArgumentTypeError(f"{file} has no function {name!r}")
@@ -403,6 +410,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ReplayError, BrokerError, KafkaError, ValueError, OSError) as error:
         print(f"no more letters are sent back: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            "interrupted: letters that were sent back are not sent again; run it once more",
+            file=sys.stderr,
+        )
+        return 130
     print(
         f"{sent} dead letters sent back to {options.topic}; {unrepaired} could not be repaired, "
         f"{copies} were copies"

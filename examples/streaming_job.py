@@ -303,8 +303,8 @@ def _port(text: str) -> int:
 
 def _seconds(text: str) -> float:
     number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0.001 <= number <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.001 and 86,400")
     return number
 
 

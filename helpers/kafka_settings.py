@@ -47,7 +47,7 @@ def check_address(bootstrap_servers: str) -> None:
     """
     for address in bootstrap_servers.split(","):
         host, _, port = address.strip().rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ValueError(f"{address!r} is not the address of a Kafka broker: write host:port.")
 
 

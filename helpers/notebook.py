@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import linecache
 import os
 import re
@@ -67,13 +68,18 @@ def parameters(path: Path) -> dict[str, Any]:
     >>> parameters(find_notebook("1_walkthrough"))["topic"]
     'Machine_Learning'
     """
-    for cell in nbformat.read(path, as_version=4).cells:
+    for cell in _read(path).cells:
         if "parameters" in cell.metadata.get("tags", []):
-            return {
-                statement.targets[0].id: ast.literal_eval(statement.value)
-                for statement in ast.parse(cell.source).body
-                if isinstance(statement, ast.Assign)
-            }
+            try:
+                return {
+                    statement.targets[0].id: ast.literal_eval(statement.value)
+                    for statement in ast.parse(cell.source).body
+                    if isinstance(statement, ast.Assign)
+                }
+            except (ValueError, SyntaxError, AttributeError):
+                raise NotebookError(
+                    "the cell tagged 'parameters' must assign values, not expressions, to names."
+                ) from None
     raise NotebookError("the notebook has no cell tagged 'parameters'.")
 
 
@@ -149,7 +155,8 @@ def recorded(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     NotebookError
         If the last cell's value is not a dictionary.
     """
-    return record_in([cell for cell in notebook.cells if cell.cell_type == "code"][-1].outputs)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return record_in(cells[-1].outputs if cells else [])
 
 
 def record_in(outputs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -167,10 +174,14 @@ def record_in(outputs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     for output in outputs:
         if output["output_type"] == "execute_result":
-            value = ast.literal_eval(output["data"]["text/plain"])
-            if isinstance(value, dict):
-                return value
-    raise NotebookError("the notebook's last cell records nothing: its value must be a dictionary.")
+            with contextlib.suppress(ValueError, SyntaxError):  # not of such values
+                value = ast.literal_eval(output["data"]["text/plain"])
+                if isinstance(value, dict):
+                    return value
+    raise NotebookError(
+        "the notebook's last cell records nothing: its value must be a dictionary of numbers and "
+        "texts."
+    )
 
 
 def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, str | None]:
@@ -196,7 +207,7 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
         If a parameter is invalid.
     """
     values = parameter_values(path, given)
-    cells = nbformat.read(path, as_version=4).cells
+    cells = _read(path).cells
     # Papermill adds a cell with the values after the parameters.
     progress = _Progress(sum(cell.cell_type == "code" for cell in cells) + bool(values))
     failure = None
@@ -221,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         path = find_notebook(options.notebook)
         given = dict(_split(setting) for setting in options.settings)
+        _make_folder(options.html)
         notebook, failure = run(path, given)
         # A failed run keeps the page of the last successful one.
         name = f"{path.stem}.failed" if failure else path.stem
@@ -317,12 +329,29 @@ def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name:
     page, _ = exporter.from_notebook_node(
         notebook, resources={"metadata": {"path": str(home), "name": name}}
     )
-    folder.mkdir(parents=True, exist_ok=True)
     to_home = quote(os.path.relpath(home.resolve(), folder.resolve()))
     page = re.sub(r'(<a\s[^>]*?href=")(?![a-z]+:|[#/])', rf"\g<1>{to_home}/", page)
     target = folder / f"{name}.html"
     target.write_text(page)
     return target
+
+
+def _make_folder(folder: str) -> None:
+    """Create the folder for the page, before a run takes minutes."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotebookError(
+            f"the folder {folder} can't be used ({error.strerror}): choose another --html."
+        ) from None
+
+
+def _read(path: Path) -> nbformat.NotebookNode:
+    """Return a notebook; raise `NotebookError` if the file is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, RecursionError, nbformat.ValidationError):
+        raise NotebookError(f"{path} is not a notebook.") from None
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

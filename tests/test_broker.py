@@ -111,6 +111,42 @@ def test_a_port_in_use_is_said_at_once():
             LocalKafka(port=port).start()
 
 
+@pytest.mark.parametrize("name", ["é ü", "[1] 日本", "a\\\\b"])
+def test_a_folder_may_have_any_name(tmp_path, name, monkeypatch):
+    """The data is in the folder, whatever its name and the locale, and is found again."""
+    monkeypatch.setenv("LC_ALL", "C")
+    for _ in range(2):
+        with LocalKafka(folder=tmp_path / name) as kafka:
+            kafka.create_topic("kept") if not kafka.topics() else None
+            assert kafka.topics() == ["kept"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "data" / "meta.properties").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "a,b", "a\nb"])
+def test_a_folder_that_kafka_would_misread_is_refused(folder):
+    """Kafka takes a comma for the end of a folder's name."""
+    with pytest.raises(ValueError, match="choose another folder"):
+        LocalKafka(folder=folder)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    """One sentence has the reason."""
+    (tmp_path / "file").touch()
+    with pytest.raises(BrokerError, match=r"can't be used .*: choose another one"):
+        LocalKafka(folder=tmp_path / "file").start()
+
+
+def test_a_second_broker_on_a_folder_is_refused_and_the_first_goes_on(tmp_path):
+    """Both would write to the same files."""
+    with LocalKafka(folder=tmp_path) as kafka:
+        with pytest.raises(BrokerError, match="another broker is running with the folder"):
+            LocalKafka(folder=tmp_path).start()
+        kafka.create_topic("kept")
+    with LocalKafka(folder=tmp_path) as kafka:  # the folder is free again
+        assert kafka.topics() == ["kept"]
+
+
 def test_a_failed_start_shows_the_brokers_last_words(tmp_path):
     """A broker that fails to start reports the reason from its log."""
     with LocalKafka(folder=tmp_path):

@@ -109,14 +109,29 @@ def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):
     assert len({record.key for record in records}) == 40
 
 
+@pytest.mark.parametrize("options", [[], ["--loop"]])
+def test_a_file_without_events_is_refused(kafka, topic, tmp_path, options):
+    """Otherwise a loop would go on for ever without an event."""
+    file = tmp_path / "empty.csv"
+    generate_events(1, seed=1).head(0).to_csv(file, index=False)
+    run = run_python(
+        PRODUCER, kafka.bootstrap_servers, "--topic", topic, "--csv", str(file), *options
+    )
+    assert run.returncode == 1
+    assert "empty.csv has no events: give another file." in run.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [
         (["--csv", "nowhere.csv"], "no file nowhere.csv: download one from CERN Open Data"),
         (["--compression", "brotli"], "invalid choice: 'brotli'"),
-        (["--events", "-5"], "argument --events: -5 is not above 0"),
+        (["--events", "-5"], "argument --events: -5 is not between 1 and"),
         (["--topic", "t", "--", "nowhere"], "'nowhere' is not the address of a Kafka broker"),
-        (["--rate", "0"], "argument --rate: 0 is not above 0"),
+        (["--rate", "0"], "argument --rate: 0 is not between 0.001 and"),
+        (["--rate", "nan"], "argument --rate: nan is not between 0.001 and"),
+        (["--pause", "inf"], "argument --pause: inf is not between 0 and 86,400"),
+        (["--seed", "-1"], "argument --seed: -1 is not between 0 and"),
         (["--topic", "no/topic"], 'Topic name "no/topic" is illegal'),
     ],
 )

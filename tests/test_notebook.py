@@ -219,3 +219,40 @@ def test_metrics_that_differ_fail_the_comparison(change):
     compare_records(stored, near)
     with pytest.raises(AssertionError):
         compare_records(stored, {**stored, **change})
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("", "7_small.ipynb is not a notebook."),
+        ("{}", "7_small.ipynb is not a notebook."),
+        (None, "the notebook's last cell records nothing"),
+        ("object()", "the notebook's last cell records nothing"),
+        ("{'a': object()}", "the notebook's last cell records nothing"),
+    ],
+)
+def test_a_file_that_is_no_notebook_of_this_kind_is_refused(make_notebook, content, reason):
+    """One sentence says what is wrong with it."""
+    path = make_notebook(*([content] if content and "(" in content else []))
+    if content in ("", "{}"):
+        path.write_text(content)
+    run = run_notebook(path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert reason in run.stderr and "Traceback" not in run.stderr
+
+
+def test_parameters_that_are_computed_are_refused(make_notebook):
+    """The command line can't replace them."""
+    path = make_notebook("{'events': 1}")
+    path.write_text(path.read_text().replace("rate = 0.5", "rate = 0.5 + 1"))
+    run = run_notebook(path, "EVENTS=3")
+    assert run.returncode == 2
+    assert "must assign values, not expressions" in run.stderr
+
+
+def test_a_folder_for_the_page_that_cannot_be_made_is_refused_before_the_run(make_notebook):
+    """Otherwise the results of minutes would be lost."""
+    path = make_notebook("{'events': 1}")
+    run = run_python("-m", "helpers.notebook", str(path), "--html", str(path))
+    assert run.returncode == 2
+    assert "choose another --html" in run.stderr and "cell" not in run.stderr

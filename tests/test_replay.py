@@ -216,6 +216,20 @@ def test_a_repair_that_cannot_be_loaded_is_refused(replay, tmp_path, capsys):
     assert "repairs.py can't be loaded: SyntaxError" in capsys.readouterr().err
 
 
+def test_a_topic_that_does_not_exist_is_not_a_success(replay, topic):
+    """A mistake in the name would look as if there were no dead letters."""
+    code, said = replay("--topic", f"no-{topic}")
+    assert code == 1 and "check its name" in said
+
+
+def test_a_repair_in_a_file_of_another_kind_is_refused(replay, tmp_path, capsys):
+    """Python loads only files whose names end in .py."""
+    (tmp_path / "repairs.txt").write_text("def repair(value): return value")
+    with pytest.raises(SystemExit):
+        replay("--repair", f"{tmp_path}/repairs.txt:repair")
+    assert "its name must end in .py" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("repair", ["nofile.py:repair", "{tmp_path}/repairs.py:nothing"])
 def test_a_repair_that_is_not_there_is_refused(replay, repair, tmp_path, capsys):
     """A repair function that doesn't exist is a usage error."""

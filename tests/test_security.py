@@ -153,6 +153,8 @@ def test_settings_become_arguments_of_the_client_that_knows_them():
         ({"enable.idempotence": "1"}, "must be true or false"),
         ({"ssl.keystore.location": __file__}, "is JKS, from which kafka-python can't read a key"),
         ({"ssl.truststore.location": "nowhere"}, "'nowhere': name a file that you can read"),
+        ({"ssl.truststore.location": "/"}, "'/': name a file that you can read"),
+        ({"security.protocol": "TLS"}, "'TLS': it must be one of PLAINTEXT, SSL, SASL_"),
         ({"sasl.mechanism": "GSSAPI"}, "needs a package: pip install gssapi"),
         ({"ssl.keystore.key": "-----BEGIN X-----a-----END X-----"}, "can't be read"),
     ],
@@ -161,6 +163,15 @@ def test_what_kafka_python_cannot_take_is_named(settings, reason):
     """A setting that kafka-python can't use is named in the error."""
     with pytest.raises(ValueError, match=reason):
         python_settings(settings, KafkaProducer)
+
+
+@pytest.mark.parametrize("text", ["SASL_SSL ", "sasl_ssl", "Sasl_Ssl"])
+def test_a_protocol_is_read_as_java_reads_it(text):
+    """Otherwise kafka-python would connect without TLS and without a login."""
+    settings = {"security.protocol": text, "compression.type": " gzip "}
+    assert python_settings(settings, KafkaProducer) == {
+        "security_protocol": "SASL_SSL", "compression_type": "gzip",
+    }  # fmt: skip
 
 
 def test_a_key_without_its_password_is_refused_at_once(tmp_path):

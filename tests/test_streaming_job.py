@@ -196,7 +196,7 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
     "arguments, reason",
     [
         (["--engine", "structured"], "--engine structured needs a --checkpoint"),
-        (["--interval", "0"], "0 is not above 0"),
+        (["--interval", "0"], "0 is not between 0.001 and 86,400"),
         (["--metrics-port", "70000"], "70000 is not a port between 1 and 65535"),
         (["--kafka-option", "group.id"], "group.id is not of the form K=V"),
         (["--on-bad-record", "ignore"], "invalid choice: 'ignore'"),

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import re
 import signal
 import socket
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from helpers.broker import security as secured
 from helpers.broker import server
@@ -61,11 +64,12 @@ class LocalKafka(BrokerAdmin):
     Raises
     ------
     BrokerError
-        If the port is in use, or the broker doesn't answer within 60 s of its start; the message
-        then ends with the broker's last log lines.
+        If the port is in use, the folder can't be used or is that of another running broker, or the
+        broker doesn't answer within 60 s of its start; the message then ends with the broker's last
+        log lines.
     ValueError
-        If the port is not between 1 and 65535, `security` is neither ``"SASL_SSL"`` nor None, or a
-        secured broker is given a folder.
+        If the port is not between 1 and 65535, the folder's name is empty or has a comma or a line
+        break, `security` is neither ``"SASL_SSL"`` nor None, or a secured broker is given a folder.
     helpers.spark.JarsError
         If Java is missing or the broker's jars can't be fetched.
 
@@ -93,13 +97,20 @@ class LocalKafka(BrokerAdmin):
             raise ValueError(f"security is {security!r}: it must be 'SASL_SSL', or None.")
         if security and folder is not None:
             raise ValueError("a secured broker keeps passwords in memory only: leave out folder=.")
+        place = tempfile.gettempdir() if folder is None else str(folder)
+        if re.search(r"^$|[,\r\n]", place):
+            raise ValueError(
+                f"the folder {place!r} is empty or has a comma or a line break, which Kafka does "
+                "not allow: choose another folder, or another TMPDIR."
+            )
         self._passwords = server.Passwords() if security else None
         self._temporary = None
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(
                 prefix="kafka-", ignore_cleanup_errors=True
             )
-        self._folder = Path(folder or self._temporary.name).absolute()
+        self._folder = Path(self._temporary.name if folder is None else folder).absolute()
+        self._lock: IO[bytes] | None = None  # keeps other brokers out of the folder
         self._port = port if port is not None else free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._has_run = False
@@ -207,6 +218,7 @@ class LocalKafka(BrokerAdmin):
 
     def _launch(self) -> None:
         """Prepare the folder, and start the process and its watcher."""
+        self._lock_folder()
         command = server.prepare(
             self._folder, self._port, free_port(), self._passwords, self._class_option
         )
@@ -216,7 +228,25 @@ class LocalKafka(BrokerAdmin):
             self._process = subprocess.Popen(
                 watched + command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that Ctrl-C in the terminal or kernel doesn't reach it
+                pass_fds=[self._lock.fileno()], env=server.environment(),
             )  # fmt: skip
+
+    def _lock_folder(self) -> None:
+        """Take the folder for this broker, until its process has ended."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._folder / "lock").open("wb")
+        except OSError as error:
+            raise BrokerError(
+                f"the folder {self._folder} can't be used ({error.strerror}): choose another one."
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BrokerError(
+                f"another broker is running with the folder {self._folder}: stop it, or choose "
+                "another folder."
+            ) from None
 
     def _answers(self) -> bool:
         """Request the list of topics; raise `BrokerError` if the broker has ended."""
@@ -228,6 +258,9 @@ class LocalKafka(BrokerAdmin):
     def _end(self, signal_number: signal.Signals) -> None:
         """Dismiss the watcher, send the process a signal, and wait until it has ended."""
         process, self._process = self._process, None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()  # the process has it as well
         if process is None:
             return
         with contextlib.suppress(BrokenPipeError):

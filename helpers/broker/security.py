@@ -23,6 +23,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from helpers.spark import JarsError, java_command
 
 PROTOCOL = "SASL_SSL"
+_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 MECHANISM = "SCRAM-SHA-512"
 LOOPBACK = "127.0.0.1"
 KEYTOOL_SECONDS = 30
@@ -208,6 +209,10 @@ def python_settings(
             "sasl.mechanism is GSSAPI, for which kafka-python needs a package: "
             "pip install gssapi (it is compiled, with gcc and the headers in libkrb5-dev)."
         )
+    # As Kafka's Java clients do.
+    settings = {name: value.strip() for name, value in settings.items()}
+    if "security.protocol" in settings:
+        settings["security.protocol"] = _protocol(settings["security.protocol"])
     arguments: dict[str, Any] = {}
     tls = {name: value for name, value in settings.items() if name.startswith("ssl.")}
     for name, value in settings.items():
@@ -222,6 +227,16 @@ def python_settings(
     if tls:
         arguments["ssl_context"] = _tls_context(tls)
     return arguments
+
+
+def _protocol(value: str) -> str:
+    """Return the name of a protocol; kafka-python takes an unknown one for PLAINTEXT."""
+    if value.upper() not in _PROTOCOLS:
+        raise ValueError(
+            f"Kafka's setting 'security.protocol' is {value!r}: it must be one of "
+            f"{', '.join(_PROTOCOLS)}."
+        )
+    return value.upper()
 
 
 def _as_argument(name: str, value: str, default: object) -> object:
@@ -256,7 +271,8 @@ def _tls_context(settings: Mapping[str, str]) -> ssl.SSLContext:
         if name not in _TLS_SETTINGS:
             raise ValueError(f"kafka-python has no setting {name!r}: leave it out.")
     for name in ("ssl.truststore.location", "ssl.keystore.location"):
-        if name in settings and not os.access(settings[name], os.R_OK):
+        file = settings.get(name)
+        if file is not None and not (os.path.isfile(file) and os.access(file, os.R_OK)):
             raise ValueError(f"{name} is {settings[name]!r}: name a file that you can read.")
     keys = _store_type(settings, "ssl.keystore")
     if keys != "PEM" and "ssl.keystore.location" in settings:

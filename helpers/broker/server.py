@@ -103,11 +103,22 @@ def prepare(
         security.make_certificate(folder, passwords.store)
     settings = _broker_settings(folder, port, controller_port, passwords)
     file = folder / "server.properties"
-    _write_privately(file, "".join(f"{name}={value}\n" for name, value in settings.items()))
+    _write_privately(file, "".join(map(_property, settings.items())))
     (folder / "log4j2.properties").write_text(_LOGGING)
     if not (folder / "data" / "meta.properties").exists():
         _format(folder, file, passwords)
     return _java(folder, "kafka.Kafka", str(file), class_option)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of Kafka's programs, in which Java can use any name of a folder.
+
+    Examples
+    --------
+    >>> environment()["LC_ALL"]
+    'C.UTF-8'
+    """
+    return {**os.environ, "LC_ALL": "C.UTF-8"}
 
 
 def last_lines(log: str) -> str:
@@ -175,10 +186,20 @@ def _format(folder: Path, settings: Path, passwords: Passwords | None) -> None:
     run = subprocess.run(
         _java(folder, "kafka.tools.StorageTool", f"@{file}"),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS,
+        env=environment(),
     )  # fmt: skip
     if run.returncode != 0:
         output = last_lines(run.stdout + run.stderr)
         raise BrokerError(f"{folder} can't be formatted:\n{output}")
+
+
+def _property(setting: tuple[str, object]) -> str:
+    """Return a setting as a line of a properties file, which Java reads as Latin-1."""
+    name, value = setting
+    text = str(value).replace("\\", "\\\\").encode("utf-16-be", "surrogatepass")
+    units = [int.from_bytes(text[at : at + 2]) for at in range(0, len(text), 2)]
+    escaped = "".join(chr(unit) if unit < 128 else rf"\u{unit:04x}" for unit in units)
+    return f"{name}={escaped}\n"
 
 
 def _write_privately(file: Path, text: str) -> None:

@@ -226,9 +226,11 @@ def _numbers(values: pd.Series, path: str) -> pd.Series:
     """Return `values` as int64 or float64, depending on the column."""
     numbers = pd.to_numeric(values, errors="coerce")
     if values.dtype == bool or not np.isfinite(numbers).all():
+        remedy = "write a whole number in each row" if values.name in INTEGERS else (
+            f"write {MISSING} where a value is missing"
+        )
         raise _RefusedError(
-            f"{path} has values that are not numbers in the column {values.name!r}: "
-            f"write {MISSING} where a value is missing."
+            f"{path} has values that are not numbers in the column {values.name!r}: {remedy}."
         )
     if values.name not in INTEGERS:
         return numbers.astype("float64")

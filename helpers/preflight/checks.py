@@ -274,7 +274,7 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
     'make run MEMORY=1g CORES=1  # needs 3 GB'
     """
     amount = re.fullmatch(r"(\d+)([kmgt])b?", memory.lower())
-    if amount is None:
+    if amount is None or not int(amount[1]):
         return _missing("memory", f"{memory!r} is not an amount of memory", "write it like 2g")
     needed = int(amount[1]) * 2 ** (10 * "_kmgt".index(amount[2])) + _MEMORY_BESIDE_SPARK
     needed += max(0, (cores or available_cores()) - 2) * _MEMORY_OF_A_WORKER
