@@ -22,6 +22,7 @@ from helpers.broker.security import LOOPBACK
 from helpers.broker.server import ADMINISTRATOR, KAFKA_VERSION, START_SECONDS, BrokerError
 
 STOP_SECONDS = 30
+LOCK_SECONDS = 5
 
 # The shell becomes the broker (`exec` keeps the process id, $$) and leaves a watcher that reads
 # from a pipe held by this Python process. A line in the pipe dismisses the watcher. End of file
@@ -240,13 +241,18 @@ class LocalKafka(BrokerAdmin):
             raise BrokerError(
                 f"the folder {self._folder} can't be used ({error.strerror}): choose another one."
             ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        # The watcher of a broker that has just ended may need a moment to end as well.
+        if not wait_until(self._has_locked, LOCK_SECONDS):
             raise BrokerError(
                 f"another broker is running with the folder {self._folder}: stop it, or choose "
                 "another folder."
-            ) from None
+            )
+
+    def _has_locked(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
 
     def _answers(self) -> bool:
         """Request the list of topics; raise `BrokerError` if the broker has ended."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 from pyspark import SparkContext
@@ -90,7 +91,7 @@ class QueryListener(StreamingQueryListener):
     def show_the_rest(self) -> None:
         """Show batches whose report has not come, with their own figures."""
         with self._changed:
-            batches = [self._held[key] for key in sorted(self._held, key=str)]
+            batches = sorted(self._held.values(), key=attrgetter("batch_id"))
             self._held.clear()
         for batch in batches:
             self._show(batch)

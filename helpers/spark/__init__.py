@@ -44,6 +44,6 @@ from helpers.spark.session import (
     check_running,
     fetch,
     get_spark,
-    is_stopped,
     names_connector,
+    spark_has_ended,
 )

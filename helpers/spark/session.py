@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyspark.util
 from py4j.java_gateway import JavaObject
+from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
@@ -143,19 +144,23 @@ def check_running(spark: SparkSession) -> None:
     --------
     >>> check_running(spark)
     """
-    if is_stopped(spark):
+    if _has_ended(spark.sparkContext):
         raise SessionError("this Spark session was stopped: start a new one with get_spark().")
 
 
-def is_stopped(spark: SparkSession) -> bool:
-    """Return whether a session was stopped, here or in Java, as when YARN ends an application.
+def spark_has_ended() -> bool:
+    """Return whether Spark was stopped, here or in Java, as when YARN ends an application.
 
     Examples
     --------
-    >>> is_stopped(spark)
+    >>> spark_has_ended()
     False
     """
-    return _has_ended(spark.sparkContext)
+    context = SparkContext._active_spark_context
+    try:
+        return context is None or _has_ended(context)
+    except (Py4JError, ConnectionError):  # Java has died
+        return True
 
 
 @contextlib.contextmanager

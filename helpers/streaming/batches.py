@@ -17,7 +17,7 @@ from typing import Any
 from pyspark import RDD, SparkContext
 from pyspark.streaming import StreamingContext
 
-from helpers.spark import get_spark, is_stopped, summary
+from helpers.spark import spark_has_ended, summary
 from helpers.streaming.errors import StreamError, insist, remedy, without_secrets
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.listener import ContextListener
@@ -152,7 +152,7 @@ class Batches:
                 except Exception:
                     if is_last_try:
                         self._stopped.set()
-                    if self._stopped.is_set() or is_stopped(get_spark()):
+                    if self._stopped.is_set() or spark_has_ended():
                         raise
                     _LOGGER.warning("batch %s failed and is retried", batch_id, exc_info=True)
         finally:

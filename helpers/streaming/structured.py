@@ -28,8 +28,8 @@ from helpers.spark import (
     exact_path,
     folder_names,
     full_path,
-    is_stopped,
     read_file,
+    spark_has_ended,
     summary,
 )
 from helpers.streaming.client import KafkaClient
@@ -337,7 +337,7 @@ class KafkaQuery:
         try:
             self._function(batch)
         except Exception:
-            if self._stopping or is_stopped(self._spark):
+            if self._stopping or spark_has_ended():
                 raise
             _LOGGER.warning("batch %s failed and is retried", batch.batch_id, exc_info=True)
             self._function(batch)
