@@ -75,7 +75,7 @@ _NUMBERS = frozenset((int, float))  # not bool, which Python treats as an int
 _LARGEST = float(np.finfo("float32").max)
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _FLOATS = ("float", "double")
-_EXACT = 2**53  # below this integer, each number has a 64-bit float of its own
+EXACT = 2**53  # below this integer, each number has a 64-bit float of its own
 _DEEPEST = 100  # levels of nesting; what Python can read depends on who calls it
 _QUOTED = 40  # maximum number of characters that a reason quotes from a bad record
 # Limits on the number and length of the unused field names that an Arrow batch reports to the
@@ -493,7 +493,7 @@ def _integers(field: StructField, is_id: bool) -> _Integers | None:
     if bits is None:
         return None
     if bits == 64 and not is_id:
-        return _Integers(1 - _EXACT, _EXACT - 1, "strictly between -2**53 and 2**53")
+        return _Integers(1 - EXACT, EXACT - 1, "strictly between -2**53 and 2**53")
     return _Integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, f"of {bits} bits")
 
 

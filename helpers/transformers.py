@@ -50,7 +50,7 @@ from helpers.model import (
     scoring_function,
     servable_model,
 )
-from helpers.records import list_array, matrix_of, named, vector_entries
+from helpers.records import EXACT, list_array, matrix_of, named, vector_entries
 from helpers.spark import arrow_function, exact_path, exact_reader
 
 if TYPE_CHECKING:
@@ -486,7 +486,7 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
     known = [column.isNotNull() & ~F.isnan(column) for column in columns]
     # As with records: 64-bit floats don't represent all larger integers.
     known += [
-        named(name).between(1 - 2**53, 2**53 - 1)
+        named(name).between(1 - EXACT, EXACT - 1)
         for name in names
         if isinstance(dataset.schema[name].dataType, LongType | DecimalType)
     ]

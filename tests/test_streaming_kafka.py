@@ -50,6 +50,16 @@ def committed(kafka, group):
                 admin.list_group_offsets([group])[group].items()}  # fmt: skip
 
 
+@contextlib.contextmanager
+def transactional_producer(kafka):
+    """Provide a producer that is ready for transactions."""
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"id-{uuid.uuid4()}"
+    ) as producer:
+        producer.init_transactions()
+        yield producer
+
+
 @pytest.fixture
 def half_deleted(kafka, produce, one, settings):
     """A topic whose first 20 of 50 records are deleted after the group has begun at the first."""
@@ -185,10 +195,7 @@ def test_nothing_is_committed_unless_it_is_asked_for(ssc, kafka, produce, one, s
 
 def test_aborted_transactions_never_appear_and_gaps_do_not_hang(ssc, kafka, one, settings):
     """Otherwise events would be scored that their producer has taken back."""
-    with KafkaProducer(
-        bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"id-{uuid.uuid4()}"
-    ) as producer:
-        producer.init_transactions()
+    with transactional_producer(kafka) as producer:
         for text, end in ((b"kept", "commit"), (b"taken back", "abort"), (b"kept too", "commit"),
                           (b"taken back as well", "abort")):  # fmt: skip
             producer.begin_transaction()
@@ -233,10 +240,7 @@ def test_a_stream_goes_on_where_retention_moves_while_it_reads(
 
 def test_a_position_in_an_open_transaction_is_not_another_topic(spark, kafka, one, settings):
     """Whoever read the records before may read only finished transactions now, and waits."""
-    with KafkaProducer(
-        bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"id-{uuid.uuid4()}"
-    ) as producer:
-        producer.init_transactions()
+    with transactional_producer(kafka) as producer:
         producer.begin_transaction()
         producer.send(one, b"open").get(10)
         at_1 = {TopicAndPartition(one, 0): 1}
@@ -251,10 +255,7 @@ def test_a_position_in_an_open_transaction_is_not_another_topic(spark, kafka, on
 
 def test_an_open_transaction_is_waited_for(spark, kafka, one, settings):
     """Otherwise a batch would wait for records that nobody may read yet, until it fails."""
-    with KafkaProducer(
-        bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"id-{uuid.uuid4()}"
-    ) as producer:
-        producer.init_transactions()
+    with transactional_producer(kafka) as producer:
         producer.begin_transaction()
         producer.send(one, b"later").get(10)
         planner = OffsetPlanner(spark, [one], {**settings, "isolation.level": "read_committed"})

@@ -352,7 +352,7 @@ class ParquetSink:
         counts, context = Observation(), self._spark.sparkContext
         starts = {part.topicAndPartition(): part.fromOffset for part in left}
         records = bounded(scored, ranges, starts, self._state.number + 1)
-        has_version = MODEL_VERSION in scored.columns
+        has_version = MODEL_VERSION in scored.schema.names
         columns = stored_columns(context, self._meaning["event_id"], has_version)
         counted = records.observe(counts, *metrics(context, self._meaning["signal_index"]))
         self._files.write(counted.select(*columns), folder)

@@ -136,5 +136,3 @@ def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:
         count += reader.getRecordCount()
         reader.close()
     return count
-
-

@@ -34,7 +34,12 @@ from helpers.spark.jars import (
     spark_home,
     spark_program,
 )
-from helpers.spark.java_exit import how_java_exited, java_has_exited, java_ran_out_of_memory
+from helpers.spark.java_exit import (
+    END_SECONDS,
+    how_java_exited,
+    java_has_exited,
+    java_ran_out_of_memory,
+)
 from helpers.spark.machine import available_cores, available_memory
 from helpers.spark.scratch import log_file, protect_folder, scratch_folder
 from helpers.spark.session import (

@@ -8,6 +8,8 @@ from pyspark import SparkContext
 
 from helpers.spark.scratch import log_file
 
+END_SECONDS = 10  # how long Java may still be exiting when Python notices the first error
+
 
 def java_has_exited(seconds: float = 0.0) -> bool:
     """Return whether the Java process that this one started has exited.
@@ -15,7 +17,7 @@ def java_has_exited(seconds: float = 0.0) -> bool:
     Parameters
     ----------
     seconds : float
-        How long to wait for that. Java may still be exiting when Python notices the first error.
+        How long to wait for that; `END_SECONDS` after an error.
 
     Examples
     --------
@@ -55,10 +57,9 @@ def how_java_exited() -> str:
     again = "restart Python (in a notebook, the kernel), because a process starts Java only once"
     if java_ran_out_of_memory():
         return (
-            "Java ran out of memory and exited; committed batches are kept. To go on, "
-            f"{again}, and "
-            'give it more memory with get_spark(memory="4g") or spark-submit --driver-memory 4g, '
-            "or make batches smaller with spark.streaming.kafka.maxRatePerPartition or "
+            f"Java ran out of memory and exited; committed batches are kept. To go on, {again}, "
+            'and give it more memory with get_spark(memory="4g") or spark-submit --driver-memory '
+            "4g, or make batches smaller with spark.streaming.kafka.maxRatePerPartition or "
             f"max.poll.records. Its log is {log_file()}."
         )
     return (

@@ -53,7 +53,6 @@ _OVERHEAD, _WORKER = 400, 800
 
 _LOGGER = logging.getLogger(__name__)
 
-
 # The settings that `changed_settings` has changed, by session and name: how many blocks use them,
 # and the session's own values.
 _CHANGED: dict[tuple[str, str], tuple[int, str]] = {}
@@ -184,12 +183,12 @@ def changed_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterat
     '7'
     """
     session = spark._jsparkSession.sessionUUID()
+    with _CHANGING:
+        for name, value in settings.items():
+            uses, before = _CHANGED.get((session, name)) or (0, spark.conf.get(name))
+            _CHANGED[session, name] = uses + 1, before
+            spark.conf.set(name, value)
     try:
-        with _CHANGING:
-            for name, value in settings.items():
-                uses, before = _CHANGED.get((session, name), (0, spark.conf.get(name)))
-                _CHANGED[session, name] = uses + 1, before
-                spark.conf.set(name, value)
         yield
     finally:
         with _CHANGING:

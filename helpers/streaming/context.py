@@ -14,6 +14,7 @@ from pyspark.sql import SparkSession
 from pyspark.streaming import StreamingContext
 
 from helpers.spark import (
+    END_SECONDS,
     JAVA_ERRORS,
     check_running,
     how_java_exited,
@@ -23,9 +24,6 @@ from helpers.spark import (
 )
 from helpers.streaming.batches import Batches, batches_of
 from helpers.streaming.errors import StreamError
-
-# How long Java may take to exit, once it has stopped answering.
-END_SECONDS = 10
 
 # How long a graceful stop waits for the planned batches.
 FINISH_SECONDS = 60

@@ -24,7 +24,14 @@ from pyspark.sql.types import ArrayType, DataType, NumericType
 
 from helpers.model import check_copy, model_from_bytes, model_to_bytes
 from helpers.records import named, vector_entries
-from helpers.spark import JAVA_ERRORS, arrow_table, how_java_exited, java_has_exited, summary
+from helpers.spark import (
+    END_SECONDS,
+    JAVA_ERRORS,
+    arrow_table,
+    how_java_exited,
+    java_has_exited,
+    summary,
+)
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 if TYPE_CHECKING:
@@ -38,7 +45,6 @@ _Pass = Callable[..., np.ndarray]  # a pass over the rows; returns a replica's t
 _ALWAYS_SHUFFLED = (
     "if it is Distributed Keras' `shuffle`, leave it out; rows are shuffled in each epoch."
 )
-_END_SECONDS = 10  # how long Java may still be exiting when Python notices
 _NO_ROWS = "there are no rows to train on."
 _REMEDY = "scale the features, or lower the optimizer's learning rate."
 
@@ -140,7 +146,7 @@ class Trainer(ABC):
         try:
             model = self._train(rows)
         except (Py4JError, ConnectionError):
-            if not java_has_exited(_END_SECONDS):
+            if not java_has_exited(END_SECONDS):
                 raise
             raise TrainingError(how_java_exited()) from None
         self._seconds = time.monotonic() - began
