@@ -171,6 +171,26 @@ def test_a_second_query_on_a_checkpoint_does_not_end_the_first_in_silence(
     assert len(seen) == 1 and "another query starts with the same checkpoint" in errors[0]
 
 
+def test_a_query_that_is_stopped_before_its_end_says_so(
+    spark, query_of, one, produce, settings
+):
+    """A query that ends at the end of its topic, and was stopped before, has not just ended."""
+    sent, values = [b"%02d" % number for number in range(20)], Values()
+    produce(one, sent)
+    query = query_of([one], settings, max_offsets=1)
+    query.foreachBatch(values)
+
+    def stop_the_first():
+        for active in spark.streams.active if values.all() else ():
+            active.stop()
+
+    with pytest.raises(StreamError, match="was stopped from outside"):
+        query.run(until=stop_the_first, timeout=600)
+    assert len(values.all()) < len(sent)
+    query.run(timeout=600)
+    assert values.all() == sent
+
+
 def test_a_query_begins_where_it_began_first(query_of, one, produce, settings):
     """What arrives before the first batch is read after a crash, with ``latest`` as well."""
     produce(one, [b"old"] * 4)

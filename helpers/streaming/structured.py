@@ -186,12 +186,13 @@ class KafkaQuery:
         TimeoutError
             If it takes longer than `timeout`.
         StreamError
-            If a batch fails twice, the broker is away for more than 60 s, or a query with an
-            interval is stopped by something else.
+            If a batch fails twice, the broker is away for more than 60 s, or something else stops
+            the query.
         """
         deadline = time.monotonic() + timeout
         with java_watched(), interrupt_noted() as interrupted:
             self._away_since, self._stopping = None, False
+            goal = self._goal() if interval is None else None
             query = self._start(interval)
             try:
                 self._commit(self._done)
@@ -203,7 +204,7 @@ class KafkaQuery:
                         )
                     try:
                         if query.awaitTermination(0.1):
-                            if interval is not None and not interrupted.is_set():
+                            if not (interrupted.is_set() or self._has_reached(goal)):
                                 raise StreamError(_stopped_by_others(self._checkpoint))
                             break
                         if self._away_since is not None and _is_idle(query):
@@ -272,9 +273,23 @@ class KafkaQuery:
 
     def _left(self, done: Mapping[TopicAndPartition, int]) -> int:
         """Return how many of the topics' current offsets come after those that are done."""
+        return sum(end - done.get(part, 0) for part, end in self._ends().items())
+
+    def _ends(self) -> dict[TopicAndPartition, int]:
+        """Return the topics' current end offsets."""
         topics = self._client.topics(self._topics).values()
-        partitions = [part for topic in topics for part in topic.partitions]
-        return sum(end - done.get(part, 0) for part, end in self._client.ends(partitions).items())
+        return self._client.ends([part for topic in topics for part in topic.partitions])
+
+    def _goal(self) -> dict[TopicAndPartition, int]:
+        """Return where a query that ends will have ended at least; unknown without a broker."""
+        with contextlib.suppress(BrokerAwayError):
+            return self._ends()
+        return {}
+
+    def _has_reached(self, goal: Mapping[TopicAndPartition, int] | None) -> bool:
+        """Return whether all offsets before the goal are done; without a goal, none ever are."""
+        done = self._done()
+        return goal is not None and all(done.get(part, 0) >= end for part, end in goal.items())
 
     def _find_starts(
         self, positions: Mapping[TopicAndPartition, int] | None
