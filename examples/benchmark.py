@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -700,6 +701,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     unknown = set(getattr(options, "entry", ())) - set(ENTRIES)
     if unknown:
         parser.error(f"no entry {', '.join(sorted(unknown))}: choose from {', '.join(ENTRIES)}")
+    for name in ("events", "rounds", "runs", "seconds"):
+        if not 0 < getattr(options, name, 1) < math.inf:
+            parser.error(f"--{name} must be a number above 0.")
     return options
 
 

@@ -1,9 +1,10 @@
 """The benchmark: what it prints, and that its figures measure real work."""
 
+import importlib
 import json
 
 import pytest
-from processes import run_python
+from processes import ROOT, run_python
 
 ENGINES = ["dstream", "structured"]
 
@@ -65,8 +66,17 @@ def test_training_is_judged_on_events_that_it_did_not_see():
         assert len(result[name]["seconds"]) == 1
 
 
-def test_bad_options_are_refused():
-    """An unknown benchmark name is a usage error."""
-    run = run_python("examples/benchmark.py", "fill")
-    assert run.returncode == 2
-    assert "invalid choice: 'fill'" in run.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fill"], "invalid choice: 'fill'"),
+        (["drain", "--events", "0"], "--events must be a number above 0."),
+        (["latency", "--seconds", "inf"], "--seconds must be a number above 0."),
+    ],
+)
+def test_bad_options_are_refused(arguments, message, capsys, monkeypatch):
+    """An unknown benchmark name, or a size that can't be measured, is a usage error."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("benchmark").main(arguments)
+    assert end.value.code == 2 and message in capsys.readouterr().err
