@@ -11,7 +11,7 @@ def notebook_names():
     """The names of the notebook that the exercises use, with its events."""
     names = run_cells(NAME, ["parameters", "imports"], {}) | {"events": 5_000}
     names["network"] = names["normalized_network"](names["build_model"]())
-    names = run_cells(NAME, ["values"], names)
+    names = run_cells(NAME, ["values", "then", "from-json"], names)
     size = sum(map(len, names["values"])) / len(names["values"])
     return names | {"sizes": {"JSON": size}}
 
@@ -24,10 +24,11 @@ def test_a_limit_per_partition_follows_from_the_size_of_a_batch(notebook_names):
 
 
 def test_primitive_features_are_a_good_half_of_an_event(notebook_names):
-    """The other features can be computed from these 17."""
-    features, share = solution(NAME, 2, notebook_names)
+    """The other features can be computed from these 17; their decoding is measured."""
+    features, share, share_of_time = solution(NAME, 2, notebook_names)
     assert features == 17
     assert 0.45 < share < 0.65
+    assert share_of_time > 0
 
 
 def test_a_smaller_layer_halves_the_network(notebook_names):
