@@ -111,9 +111,9 @@ def test_a_port_in_use_is_said_at_once():
             LocalKafka(port=port).start()
 
 
-@pytest.mark.parametrize("name", ["é ü", "[1] 日本", "a\\\\b"])
-def test_a_folder_may_have_any_name(tmp_path, name, monkeypatch):
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
     """The data is in the folder, whatever its name and the locale, and is found again."""
+    name = "é ü [1] 日本 a\\\\b"
     monkeypatch.setenv("LC_ALL", "C")
     for _ in range(2):
         with LocalKafka(folder=tmp_path / name) as kafka:

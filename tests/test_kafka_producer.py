@@ -222,7 +222,9 @@ def counted(process, errors):
     return int(printed.split()[0]), sum(map(int, missing))
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "ending", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM]
+)
 def test_a_loop_outlasts_a_broker_that_is_away_and_counts_what_failed(tmp_path, impatient, ending):
     """Failures are reported while the loop runs; acknowledged events are in the topic once."""
     errors = tmp_path / "errors"

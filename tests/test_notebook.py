@@ -1,6 +1,9 @@
 """Notebooks run from the command line, and what all of them have: exercises, outputs, links."""
 
+import contextlib
+import io
 import re
+import subprocess
 
 import nbformat
 import pytest
@@ -11,6 +14,7 @@ from conftest import compare_records
 from helpers.notebook import (
     NotebookError,
     find_notebook,
+    main,
     parameter_values,
     parameters,
     recorded,
@@ -35,15 +39,18 @@ def make_notebook(tmp_path):
 
 
 def run_notebook(path, *arguments):
-    """Run a notebook as `make run` does."""
-    page = path.parent / "pages"
-    return run_python("-m", "helpers.notebook", str(path), "--html", str(page), *arguments)
+    """Run a notebook as `make run` does, but in this process, where all is imported already."""
+    printed, reported = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(reported):
+        code = main([str(path), "--html", str(path.parent / "pages"), *arguments])
+    return subprocess.CompletedProcess([], code, printed.getvalue(), reported.getvalue())
 
 
 def test_it_ends_with_what_the_last_cell_records(make_notebook):
     """Otherwise a script could not use the result."""
     path = make_notebook("{'events': events, 'double': events * 2}")
-    run = run_notebook(path, "EVENTS=21")
+    page = str(path.parent / "pages")
+    run = run_python("-m", "helpers.notebook", str(path), "--html", page, "EVENTS=21")
     assert run.returncode == 0, run.stderr
     assert run.stdout == "small: events=21 double=42\n"
     assert "A heading" in (path.parent / "pages" / "7_small.html").read_text()

@@ -111,6 +111,7 @@ def test_the_originals_calls_are_there_in_its_order():
         place = found + len(call)
 
 
+@pytest.mark.long
 def test_the_original_runs_as_a_plain_script(kafka, tmp_path):
     """The original's cells run outside Jupyter, and with the branch that makes a SparkContext."""
     given = f"""

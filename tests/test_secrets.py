@@ -182,7 +182,7 @@ def test_a_program_with_a_wrong_password_names_the_reason_and_no_secret(
     client = write_client("a-wrong-password")
     names = {"servers": secure_kafka.bootstrap_servers, "folder": tmp_path}
     command = [argument.format(**names) for argument in PROGRAMS[name]]
-    for _ in range(3):
+    for _ in range(10):
         arguments = [*command, "--kafka-config", str(client.file)]
         code, printed, searched = search(arguments, client.secrets)
         if "no Kafka broker answers" not in printed:  # on a busy machine, the answer is too late

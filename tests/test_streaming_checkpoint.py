@@ -145,6 +145,7 @@ def finish(topic, produce):
     return run
 
 
+@pytest.mark.long
 def test_a_killed_stream_goes_on_where_it_was(stream_of, finish):
     """Otherwise a crash would lose events, or score others than those that were planned."""
     stream = stream_of(2_000, group=f"group-{uuid.uuid4()}")

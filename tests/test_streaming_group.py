@@ -139,9 +139,9 @@ def test_a_group_with_members_is_left_alone(
     seen, sent = [], []
     with KafkaConsumer(
         one, bootstrap_servers=settings["bootstrap.servers"], group_id=settings["group.id"],
-        auto_offset_reset="earliest", enable_auto_commit=False,
+        auto_offset_reset="earliest", enable_auto_commit=False, metadata_max_age_ms=1_000,
     ) as member:  # fmt: skip
-        wait_until(lambda: member.poll(timeout_ms=200), 60)
+        wait_until(lambda: member.poll(timeout_ms=200))
         if has_committed:
             member.commit({TopicPartition(one, 0): OffsetAndMetadata(2, "", -1)})
         found = committed(settings)

@@ -1,6 +1,7 @@
 """Tests of examples/streaming_job.py: the pipeline as a program, with either engine."""
 
 import contextlib
+import importlib
 import os
 import random
 import signal
@@ -62,6 +63,7 @@ def score_all(arguments, seconds=SECONDS):
     return run
 
 
+@pytest.mark.long
 def test_both_engines_store_the_same(spark, kafka, filled, arguments, tmp_path, event_values):
     """Otherwise the choice of Spark's stream would be a choice of results."""
     outputs = []
@@ -192,6 +194,9 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
     assert read_scored(spark, str(tmp_path / "structured")).count() == 0
 
 
+REQUIRED = ["--bootstrap-servers", "127.0.0.1:9092", "--topic", "events", "--output", "scored"]
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [
@@ -200,17 +205,35 @@ def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, t
         (["--metrics-port", "70000"], "70000 is not a port between 1 and 65535"),
         (["--kafka-option", "group.id"], "group.id is not of the form K=V"),
         (["--on-bad-record", "ignore"], "invalid choice: 'ignore'"),
-        (["--checkpoint", "c", "--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
         (["--kafka-option", "ssl.key.password=x"], "name the file with --kafka-config"),
         (["--kafka-config", "nowhere"], "nowhere: No such file or directory"),
-        (["--output", "s3a://b/c", "--checkpoint", "c"], "packages org.apache.hadoop:hadoop-aws:"),
     ],
 )
-def test_wrong_options_are_refused_with_the_reason(kafka, topic, arguments, reason, tmp_path):
-    """Otherwise a typo would start something else."""
+def test_wrong_options_are_refused_with_the_reason(arguments, reason, capsys, monkeypatch):
+    """A typo is a usage error, before Spark starts."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("streaming_job").main([*REQUIRED, *arguments])
+    assert end.value.code == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
+        (["--output", "s3a://b/c"], "packages org.apache.hadoop:hadoop-aws:"),
+    ],
+)
+def test_what_spark_and_kafka_refuse_ends_the_job_with_the_reason(
+    kafka, topic, arguments, reason, tmp_path
+):
+    """The last line names the setting, or the package, that is missing."""
     required = ["--bootstrap-servers", kafka.bootstrap_servers, "--topic", topic]
-    run = run_python(str(JOB), *required, "--output", str(tmp_path / "out"), *arguments)
-    assert run.returncode != 0
+    required += ["--output", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "checkpoint")]
+    run = run_python(str(JOB), *required, *arguments)
+    assert run.returncode == 1
     assert reason in run.stderr.splitlines()[-1]
 
 

@@ -81,6 +81,7 @@ def auc_of(model, unseen):
     return roc_auc_score(is_signal, compiled_predict(model)(features)[:, 1])
 
 
+@pytest.mark.long
 def test_one_process_one_worker_and_two_learn_the_same(events, unseen, capsys):
     """The AUC doesn't depend on the trainer or the number of workers; each epoch is logged."""
     recipe = {"batch_size": 128, "num_epoch": 6}
@@ -121,7 +122,7 @@ def drawing():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.long), 3])
 def test_workers_give_the_same_weights_to_the_last_bit(spark, window):
     """Weights are identical however the rows are partitioned and ordered, even with dropout."""
     recipe = by_number(num_epoch=2, batch_size=8, communication_window=window)
