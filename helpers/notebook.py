@@ -29,6 +29,7 @@ from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CELL_SECONDS = 7_200  # trainings on the whole file of the challenge take up to an hour
+_LONGEST_FOLDER = 80  # bytes: a socket in a folder of it may have a path of 107
 
 
 class NotebookError(RuntimeError):
@@ -211,7 +212,7 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     # Papermill adds a cell with the values after the parameters.
     progress = _Progress(sum(cell.cell_type == "code" for cell in cells) + bool(values))
     failure = None
-    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+    with tempfile.TemporaryDirectory(prefix="kernel-", dir=_folder_for_sockets()) as folder:
         executed = Path(folder) / path.name
         try:
             execute_notebook(
@@ -280,6 +281,12 @@ class _Progress:
     def place(self, error: str) -> str:
         """Return an error with the section and source of the current cell."""
         return f"in {self._section!r}, the cell\n\n{self._source}\n\n{error}"
+
+
+def _folder_for_sockets() -> str:
+    """Return the folder for temporary files, or /tmp if its path is too long for a socket's."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) < _LONGEST_FOLDER else "/tmp"
 
 
 def _over_sockets(folder: str) -> Config:

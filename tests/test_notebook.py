@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import subprocess
+import tempfile
 
 import nbformat
 import pytest
@@ -62,6 +63,15 @@ def test_the_links_of_its_page_lead_to_the_files_beside_the_notebook(make_notebo
     run_notebook(path)
     page = (path.parent / "pages" / "7_small.html").read_text()
     assert '<a href="../8_next.ipynb#Then">Next</a>' in page
+
+
+def test_a_long_path_of_temporary_files_does_not_matter(make_notebook, tmp_path, monkeypatch):
+    """The path of a socket, through which the kernel is reached, has a limit of 107 bytes."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    run = run_notebook(make_notebook("{'events': events}"))
+    assert run.stdout == "small: events=5\n", run.stderr
 
 
 def test_without_a_terminal_the_progress_is_lines(make_notebook):
