@@ -111,7 +111,7 @@ def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):
 
 @pytest.mark.parametrize("options", [[], ["--loop"]])
 def test_a_file_without_events_is_refused(kafka, topic, tmp_path, options):
-    """Otherwise a loop would go on for ever without an event."""
+    """The producer ends at once with the reason, also with `--loop`."""
     file = tmp_path / "empty.csv"
     generate_events(1, seed=1).head(0).to_csv(file, index=False)
     run = run_python(

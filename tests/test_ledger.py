@@ -225,6 +225,6 @@ def test_a_window_is_committed_when_its_batch_is_done():
 
 
 def test_only_a_stream_that_commits_by_hand_is_asked_to():
-    """Otherwise each batch is committed anyway."""
+    """A stream that commits by itself refuses to be told when."""
     with pytest.raises(StreamError, match=r"commitAsync is for streams with a group\.id"):
         Ledger().ask([OffsetRange("events", 0, 0, 10)])

@@ -87,7 +87,7 @@ def sigmoid(x):
     ids=["keras.ops", "own function"],
 )
 def test_a_function_that_keras_would_replace_is_refused(serving_model, tmp_path, network):
-    """Otherwise the workers would score with another function of the same name."""
+    """The error names the function, in whose place the workers would run that of Keras."""
     model = keras.Sequential([keras.Input((30,)), *network])
     with pytest.raises(UnservableModelError, match="saved copy returns other numbers"):
         servable_model(model)

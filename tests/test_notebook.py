@@ -48,7 +48,7 @@ def run_notebook(path, *arguments):
 
 
 def test_it_ends_with_what_the_last_cell_records(make_notebook):
-    """Otherwise a script could not use the result."""
+    """The last line on stdout has the recorded values, for scripts."""
     path = make_notebook("{'events': events, 'double': events * 2}")
     page = str(path.parent / "pages")
     run = run_python("-m", "helpers.notebook", str(path), "--html", page, "EVENTS=21")
@@ -58,7 +58,7 @@ def test_it_ends_with_what_the_last_cell_records(make_notebook):
 
 
 def test_the_links_of_its_page_lead_to_the_files_beside_the_notebook(make_notebook):
-    """Otherwise they would lead nowhere, because the page is in another folder."""
+    """The page is in another folder, so its relative links are rewritten."""
     path = make_notebook("{'events': events}")
     run_notebook(path)
     page = (path.parent / "pages" / "7_small.html").read_text()
@@ -75,7 +75,7 @@ def test_a_long_path_of_temporary_files_does_not_matter(make_notebook, tmp_path,
 
 
 def test_without_a_terminal_the_progress_is_lines(make_notebook):
-    """Otherwise CI's log would be full of redrawn bars."""
+    """A log has a line per cell, and no redrawn bars."""
     run = run_notebook(make_notebook("{'events': events}"))
     lines = run.stderr.splitlines()
     assert lines[0].endswith("cell  1/2  A heading")
@@ -83,7 +83,7 @@ def test_without_a_terminal_the_progress_is_lines(make_notebook):
 
 
 def test_a_failing_cell_is_shown_and_fails(make_notebook):
-    """Otherwise the cell's error would drown in the runner's traceback."""
+    """The cell, its section and its error are shown, without the runner's traceback."""
     run = run_notebook(make_notebook("print('before')\n1 / 0", "{'events': 1}"))
     assert run.returncode == 1
     assert run.stdout == ""
@@ -93,7 +93,7 @@ def test_a_failing_cell_is_shown_and_fails(make_notebook):
 
 
 def test_outputs_of_an_earlier_run_do_not_show(make_notebook):
-    """Otherwise the page of a failed run would have results below the error."""
+    """The page of a failed run has no results of an earlier run below the error."""
     path = make_notebook("fast or 1 / 0", "{'secret': 12345}")
     assert run_notebook(path, "FAST=True", "--store").returncode == 0
     assert run_notebook(path).returncode == 1
@@ -104,7 +104,7 @@ def test_outputs_of_an_earlier_run_do_not_show(make_notebook):
 
 
 def test_a_kernel_that_dies_is_said(make_notebook):
-    """Otherwise a cell that takes too much memory would end in the runner's traceback."""
+    """The cell that was running is named, without the runner's traceback."""
     run = run_notebook(make_notebook("import os\nos.kill(os.getpid(), 9)", "{'events': 1}"))
     assert run.returncode == 1
     assert "failed in 'A heading', the cell\n\nimport os" in run.stderr
@@ -135,7 +135,7 @@ def test_stored_outputs_are_those_of_the_run(make_notebook):
     ],
 )
 def test_parameters_keep_their_types(make_notebook, given, values):
-    """Otherwise EVENTS=20000 would be a text, and fail far from where it was typed."""
+    """A value from the command line has the type of the notebook's default."""
     found = parameter_values(make_notebook(), given)
     assert found == values
     assert [type(value) for value in found.values()] == [type(value) for value in values.values()]
@@ -159,20 +159,20 @@ def test_each_type_arrives_in_the_notebook(make_notebook):
     ],
 )
 def test_a_wrong_parameter_is_refused_with_the_right_ones(make_notebook, given, reason):
-    """Otherwise a typo would silently run with the default."""
+    """A typo doesn't run the notebook; the message has the parameters that exist."""
     with pytest.raises(NotebookError, match=reason):
         parameter_values(make_notebook(), given)
 
 
 def test_an_unknown_notebook_is_refused_with_the_known_ones():
-    """Otherwise the user would have to look into the folder."""
+    """The message has the notebooks' names."""
     run = run_python("-m", "helpers.notebook", "nowhere")
     assert run.returncode == 2
     assert run.stderr.startswith("there is no notebook 'nowhere'; the notebooks are: 1_walkthrough")
 
 
 def test_make_passes_what_was_typed_to_the_notebook():
-    """Otherwise `make run EVENTS=20000` would run with the default."""
+    """Each variable on the command line of `make run` is a parameter, with any characters."""
     commands = dry_run_make("run", "EVENTS=20", "NAME=it's", "NOTEBOOK=1_walkthrough")
     assert "helpers.notebook '1_walkthrough'" in commands
     assert "'EVENTS=20'" in commands
@@ -182,7 +182,7 @@ def test_make_passes_what_was_typed_to_the_notebook():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebooks_can_be_run_by_name_and_were_stored_whole(path):
-    """Otherwise a reader on GitHub would see cells without outputs, or `make run` would fail."""
+    """Each notebook has parameters, and the outputs of a whole run."""
     assert find_notebook(path.stem) == path
     notebook = nbformat.read(path, as_version=4)
     assert parameters(path)
@@ -220,7 +220,7 @@ def test_there_are_three_exercises_with_a_hidden_solution(name):
 
 @pytest.mark.parametrize("change", [{"events": 99}, {"signal": 71}, {"batches": 0}])
 def test_a_record_that_differs_fails_the_comparison(change):
-    """Otherwise the notebooks' results would not be tested."""
+    """Stored results with other names or counts fail a notebook's test."""
     stored = {"events": 100, "signal": 50, "batches": 3}
     compare_records(stored, {**stored, "signal": 52, "batches": 5})
     with pytest.raises(AssertionError):
@@ -229,7 +229,7 @@ def test_a_record_that_differs_fails_the_comparison(change):
 
 @pytest.mark.parametrize("change", [{"auc": 0.86}, {"accuracy": 0.9}, {"streamed_auc": 0.905}])
 def test_metrics_that_differ_fail_the_comparison(change):
-    """Otherwise a training that has become worse would pass, or a stream that scores otherwise."""
+    """A worse training, or a stream that scores otherwise, fails a notebook's test."""
     stored = {"events": 9, "accuracy": 0.8, "auc": 0.9}
     stored |= {"streamed_accuracy": 0.8, "streamed_auc": 0.9}
     near = {name: value + (name != "events") * 0.01 for name, value in stored.items()}
@@ -268,7 +268,7 @@ def test_parameters_that_are_computed_are_refused(make_notebook):
 
 
 def test_a_folder_for_the_page_that_cannot_be_made_is_refused_before_the_run(make_notebook):
-    """Otherwise the results of minutes would be lost."""
+    """The folder is made first, so no results are lost after minutes."""
     path = make_notebook("{'events': 1}")
     run = run_python("-m", "helpers.notebook", str(path), "--html", str(path))
     assert run.returncode == 2

@@ -85,7 +85,7 @@ IN_SMALL_PIECES = {"max.partition.fetch.bytes": "20000", "max.poll.records": "40
 
 
 def test_a_broker_that_comes_back_changes_no_total(spark, own_kafka, tmp_path):
-    """Otherwise a broker's restart would lose events, or score them twice, or end the stream."""
+    """A restart of the broker loses no event, repeats none, and doesn't end the stream."""
     options = settings(own_kafka, **IN_SMALL_PIECES)
     ssc = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(ssc, ["events"], options)
@@ -108,7 +108,7 @@ def test_a_broker_that_comes_back_changes_no_total(spark, own_kafka, tmp_path):
 
 
 def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path, monkeypatch):
-    """Otherwise a stream without a broker would hang for ever, and nobody would know why."""
+    """The stream stops after its deadline, and names the reason."""
     monkeypatch.setattr(errors, "AWAY_SECONDS", 1)  # of a commit
     monkeypatch.setattr(source, "AWAY_SECONDS", 1)  # of a plan
     options = settings(own_kafka, **IN_SMALL_PIECES)
@@ -258,7 +258,7 @@ def forbid(kafka):
 def test_a_deadline_that_passes_while_the_broker_is_away_names_the_broker(
     spark, own_kafka, monkeypatch
 ):
-    """Otherwise the user would give it more time, and more, and look into Spark's log."""
+    """The error of `run_stream` has the true reason."""
     monkeypatch.setattr(client, "ANSWER_SECONDS", 1)
     ssc = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(ssc, ["events"], settings(own_kafka))
@@ -300,7 +300,7 @@ def test_a_java_that_runs_out_of_memory_is_named(kafka, topic):
 
 
 def test_a_topic_that_may_not_be_seen_is_an_error_at_once(spark, kafka, topic, produce, forbid):
-    """Otherwise the user would look for the fault in the stream."""
+    """The missing right is named when the stream is created."""
     produce(topic, [b"1"])
     forbid(ACLOperation.DESCRIBE, topic)
     ssc = new_streaming_context(spark, 0.5)
@@ -309,7 +309,7 @@ def test_a_topic_that_may_not_be_seen_is_an_error_at_once(spark, kafka, topic, p
 
 
 def test_a_group_that_may_not_be_used_is_an_error_at_once(spark, kafka, topic, produce, forbid):
-    """Otherwise the stream would score a batch, and then fail to commit it, for ever."""
+    """The missing right is named before a batch is scored that can't be committed."""
     produce(topic, [b"1"])
     options = settings(kafka)
     forbid(ACLOperation.READ, options["group.id"], ResourceType.GROUP)
@@ -319,7 +319,7 @@ def test_a_group_that_may_not_be_used_is_an_error_at_once(spark, kafka, topic, p
 
 
 def test_a_topic_that_may_not_be_read_stops_the_stream(spark, kafka, topic, produce, forbid):
-    """Otherwise it would wait for records that never come, or commit what it never read."""
+    """The stream doesn't wait for records that never come, and commits nothing."""
     produce(topic, [b"1"])
     ssc = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings(kafka))

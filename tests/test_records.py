@@ -399,7 +399,7 @@ def test_both_ways_give_the_same_integers(spark, number):
 
 @pytest.mark.parametrize("text", [b"9007199254740993.0", b"-9007199254740992.6"])
 def test_a_fraction_that_a_float_rounds_to_a_large_integer_is_bad(text):
-    """Otherwise the network would get another integer than the record has."""
+    """The network gets the integer that the record has, or the record is bad."""
     schema = StructType().add("id", LongType()).add("run", LongType())
     with pytest.raises(BadRecordError, match=r"not an integer strictly between -2\*\*53"):
         json_to_dataframe_row(b'{"id": 1, "run": %s}' % text, schema)

@@ -202,7 +202,7 @@ def test_preflight_finds_a_secured_broker(secure_kafka, write_client):
 
 
 def test_the_search_finds_a_secret_on_a_command_line_and_on_a_page_of_spark(tmp_path):
-    """Otherwise the tests in this file would pass whatever the programs show."""
+    """The search that the other tests rely on finds what it looks for."""
     program = (
         "import sys, time; from helpers.spark import get_spark;"
         "spark = get_spark(cores=1, config={'spark.x': 'swordfish'});"

@@ -167,7 +167,7 @@ def test_what_kafka_python_cannot_take_is_named(settings, reason):
 
 @pytest.mark.parametrize("text", ["SASL_SSL ", "sasl_ssl", "Sasl_Ssl"])
 def test_a_protocol_is_read_as_java_reads_it(text):
-    """Otherwise kafka-python would connect without TLS and without a login."""
+    """Case and blanks don't matter; an unknown protocol is refused, not taken for plain text."""
     settings = {"security.protocol": text, "compression.type": " gzip "}
     assert python_settings(settings, KafkaProducer) == {
         "security_protocol": "SASL_SSL", "compression_type": "gzip",

@@ -50,7 +50,7 @@ def program(folder, name, text):
 
 
 def test_without_java_the_exact_commands_are_given(bare):
-    """Otherwise a newcomer would have to find out what to install, and how."""
+    """The message has the command to install Java on each system."""
     run = setup(bare)
     assert run.returncode == 1
     assert run.stderr.splitlines() == [
@@ -63,13 +63,13 @@ def test_without_java_the_exact_commands_are_given(bare):
 
 
 def test_an_old_java_is_not_enough(bare):
-    """Otherwise Spark would fail with an UnsupportedClassVersionError."""
+    """Java below 17 is refused, on which Spark 4 can't start."""
     program(bare, "java", """echo 'openjdk version "11.0.2" 2019-01-15' >&2""")
     assert "Java 17 or 21 is needed" in setup(bare).stderr
 
 
 def test_without_a_fitting_python_the_exact_commands_are_given(bare):
-    """Otherwise pip would fail on the first package that knows no old Python."""
+    """The message has the command to install a Python that the packages support."""
     program(bare, "java", """echo 'openjdk version "17.0.15" 2025-04-15' >&2""")
     run = setup(bare)
     assert run.returncode == 1
@@ -79,10 +79,7 @@ def test_without_a_fitting_python_the_exact_commands_are_given(bare):
 
 @pytest.mark.parametrize("user, calls", [("0", 3), ("1000", 0)])
 def test_only_root_has_packages_installed(bare, user, calls):
-    """Otherwise `make` would ask for a password, or not help where it could.
-
-    This system has no Java 21, as Debian 12.
-    """
+    """Root gets Java installed, others get the command. Like Debian 12, this system has no 21."""
     log = bare / "log"
     (bare / "tools" / "id").unlink()
     program(bare, "id", f"echo {user}")
@@ -95,7 +92,7 @@ def test_only_root_has_packages_installed(bare, user, calls):
 
 
 def test_a_second_call_needs_nothing(bare):
-    """Otherwise each `make run` would ask the network, and wait for pip."""
+    """If everything is installed, neither the network nor pip is used."""
     program(bare, "java", """echo 'openjdk version "21.0.1" 2023-10-17' >&2""")
     stamp = subprocess.run(
         ["sh", "-c", "cat requirements.txt pyproject.toml | cksum | tr ' ' '-'"],
@@ -142,7 +139,7 @@ def test_without_a_home_folder_the_cache_is_in_the_environment(complete, home):
 
 
 def test_pips_mirror_is_uvs_too(complete):
-    """Otherwise uv would go to an index that a closed network doesn't reach."""
+    """An index that is configured for pip reaches uv, for a closed network."""
     assert uv_call(complete, PIP_INDEX_URL="mirror/simple").endswith(", index mirror/simple")
 
 

@@ -298,7 +298,7 @@ def test_a_path_that_was_removed_is_not_another_job(spark, path):
 
 
 def test_more_classes_than_two_are_refused(spark, path):
-    """Otherwise their probabilities would be missing from the results."""
+    """The results have columns for two probabilities, so none is dropped in silence."""
     network = keras.Sequential([keras.Input((30,)), keras.layers.Dense(3, "softmax")])
     records = rows(spark, 0, 10).drop("prediction")
     features = array_to_vector(F.array_repeat(F.lit(0.5), 30))
@@ -310,7 +310,7 @@ def test_more_classes_than_two_are_refused(spark, path):
 
 
 def test_a_start_that_could_not_be_written_is_written_later(spark, path, monkeypatch):
-    """Otherwise a crash before the first batch would begin at another place."""
+    """After a crash before the first batch, the stream begins at the same place."""
     with ParquetSink(spark, path, signal_index=0) as sink:
         with monkeypatch.context() as failing:
             failing.setattr(files_of_spark.JsonFolder, "write", lambda *_: 1 / 0)

@@ -55,7 +55,7 @@ def numbers(count, start=0):
 
 
 def test_a_stream_has_keys_and_values(ssc, topic, produce, settings):
-    """Otherwise code written for pyspark.streaming.kafka would find other elements."""
+    """Elements are (key, value) pairs, as those of pyspark.streaming.kafka."""
     produce(topic, numbers(50), [None] * 25 + [b"k"] * 25)
     pairs = []
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
@@ -66,7 +66,7 @@ def test_a_stream_has_keys_and_values(ssc, topic, produce, settings):
 
 
 def test_message_handler_and_decoders(ssc, topic, produce, settings):
-    """Otherwise old code could not see where a record came from, or read binary values."""
+    """Old code sees where a record comes from, and reads binary values."""
     produce(topic, [b"\xff\x00", b"\xff\x01"])
     found = []
     stream = KafkaUtils.createDirectStream(
@@ -81,7 +81,7 @@ def test_message_handler_and_decoders(ssc, topic, produce, settings):
 
 
 def test_foreach_batch_gives_the_columns_of_sparks_source(ssc, topic, produce, settings):
-    """Otherwise a function written for Structured Streaming would not run on the stream."""
+    """A function written for Structured Streaming runs on the stream."""
     produce(topic, numbers(20))
     seen = []
 
@@ -99,7 +99,7 @@ def test_foreach_batch_gives_the_columns_of_sparks_source(ssc, topic, produce, s
 def test_offsets_are_committed_and_the_group_goes_on_from_there(
     spark, kafka, topic, produce, settings
 ):
-    """Otherwise a stream that is started again would score everything again, or skip some."""
+    """A stream that is started again skips and repeats nothing."""
     batches = []
     for start in (0, 30):
         produce(topic, numbers(30, start), [str(n).encode() for n in range(30)])
@@ -114,7 +114,7 @@ def test_offsets_are_committed_and_the_group_goes_on_from_there(
 
 
 def test_a_batch_that_fails_once_is_tried_again(ssc, kafka, topic, produce, settings):
-    """Otherwise a passing fault would stop the stream, or lose the batch."""
+    """A passing fault neither stops the stream nor loses the batch."""
     produce(topic, numbers(10))
     calls = []
 
@@ -132,7 +132,7 @@ def test_a_batch_that_fails_once_is_tried_again(ssc, kafka, topic, produce, sett
 
 
 def test_a_batch_that_keeps_failing_stops_the_stream(spark, ssc, kafka, topic, produce, settings):
-    """Otherwise later batches would be committed, and the failed one be lost."""
+    """No later batch is committed past the one that failed."""
     produce(topic, numbers(10))
     calls = []
 
@@ -159,7 +159,7 @@ def test_a_batch_that_keeps_failing_stops_the_stream(spark, ssc, kafka, topic, p
 def test_nothing_is_lost_when_the_first_batch_of_a_stream_from_latest_fails(
     spark, topic, produce, settings
 ):
-    """Otherwise the restarted stream would begin at the end, past the records that failed."""
+    """The restarted stream begins where the first one began, not at the new end."""
     settings["auto.offset.reset"] = "latest"
     first = new_streaming_context(spark, 0.5)
     stream = KafkaUtils.createDirectStream(first, [topic], settings)
@@ -183,7 +183,7 @@ def test_nothing_is_lost_when_the_first_batch_of_a_stream_from_latest_fails(
 def test_one_failed_output_of_two_keeps_the_batch_uncommitted(
     ssc, kafka, topic, produce, settings
 ):
-    """Otherwise what the failed output should have done would be lost."""
+    """A batch is committed only after all outputs have succeeded."""
     produce(topic, numbers(10))
     stored = []
 
@@ -201,7 +201,7 @@ def test_one_failed_output_of_two_keeps_the_batch_uncommitted(
 
 
 def test_without_a_failure_handler_the_stream_stops_by_itself(ssc, topic, produce, settings):
-    """Otherwise a program without `run_stream` would hang after a failure."""
+    """A failure also ends a program that doesn't use `run_stream`."""
     produce(topic, numbers(10))
 
     def fail(df, batch_id):
@@ -215,7 +215,7 @@ def test_without_a_failure_handler_the_stream_stops_by_itself(ssc, topic, produc
 
 
 def test_a_batch_can_ask_for_the_lag_that_it_leaves(ssc, topic, produce, settings):
-    """Otherwise a batch's function would see itself in the lag, and never a stream that is done."""
+    """In a batch's function, the lag is what remains after this batch."""
     left = []
     keys = [b"%d" % number for number in range(10)]  # spread over both partitions
     produce(topic, numbers(10), keys)
@@ -236,7 +236,7 @@ def test_a_batch_can_ask_for_the_lag_that_it_leaves(ssc, topic, produce, setting
 
 
 def test_from_offsets(ssc, topic, produce, settings):
-    """Otherwise a stream could not be told where to begin."""
+    """A stream begins at the offsets in `fromOffsets`."""
     metadata = produce(topic, numbers(10))[0]
     start = {TopicAndPartition(topic, metadata.partition): 7}
     values = []
@@ -247,7 +247,7 @@ def test_from_offsets(ssc, topic, produce, settings):
 
 
 def test_the_old_names_of_settings_work(spark, kafka, topic, produce):
-    """Otherwise kafkaParams of Kafka 0.8 would have to be rewritten."""
+    """The kafkaParams of Kafka 0.8 work unchanged."""
     produce(topic, numbers(5))
     ssc = new_streaming_context(spark, 0.5)
     old = {"metadata.broker.list": kafka.bootstrap_servers, "auto.offset.reset": "smallest"}
@@ -259,26 +259,26 @@ def test_the_old_names_of_settings_work(spark, kafka, topic, produce):
 
 
 def test_settings_without_servers_are_refused(ssc, topic):
-    """Otherwise Kafka's client would complain of an empty string."""
+    """The message names the missing setting."""
     with pytest.raises(ValueError, match=r"no 'bootstrap\.servers': add the brokers' addresses"):
         KafkaUtils.createDirectStream(ssc, [topic], {"group.id": "g"})
 
 
 def test_a_topic_that_does_not_exist_is_named(ssc, kafka, settings):
-    """Otherwise a typo would make a new topic, or wait for one for ever."""
+    """A typo neither creates a topic nor waits for one."""
     with pytest.raises(StreamError, match=r"topic 'no-such-topic' doesn't exist at 127\.0\.0\.1:"):
         KafkaUtils.createDirectStream(ssc, ["no-such-topic"], settings)
     assert "no-such-topic" not in kafka.topics()
 
 
 def test_a_reset_that_does_not_exist_is_refused(ssc, topic, settings):
-    """Otherwise a typo would silently begin at the end."""
+    """A typo doesn't begin at the end in silence."""
     with pytest.raises(ValueError, match=r"'first': it must be 'earliest', 'latest' or 'none'\."):
         KafkaUtils.createDirectStream(ssc, [topic], {**settings, "auto.offset.reset": "first"})
 
 
 def test_an_offset_that_the_topic_does_not_have_is_named(ssc, topic, produce, settings):
-    """Otherwise a stream on a topic that was made anew would fail at each batch, or wait."""
+    """A stream on a topic that was created again ends with the reason."""
     partition = produce(topic, numbers(5))[0].partition
     start = {TopicAndPartition(topic, partition): 70}
     with pytest.raises(StreamError, match=r"created again.*from offset 70, but ends at 5"):
@@ -286,7 +286,7 @@ def test_an_offset_that_the_topic_does_not_have_is_named(ssc, topic, produce, se
 
 
 def test_a_broker_that_does_not_answer_is_an_error_in_time(ssc, settings):
-    """Otherwise a wrong address would hang the notebook."""
+    """A wrong address is an error within seconds."""
     started = time.monotonic()
     with pytest.raises(StreamError, match=r"127\.0\.0\.1:9 gave no answer within 15 s: check"):
         KafkaUtils.createDirectStream(
@@ -296,7 +296,7 @@ def test_a_broker_that_does_not_answer_is_an_error_in_time(ssc, settings):
 
 
 def test_a_stream_that_is_not_done_in_time_is_stopped(ssc, topic, settings):
-    """Otherwise a notebook's cell would never end."""
+    """`run_stream` ends at its deadline with a TimeoutError."""
     stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
     stream.foreachBatch(lambda df, batch_id: None)
     with pytest.raises(TimeoutError, match="not done after 2 s and was stopped"):
@@ -307,7 +307,7 @@ def test_a_stream_that_is_not_done_in_time_is_stopped(ssc, topic, settings):
 def test_a_deadline_ends_the_batch_that_runs_and_it_is_not_tried_again(
     spark, ssc, kafka, topic, produce, settings
 ):
-    """Otherwise Spark would go on computing for a stream that nobody waits for."""
+    """After the deadline, Spark computes nothing more for the stream."""
     produce(topic, numbers(10))
     calls = []
     begun = threading.Event()
@@ -329,7 +329,7 @@ def test_a_deadline_ends_the_batch_that_runs_and_it_is_not_tried_again(
 def test_a_graceful_stop_finishes_and_commits_what_is_planned(
     ssc, kafka, topic, produce, settings
 ):
-    """Otherwise a stream that is stopped in the middle would score its last batch again."""
+    """A stream that is stopped in the middle repeats nothing when it resumes."""
     produce(topic, numbers(10))
     begun = threading.Event()
 
@@ -344,7 +344,7 @@ def test_a_graceful_stop_finishes_and_commits_what_is_planned(
 
 
 def test_no_connection_stays_behind_a_stream(spark, kafka, topic, settings):
-    """Otherwise a notebook whose cells are run again and again would pile up connections."""
+    """A notebook whose cells run again and again keeps no connections."""
     port = int(kafka.bootstrap_servers.split(":")[1])
 
     def connections():
@@ -364,7 +364,7 @@ def test_no_connection_stays_behind_a_stream(spark, kafka, topic, settings):
 
 
 def test_a_running_context_gives_way_to_a_new_one(spark, topic, produce, settings):
-    """Otherwise running a notebook's cell again would raise 'Only one StreamingContext'."""
+    """A notebook's cell that makes a context can be run again."""
     first = new_streaming_context(spark, 0.5)
     KafkaUtils.createDirectStream(first, [topic], settings).foreachBatch(lambda df, i: None)
     first.start()
@@ -379,7 +379,7 @@ def test_a_running_context_gives_way_to_a_new_one(spark, topic, produce, setting
 
 
 def test_the_planner_plans_each_offset_once(spark, topic, produce, settings):
-    """Otherwise records would be scored twice or never."""
+    """Consecutive plans have neither gaps nor overlaps."""
     produce(topic, numbers(25))
     planner = OffsetPlanner(spark, [topic], settings)
     batches = [planner.next_batch(lambda left: dict.fromkeys(left, 10)) for _ in range(4)]
@@ -390,7 +390,7 @@ def test_the_planner_plans_each_offset_once(spark, topic, produce, settings):
 
 
 def test_a_new_partition_is_read_from_its_beginning(spark, kafka, topic, produce, settings):
-    """Otherwise what is written to it before the stream notices it would be lost."""
+    """Records that are written to it before the stream notices it are read."""
     settings |= {"auto.offset.reset": "latest", "metadata.max.age.ms": "500"}
     planner = OffsetPlanner(spark, [topic], settings)
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
@@ -403,7 +403,7 @@ def test_a_new_partition_is_read_from_its_beginning(spark, kafka, topic, produce
 
 
 def test_the_rate_limit_of_spark_bounds_a_batch(spark, topic, produce, settings):
-    """Otherwise the first batch would take the whole backlog, however large."""
+    """The first batch doesn't take the whole backlog."""
     produce(topic, numbers(25))
     conf = spark.sparkContext._jsc.sc().conf()
     conf.set("spark.streaming.kafka.maxRatePerPartition", "20")
@@ -419,7 +419,7 @@ def test_the_rate_limit_of_spark_bounds_a_batch(spark, topic, produce, settings)
 
 
 def test_the_reader_reads_exactly_the_ranges(spark, topic, produce, settings):
-    """Otherwise a batch would not be its offset ranges."""
+    """A batch has the records of its offset ranges, and no others."""
     partition = produce(topic, numbers(30))[0].partition
     df = RangeReader(spark, settings).read([OffsetRange(topic, partition, 5, 12)])
     assert sorted(row.offset for row in df.collect()) == list(range(5, 12))
@@ -447,7 +447,7 @@ def _scala_list(sequence):
 def test_each_event_crosses_the_network_exactly_once(
     spark, ssc, topic, produce, settings, event_values, tmp_path
 ):
-    """Otherwise counting, filtering and writing would each pay for the network again."""
+    """Counting, filtering and writing don't run the network again."""
     produce(topic, event_values, [str(n).encode() for n in range(len(event_values))])
     monitor = Monitor()
     score = definitions("1_walkthrough", "pipeline")["process_instances"]
@@ -465,7 +465,7 @@ def test_each_event_crosses_the_network_exactly_once(
 
 
 def test_a_longer_time_for_an_answer_reaches_the_reader(ssc, topic, produce, settings):
-    """Otherwise a common setting would make each batch fail: Kafka wants the whole time longer."""
+    """`request.timeout.ms` works alone, although Kafka wants the whole time longer."""
     produce(topic, numbers(5))
     patient = {**settings, "request.timeout.ms": "40000"}
     stream = KafkaUtils.createDirectStream(ssc, [topic], patient)

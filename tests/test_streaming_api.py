@@ -61,7 +61,7 @@ def drain(ssc, stream):
 
 
 def test_create_stream(ssc, kafka, words):
-    """Otherwise code for the stream with a receiver would not run."""
+    """Code for the stream with a receiver runs."""
     group = f"group-{uuid.uuid4()}"
     stream = KafkaUtils.createStream(
         ssc, kafka.bootstrap_servers, group, {words: 1}, {"auto.offset.reset": "smallest"}
@@ -72,7 +72,7 @@ def test_create_stream(ssc, kafka, words):
 
 
 def test_create_stream_begins_at_the_end(ssc, kafka, words, produce):
-    """Otherwise it would deliver other records than the old one, whose default this was."""
+    """Its default is that of the old one."""
     stream = KafkaUtils.createStream(ssc, kafka.bootstrap_servers, "new-group", {words: 1})
     found = collect(stream)
     produce(words, [b"later"])
@@ -81,7 +81,7 @@ def test_create_stream_begins_at_the_end(ssc, kafka, words, produce):
 
 
 def test_direct_stream(ssc, words, old_settings):
-    """Otherwise the most used call would not run."""
+    """The most used call runs."""
     stream = KafkaUtils.createDirectStream(ssc, [words], old_settings)
     found = collect(stream)
     drain(ssc, stream)
@@ -89,7 +89,7 @@ def test_direct_stream(ssc, words, old_settings):
 
 
 def test_direct_stream_from_given_offsets(ssc, words, old_settings):
-    """Otherwise programs that keep offsets themselves could not go on with them."""
+    """Programs that keep offsets themselves resume from them."""
     start = {TopicAndPartition(words, 0): 8}
     stream = KafkaUtils.createDirectStream(ssc, [words], old_settings, start)
     found = collect(stream.map(lambda pair: pair[1]))
@@ -98,14 +98,14 @@ def test_direct_stream_from_given_offsets(ssc, words, old_settings):
 
 
 def test_rdd(spark, words, old_settings):
-    """Otherwise the records of an hour could not be read again, once."""
+    """The records of given offset ranges are read once, without a stream."""
     ranges = [OffsetRange(words, 0, 0, 18)]
     rdd = KafkaUtils.createRDD(spark.sparkContext, old_settings, ranges)
     assert rdd.map(lambda pair: pair[1]).collect() == WORDS
 
 
 def test_rdd_with_leaders(spark, kafka, words, old_settings):
-    """Otherwise calls that name the leading brokers would fail."""
+    """Calls that name the leading brokers run."""
     host, port = kafka.bootstrap_servers.split(":")
     leaders = {TopicAndPartition(words, 0): Broker(host, int(port))}
     rdd = KafkaUtils.createRDD(
@@ -115,7 +115,7 @@ def test_rdd_with_leaders(spark, kafka, words, old_settings):
 
 
 def test_rdd_knows_its_offset_ranges(spark, words, old_settings):
-    """Otherwise a program could not note what it has read."""
+    """A program can note what it has read."""
     ranges = [OffsetRange(words, 0, 2, 18)]
     rdd = KafkaUtils.createRDD(spark.sparkContext, old_settings, ranges)
     assert rdd.offsetRanges() == ranges
@@ -129,14 +129,14 @@ def test_rdd_knows_its_offset_ranges(spark, words, old_settings):
     ],
 )
 def test_an_rdd_of_offsets_that_are_not_there_is_refused(spark, words, old_settings, part, reason):
-    """Otherwise Spark would wait for minutes for records that don't come."""
+    """Missing offsets are named at once, and not waited for."""
     ranges = [OffsetRange(words, 0, *part)]
     with pytest.raises(StreamError, match=reason):
         KafkaUtils.createRDD(spark.sparkContext, old_settings, ranges)
 
 
 def test_rdd_with_message_handler(spark, words, old_settings):
-    """Otherwise an RDD's elements could not tell where they come from."""
+    """An RDD's elements can say where they come from."""
     rdd = KafkaUtils.createRDD(
         spark.sparkContext, old_settings, [OffsetRange(words, 0, 4, 6)],
         messageHandler=lambda record: (record.topic, record.partition, record.offset,
@@ -146,7 +146,7 @@ def test_rdd_with_message_handler(spark, words, old_settings):
 
 
 def test_stream_with_message_handler(ssc, words, old_settings):
-    """Otherwise a stream's elements could not tell where they come from."""
+    """A stream's elements can say where they come from."""
     stream = KafkaUtils.createDirectStream(
         ssc, [words], old_settings, messageHandler=lambda record: record.offset
     )
@@ -156,7 +156,7 @@ def test_stream_with_message_handler(ssc, words, old_settings):
 
 
 def test_offset_ranges_in_foreach_rdd(ssc, words, old_settings):
-    """Otherwise a program could not keep its offsets beside its results."""
+    """A program can keep its offsets beside its results."""
     alone, with_time = [], []
     stream = KafkaUtils.createDirectStream(ssc, [words], old_settings)
     stream.foreachRDD(lambda rdd: alone.extend(rdd.offsetRanges()))
@@ -168,7 +168,7 @@ def test_offset_ranges_in_foreach_rdd(ssc, words, old_settings):
 
 
 def test_offset_ranges_in_transform_followed_by_map_and_count(ssc, words, old_settings):
-    """Otherwise the idiom of Spark's own guide would fail: keep the ranges, then go on."""
+    """The idiom of Spark's guide works: keep the ranges, then go on."""
     ranges, counts = [], []
     stream = KafkaUtils.createDirectStream(ssc, [words], old_settings)
 
@@ -201,7 +201,7 @@ def test_offset_ranges_in_transform_followed_by_map_and_count(ssc, words, old_se
     ],
 )  # fmt: skip
 def test_equality_hashing_and_repr(one, same, other, text):
-    """Otherwise they could not be keys of a dictionary, or be compared or read."""
+    """Offset ranges and partitions can be compared, printed, and keys of a dictionary."""
     assert one == same and hash(one) == hash(same) and repr(one) == text
     assert one != other and len({one, same, other}) == 2
 
@@ -209,7 +209,7 @@ def test_equality_hashing_and_repr(one, same, other, text):
 def test_several_streams_and_topics_with_a_window_downstream(
     spark, ssc, kafka, words, produce, old_settings
 ):
-    """Otherwise two topics would need two programs."""
+    """One program reads several topics, and joins them in a window."""
     other = f"other-{uuid.uuid4()}"
     kafka.create_topic(other, partitions=1)
     produce(other, [b"d"] * 4)
@@ -240,7 +240,7 @@ def test_where_nothing_answers_zookeeper_is_named_as_a_cause(ssc):
 
 
 def test_topics_of_create_stream_must_be_a_dict(ssc, kafka):
-    """Otherwise a list, as the direct stream takes it, would fail in a strange place."""
+    """A list, as the direct stream takes it, is refused at once."""
     with pytest.raises(TypeError, match="topics must be a dict"):
         KafkaUtils.createStream(ssc, kafka.bootstrap_servers, "group", ["words"])
 

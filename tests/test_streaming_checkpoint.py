@@ -147,7 +147,7 @@ def finish(topic, produce):
 
 @pytest.mark.long
 def test_a_killed_stream_goes_on_where_it_was(stream_of, finish):
-    """Otherwise a crash would lose events, or score others than those that were planned."""
+    """After a crash, the planned batches run again as they were planned."""
     stream = stream_of(2_000, group=f"group-{uuid.uuid4()}")
     stream.kill_after(batches=3)
     assert stream.records() < 2_000
@@ -157,7 +157,7 @@ def test_a_killed_stream_goes_on_where_it_was(stream_of, finish):
 
 @pytest.mark.long
 def test_a_random_kill_loses_nothing(stream_of, finish):
-    """Otherwise it would only be the moments that somebody thought of, with a group, that hold."""
+    """A kill at any moment loses nothing, without a group as well."""
     stream = stream_of(2_000)
     stream.kill_at_random(9)
     finish(stream)
@@ -165,7 +165,7 @@ def test_a_random_kill_loses_nothing(stream_of, finish):
 
 @pytest.mark.long
 def test_twenty_random_kills_lose_nothing(stream_of, finish):
-    """Otherwise one lucky kill would pass for a promise."""
+    """Twenty kills lose nothing, and repeat only whole batches."""
     # Without a state: when a driver dies while it catches up, Spark may have deleted files of the
     # state that its last checkpoint still names (one of 40 kills here), and doesn't start again.
     stream = stream_of(40_000, state=False)

@@ -65,7 +65,7 @@ def score_all(arguments, seconds=SECONDS):
 
 @pytest.mark.long
 def test_both_engines_store_the_same(spark, kafka, filled, arguments, tmp_path, event_values):
-    """Otherwise the choice of Spark's stream would be a choice of results."""
+    """The results don't depend on the engine."""
     outputs = []
     for engine in ("dstream", "structured"):
         printed = score_all(arguments(engine)).stdout
@@ -87,7 +87,7 @@ def test_both_engines_store_the_same(spark, kafka, filled, arguments, tmp_path, 
 
 @pytest.mark.long
 def test_a_checkpoint_that_is_further_than_the_output_is_refused(filled, arguments):
-    """Otherwise the events between the two would be left out, and nobody would see it."""
+    """The events between the two aren't left out in silence."""
     score_all(arguments("structured"))
     run = run_python(str(JOB), *arguments("structured", output="another"), seconds=SECONDS)
     assert run.returncode == 1
@@ -166,7 +166,7 @@ def test_a_running_job_is_monitored_from_outside(
 def test_a_trained_model_is_served_as_its_file_says(
     spark, kafka, filled, arguments, tmp_path, event_values, serving_model
 ):
-    """Otherwise what was trained would not be what is served."""
+    """The job uses the file's features, scaling, threshold and version."""
     path = tmp_path / "model.keras"
     version = save_serving_model(serving_model, path).version
     score_all(arguments("structured", "--model", str(path)))
@@ -185,7 +185,7 @@ def test_a_trained_model_is_served_as_its_file_says(
 
 @pytest.mark.long
 def test_a_strict_job_names_the_record_that_stops_it(arguments, filled, spark, tmp_path):
-    """Otherwise whoever is called at night would have to search for it."""
+    """The last line has the record's topic, partition, offset and fault."""
     strict = arguments("structured", "--on-bad-record", "stop", "--available-now")
     run = run_python(str(JOB), *strict, seconds=SECONDS)
     assert run.returncode == 1
@@ -241,7 +241,7 @@ def test_what_spark_and_kafka_refuse_ends_the_job_with_the_reason(
 def test_spark_submit_runs_it_with_its_own_settings(
     spark, filled, arguments, tmp_path, event_values
 ):
-    """Otherwise it could not be sent to a cluster."""
+    """Options of spark-submit apply to the job."""
     submit = [str(spark_home() / "bin" / "spark-submit"), "--master", "local[1]"]
     submit += ["--conf", "spark.sql.parquet.compression.codec=gzip", str(JOB)]
     environment = {**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_HOME": str(spark_home())}
@@ -258,7 +258,7 @@ def test_spark_submit_runs_it_with_its_own_settings(
 def test_twenty_random_kills_lose_and_repeat_nothing(
     spark, kafka, topic, arguments, engine, tmp_path
 ):
-    """Otherwise 'exactly once' would hold until the first bad night."""
+    """After twenty kills, each event is stored exactly once."""
     producer = [sys.executable, str(ROOT / "examples" / "kafka_producer.py")]
     producer += [kafka.bootstrap_servers, "--topic", topic, "--rate", "2000"]
     producer += ["--events", "5000000"]  # more than come to be sent

@@ -88,7 +88,7 @@ def half_deleted(kafka, produce, one, settings):
 def test_what_retention_has_deleted_is_told_to_the_last_event(
     ssc, half_deleted, settings, caplog, reset, first, loss
 ):
-    """Otherwise nobody would know how much is missing from the results."""
+    """A warning has the exact offsets that are missing from the results."""
     with caplog.at_level(logging.WARNING):
         found = drain(ssc, half_deleted, {**settings, "auto.offset.reset": reset})
     assert [int(value) for _, value in found] == list(range(first, 50))
@@ -98,7 +98,7 @@ def test_what_retention_has_deleted_is_told_to_the_last_event(
 
 
 def test_with_none_a_loss_is_an_error(ssc, half_deleted, settings):
-    """Otherwise those who can't go on without some events would go on."""
+    """With auto.offset.reset=none, the stream doesn't continue after deleted offsets."""
     with pytest.raises(StreamError, match=r"20 events .* are lost: .*retention.*set auto\.offset"):
         KafkaUtils.createDirectStream(
             ssc, [half_deleted], {**settings, "auto.offset.reset": "none"}
@@ -106,7 +106,7 @@ def test_with_none_a_loss_is_an_error(ssc, half_deleted, settings):
 
 
 def test_with_none_a_group_without_offsets_is_an_error(ssc, one, settings):
-    """Otherwise the stream would begin somewhere, and nobody has said where."""
+    """With auto.offset.reset=none, the stream doesn't choose where to begin."""
     with pytest.raises(StreamError, match=r"group 'group-.*' has no committed offset for one-"):
         KafkaUtils.createDirectStream(ssc, [one], {**settings, "auto.offset.reset": "none"})
 
@@ -114,7 +114,7 @@ def test_with_none_a_group_without_offsets_is_an_error(ssc, one, settings):
 def test_what_is_deleted_after_it_was_planned_is_left_out(
     spark, kafka, produce, one, settings, caplog
 ):
-    """Otherwise the batch would fail for ever, for its records never come back."""
+    """A batch doesn't fail for ever because of records that never come back."""
     produce(one, [b"x"] * 50)
     planner = OffsetPlanner(spark, [one], settings)
     ranges = planner.next_batch()
@@ -147,7 +147,7 @@ def test_a_batch_whose_records_are_all_deleted_is_empty(
 
 
 def test_a_group_with_live_members_is_refused(ssc, kafka, produce, one, settings):
-    """Otherwise Kafka would refuse each commit, after each batch was scored."""
+    """The stream says so before it scores a batch that Kafka would not commit."""
     produce(one, [b"x"])
     group = settings["group.id"]
     with (
@@ -169,7 +169,7 @@ def test_a_group_with_live_members_is_refused(ssc, kafka, produce, one, settings
 def test_offsets_are_committed_by_hand_where_that_is_asked_for(
     ssc, kafka, produce, one, settings
 ):
-    """Otherwise programs that commit with their results could not."""
+    """A program can commit offsets together with its results."""
     produce(one, [b"x"] * 30)
     by_hand = {**settings, "enable.auto.commit": False}
     stream = KafkaUtils.createDirectStream(ssc, [one], by_hand)
@@ -187,14 +187,14 @@ def test_offsets_are_committed_by_hand_where_that_is_asked_for(
 
 
 def test_nothing_is_committed_unless_it_is_asked_for(ssc, kafka, produce, one, settings):
-    """Otherwise a program that commits by hand would find other offsets than its own."""
+    """A program that commits by hand finds only its own commits."""
     produce(one, [b"x"] * 30)
     assert len(drain(ssc, one, {**settings, "enable.auto.commit": "false"})) == 30
     assert committed(kafka, settings["group.id"]) == {}
 
 
 def test_aborted_transactions_never_appear_and_gaps_do_not_hang(ssc, kafka, one, settings):
-    """Otherwise events would be scored that their producer has taken back."""
+    """Events that their producer has taken back are not scored."""
     with transactional_producer(kafka) as producer:
         for text, end in ((b"kept", "commit"), (b"taken back", "abort"), (b"kept too", "commit"),
                           (b"taken back as well", "abort")):  # fmt: skip
@@ -254,7 +254,7 @@ def test_a_position_in_an_open_transaction_is_not_another_topic(spark, kafka, on
 
 
 def test_an_open_transaction_is_waited_for(spark, kafka, one, settings):
-    """Otherwise a batch would wait for records that nobody may read yet, until it fails."""
+    """A batch ends before records that can't be read yet."""
     with transactional_producer(kafka) as producer:
         producer.begin_transaction()
         producer.send(one, b"later").get(10)
@@ -266,7 +266,7 @@ def test_an_open_transaction_is_waited_for(spark, kafka, one, settings):
 
 
 def test_a_compacted_topic_has_gaps(ssc, kafka, produce, settings):
-    """Otherwise the stream would wait for records that compaction has removed."""
+    """The stream doesn't wait for records that compaction has removed."""
     name = f"compacted-{uuid.uuid4()}"
     kafka.create_topic(name, partitions=1, config={
         "cleanup.policy": "compact", "segment.ms": 100, "min.cleanable.dirty.ratio": 0.01,
@@ -290,7 +290,7 @@ def test_a_compacted_topic_has_gaps(ssc, kafka, produce, settings):
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
 def test_each_codec_large_values_and_none(ssc, kafka, one, settings, codec):
-    """Otherwise a producer's choice would break the stream."""
+    """Records of every codec and size arrive, also those without a value."""
     large = "x" * 900_000
     with KafkaProducer(
         bootstrap_servers=kafka.bootstrap_servers, compression_type=codec
@@ -303,7 +303,7 @@ def test_each_codec_large_values_and_none(ssc, kafka, one, settings, codec):
 def test_windows_that_slide_by_several_intervals_are_committed(
     ssc, kafka, produce, one, settings
 ):
-    """Otherwise a stream whose only output is such a window would begin anew each time."""
+    """A stream whose only output is such a window resumes where it was."""
     produce(one, [b"x"] * 30)
     sizes = []
     stream = KafkaUtils.createDirectStream(ssc, [one], settings)
@@ -317,7 +317,7 @@ def test_windows_that_slide_by_several_intervals_are_committed(
 def test_a_partition_that_is_added_while_the_stream_runs_is_read(
     ssc, kafka, produce, one, settings
 ):
-    """Otherwise a topic that grows would be scored in part."""
+    """A topic that grows is scored completely."""
     found, grown = [], []
     produce(one, [b"old"] * 5)
     stream = KafkaUtils.createDirectStream(ssc, [one], {**settings, "metadata.max.age.ms": 500})
@@ -371,7 +371,7 @@ def configured(spark, settings):
     ],
 )  # fmt: skip
 def test_the_rates_are_those_of_sparks_own_stream(spark, given, most):
-    """Otherwise settings that a site has found out would mean something else here."""
+    """Spark's settings of rates mean what they mean there."""
     partitions = [TopicAndPartition("t", 0), TopicAndPartition("t", 1)]
     with configured(spark, given):
         limit = RateLimit(spark.sparkContext, interval=2.0)
@@ -403,7 +403,7 @@ def drain_backlog(spark, kafka, settings, events, initial_rate):
 
 
 def test_backpressure_begins_with_the_initial_rate(spark, kafka, settings):
-    """Otherwise the first batch after a night would take the whole backlog."""
+    """The first batch after a break doesn't take the whole backlog."""
     sizes, _ = drain_backlog(spark, kafka, settings, events=5_000, initial_rate=500)
     assert next(size for size in sizes if size) <= 500
     assert sum(sizes) == 5_000
@@ -411,7 +411,7 @@ def test_backpressure_begins_with_the_initial_rate(spark, kafka, settings):
 
 @pytest.mark.long
 def test_a_backlog_does_not_overwhelm_a_stream_with_backpressure(spark, kafka, settings):
-    """Otherwise the first batches after a night would take minutes, and block the rest."""
+    """From the sixth batch on, a batch of the backlog takes about an interval."""
     sizes, seconds = drain_backlog(spark, kafka, settings, events=500_000, initial_rate=20_000)
     assert sum(sizes) == 500_000
     *most, longest = sorted(seconds[5:])
@@ -429,7 +429,7 @@ def kept_offsets(file):
 def test_plans_are_kept_while_a_stream_catches_up(
     spark, one, produce, settings, tmp_path, monkeypatch
 ):
-    """Otherwise a second crash, while it does, would lose the records that were planned.
+    """A second crash, while it does, loses none of the planned records.
 
     The intervals of a stream that catches up are long past; Spark's calls are made here for such.
     """

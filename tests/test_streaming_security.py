@@ -82,13 +82,13 @@ def refusal(ssc, settings):
 
 
 def test_one_dictionary_is_enough_to_read_and_to_commit(ssc, spark, reader):
-    """Otherwise a secured Kafka would need its settings twice, and one of them would be wrong."""
+    """Planner, executors and commits take the same settings."""
     assert drain(ssc, reader) == list(range(100))
     assert drain(new_streaming_context(spark, 0.5), reader) == []  # the offsets were committed
 
 
 def test_no_password_is_told(ssc, spark, secure_kafka, reader):
-    """Otherwise whoever sees a log, an error or a list of processes could sign in."""
+    """No log, error or list of processes has the password."""
     drain(ssc, reader)
     plans = spark._jsparkSession.sharedState().statusStore().executionsList()
     plans = [plans.apply(index).physicalPlanDescription() for index in range(plans.size())]
@@ -99,28 +99,28 @@ def test_no_password_is_told(ssc, spark, secure_kafka, reader):
 
 
 def test_a_wrong_password_is_named(ssc, reader):
-    """Otherwise the user would look for the fault in the network."""
+    """The error says to check user and password, not the network."""
     wrong = reader["sasl.jaas.config"].replace(password_of(reader), "swordfish")
     message = refusal(ssc, {**reader, "sasl.jaas.config": wrong})
     assert "(SaslAuthenticationException): check sasl.mechanism, and user and password" in message
 
 
 def test_a_certificate_that_is_not_trusted_is_named(ssc, reader):
-    """Otherwise the user would turn the check off, and send the password to anybody."""
+    """The error says which setting makes the client trust it."""
     untrusting = {name: value for name, value in reader.items() if "truststore" not in name}
     message = refusal(ssc, untrusting)
     assert "the broker's certificate isn't trusted; set ssl.truststore.location to a" in message
 
 
 def test_a_missing_acl_of_the_topic_is_named(ssc, secure_kafka):
-    """Otherwise the user could not tell the administrator what to allow."""
+    """The error says what the administrator must allow."""
     name = f"nobody-{uuid.uuid4()}"
     message = refusal(ssc, secure_kafka.add_user(name))
     assert "(TopicAuthorizationException): the ACLs READ and DESCRIBE on the topic" in message
 
 
 def test_a_missing_acl_of_the_group_is_named(ssc, reader):
-    """Otherwise a batch would be scored, and never committed."""
+    """The error comes before a batch is scored that can't be committed."""
     message = refusal(ssc, {**reader, "group.id": "somebody-else's"})
     assert "(GroupAuthorizationException): the ACL READ on the consumer group" in message
 
@@ -138,13 +138,13 @@ def test_a_query_reads_without_the_acl_of_its_group(spark, reader, tmp_path, cap
 
 
 def test_a_setting_that_kafka_does_not_know_is_named(ssc, reader):
-    """Otherwise a typo in a security setting would be ignored, and something else be blamed."""
+    """A typo in a security setting is an error with its name."""
     with pytest.raises(ValueError, match=r"no setting 'ssl\.trustore.*did you mean 'ssl\.trusts"):
         KafkaUtils.createDirectStream(ssc, [TOPIC], {**reader, "ssl.trustore.location": "x"})
 
 
 def test_there_is_no_way_in_without_a_password(secure_kafka):
-    """Otherwise everybody on the machine could read all, by the controller's port too."""
+    """Neither the clients' port nor the controller's accepts anybody without one."""
     properties = str(secure_kafka.log_file.parent / "server.properties")
     started = [p for p in processes() if properties in (p.info["cmdline"] or ())]
     (broker,) = (process for process in started if process.name() == "java")  # and its watcher
@@ -158,7 +158,7 @@ def test_there_is_no_way_in_without_a_password(secure_kafka):
 
 
 def test_users_outlive_a_restart(secure_kafka, ssc, reader):
-    """Otherwise a broker that is stopped for a moment would lock everybody out."""
+    """After a restart of the broker, its users can log in."""
     secure_kafka.stop()
     secure_kafka.start()
     assert wait_until(lambda: TOPIC in secure_kafka.topics())
@@ -166,13 +166,13 @@ def test_users_outlive_a_restart(secure_kafka, ssc, reader):
 
 
 def test_another_security_is_refused():
-    """Otherwise a typo would start a broker without any."""
+    """A typo doesn't start a broker without security."""
     with pytest.raises(ValueError, match="security is 'SSL': it must be 'SASL_SSL', or None"):
         LocalKafka(security="SSL")
 
 
 def test_a_user_that_cannot_be_added_is_said(secure_kafka):
-    """Otherwise a password would be handed out that nobody accepts."""
+    """A password that the broker would not accept is not handed out."""
     with pytest.raises(BrokerError, match="user '' can't be added"):
         secure_kafka.add_user("")
 
