@@ -192,7 +192,7 @@ class KafkaQuery:
         deadline = time.monotonic() + timeout
         with java_watched(), interrupt_noted() as interrupted:
             self._away_since, self._stopping = None, False
-            goal = self._goal() if interval is None else None
+            goal = self._goal() if interval is None else {}
             query = self._start(interval)
             try:
                 self._commit(self._done)
@@ -204,7 +204,8 @@ class KafkaQuery:
                         )
                     try:
                         if query.awaitTermination(0.1):
-                            if not (interrupted.is_set() or self._has_reached(goal)):
+                            is_done = interval is None and self._has_reached(goal)
+                            if not (is_done or interrupted.is_set()):
                                 raise StreamError(_stopped_by_others(self._checkpoint))
                             break
                         if self._away_since is not None and _is_idle(query):
@@ -286,10 +287,10 @@ class KafkaQuery:
             return self._ends()
         return {}
 
-    def _has_reached(self, goal: Mapping[TopicAndPartition, int] | None) -> bool:
-        """Return whether all offsets before the goal are done; without a goal, none ever are."""
+    def _has_reached(self, goal: Mapping[TopicAndPartition, int]) -> bool:
+        """Return whether all offsets before the goal are done."""
         done = self._done()
-        return goal is not None and all(done.get(part, 0) >= end for part, end in goal.items())
+        return all(done.get(part, 0) >= end for part, end in goal.items())
 
     def _find_starts(
         self, positions: Mapping[TopicAndPartition, int] | None
