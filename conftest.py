@@ -5,6 +5,7 @@ They are not in tests/, because docstring examples and notebooks are tests as we
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import re
@@ -14,6 +15,8 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
+from types import ModuleType
 
 import orjson
 import pytest
@@ -49,9 +52,9 @@ MOST_PROCESSES = 3  # they wait half of the time; on 2 cores, a fourth doesn't h
 
 # Files that take minutes, in the order in which they begin, so that all processes end together.
 LONGEST = (
-    "1_walkthrough.ipynb", "2_structured_streaming.ipynb", "3_train_and_serve.ipynb",
-    "4_experiments.ipynb", "test_streaming_job.py", "test_training.py", "test_readme.py",
-    "test_structured.py", "test_kafka_producer.py",
+    "4_experiments.ipynb", "test_training.py", "test_readme.py", "1_walkthrough.ipynb",
+    "3_train_and_serve.ipynb", "2_structured_streaming.ipynb", "test_streaming_api.py",
+    "test_outside_trouble.py", "test_structured.py", "test_streaming_job.py",
 )  # fmt: skip
 
 # The tests start about fifty JVMs that run for a minute or less. In that time, the second compiler
@@ -92,6 +95,13 @@ def produce(kafka: LocalKafka) -> Iterator[Callable]:
 
     yield write
     producer.close(timeout=5)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A function that imports a program of examples/ by its name."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "examples")
+    return importlib.import_module
 
 
 _NUMBERS = itertools.count()

@@ -1,10 +1,9 @@
 """The benchmark: what it prints, and that its figures measure real work."""
 
-import importlib
 import json
 
 import pytest
-from processes import ROOT, run_python
+from processes import run_python
 
 ENGINES = ["dstream", "structured"]
 
@@ -74,9 +73,8 @@ def test_training_is_judged_on_events_that_it_did_not_see():
         (["latency", "--seconds", "inf"], "--seconds must be a number above 0."),
     ],
 )
-def test_bad_options_are_refused(arguments, message, capsys, monkeypatch):
+def test_bad_options_are_refused(arguments, message, capsys, example):
     """An unknown benchmark name, or a size that can't be measured, is a usage error."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
     with pytest.raises(SystemExit) as end:
-        importlib.import_module("benchmark").main(arguments)
+        example("benchmark").main(arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err

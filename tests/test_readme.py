@@ -1,6 +1,5 @@
 """The README and docs/: commands and the example work, and messages, names and links are real."""
 
-import importlib
 import json
 import os
 import pkgutil
@@ -122,11 +121,10 @@ def test_the_producers_commands_reach_the_broker(kafka, tmp_path, command):
 
 
 @pytest.mark.parametrize("command", commands(f"{PYTHON}examples/streaming_job.py"))
-def test_the_jobs_commands_have_its_options(command, monkeypatch):
+def test_the_jobs_commands_have_its_options(command, example):
     """The streaming job accepts the README's options; test_streaming_job.py runs it."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    job = importlib.import_module("streaming_job")
-    assert job.parse_arguments(shlex.split(command)[2:]).bootstrap_servers
+    options = example("streaming_job").parse_arguments(shlex.split(command)[2:])
+    assert options.bootstrap_servers
 
 
 def test_the_replay_command_repairs_as_written(kafka, topic, produce, tmp_path):

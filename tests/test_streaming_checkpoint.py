@@ -14,6 +14,8 @@ import pytest
 from checkpointed_stream import SECONDS, WINDOW
 from processes import ROOT, running, wait_until
 
+pytestmark = pytest.mark.long
+
 PROGRAM = ROOT / "tests" / "checkpointed_stream.py"
 LAST = b"-1"
 KEYS = (b"1", b"2")  # of two partitions, by Kafka's hash
@@ -145,7 +147,6 @@ def finish(topic, produce):
     return run
 
 
-@pytest.mark.long
 def test_a_killed_stream_goes_on_where_it_was(stream_of, finish):
     """After a crash, the planned batches run again as they were planned."""
     stream = stream_of(2_000, group=f"group-{uuid.uuid4()}")
@@ -155,7 +156,6 @@ def test_a_killed_stream_goes_on_where_it_was(stream_of, finish):
     assert any(stream.was_away(line["time"]) for line in stream.lines("delivered"))
 
 
-@pytest.mark.long
 def test_a_random_kill_loses_nothing(stream_of, finish):
     """A kill at any moment loses nothing, without a group as well."""
     stream = stream_of(2_000)
@@ -163,7 +163,6 @@ def test_a_random_kill_loses_nothing(stream_of, finish):
     finish(stream)
 
 
-@pytest.mark.long
 def test_twenty_random_kills_lose_nothing(stream_of, finish):
     """Twenty kills lose nothing, and repeat only whole batches."""
     # Without a state: when a driver dies while it catches up, Spark may have deleted files of the

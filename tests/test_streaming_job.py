@@ -1,7 +1,6 @@
 """Tests of examples/streaming_job.py: the pipeline as a program, with either engine."""
 
 import contextlib
-import importlib
 import os
 import random
 import signal
@@ -209,11 +208,10 @@ REQUIRED = ["--bootstrap-servers", "127.0.0.1:9092", "--topic", "events", "--out
         (["--kafka-config", "nowhere"], "nowhere: No such file or directory"),
     ],
 )
-def test_wrong_options_are_refused_with_the_reason(arguments, reason, capsys, monkeypatch):
+def test_wrong_options_are_refused_with_the_reason(arguments, reason, capsys, example):
     """A typo is a usage error, before Spark starts."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
     with pytest.raises(SystemExit) as end:
-        importlib.import_module("streaming_job").main([*REQUIRED, *arguments])
+        example("streaming_job").main([*REQUIRED, *arguments])
     assert end.value.code == 2
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
