@@ -17,8 +17,9 @@ from pyspark.ml.functions import array_to_vector
 from sklearn.metrics import roc_auc_score
 
 from helpers.higgs import FEATURES, LABEL, generate_events
-from helpers.model import build_model, compiled_predict, model_to_bytes
+from helpers.model import build_model, compiled_predict
 from helpers.training import AveragingTrainer, SingleTrainer, TrainingError, trainers
+from helpers.training.recipe import Format, format_of, recipe_of
 from helpers.training.task import Replica, Rows, read_rows
 from helpers.transformers import ModelPredictor
 
@@ -199,7 +200,7 @@ def test_a_worker_takes_losses_as_keras_does(loss, outputs, label):
         {"features": [[1.0, 2.0], [0.5, 0.1], [3.0, -1.0]],
          "label": pyarrow.array([label] * 3, label_type)}
     )  # fmt: skip
-    rows = read_rows([batch], 2, outputs)
+    rows = read_rows([batch], format_of(model, loss))
     copy = copy_of(model)
     copy.compile("sgd", loss)
     expected = copy.train_on_batch(*rows)
@@ -207,6 +208,32 @@ def test_a_worker_takes_losses_as_keras_does(loss, outputs, label):
     count, total, _ = replica.train(rows, batch_size=3, key=[0])
     assert total / count == pytest.approx(float(expected), rel=1e-5)
     assert_same_weights(replica.model, copy)
+
+
+def with_a_hidden_layer():
+    """Return a network with a hidden layer."""
+    return tiny(
+        keras.layers.Dense(
+            3, "tanh", kernel_regularizer=keras.regularizers.L2(0.1),
+            kernel_initializer=keras.initializers.GlorotUniform(3),
+        )
+    )  # fmt: skip
+
+
+def test_mixed_precision_scales_the_loss_as_keras_does(spark):
+    """A network of mixed precision trains on workers that have another policy, and scaled."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = with_a_hidden_layer()
+        trainer = AveragingTrainer(model, num_workers=1, **by_number(num_epoch=2))
+        rows = rows_of(spark, range(8))
+        trained = trainer.train(rows)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    again = AveragingTrainer(model, num_workers=1, **by_number(num_epoch=2)).train(rows)
+    assert_same_weights(trained, again)
+    optimizer = recipe_of(model, keras.optimizers.Adam(), keras.losses.MeanSquaredError()).optimizer
+    assert optimizer["class_name"] == "LossScaleOptimizer"
 
 
 @pytest.mark.parametrize(
@@ -221,12 +248,7 @@ def test_a_worker_takes_losses_as_keras_does(loss, outputs, label):
 )
 def test_rounds_go_on_with_the_optimizer_as_keras_does(spark, optimizer):
     """Rounds keep the optimizer's state: four rounds of one worker equal four epochs of `fit`."""
-    model = tiny(
-        keras.layers.Dense(
-            3, "tanh", kernel_regularizer=keras.regularizers.L2(0.1),
-            kernel_initializer=keras.initializers.GlorotUniform(3),
-        )
-    )  # fmt: skip
+    model = with_a_hidden_layer()
     df = spark.createDataFrame([([1.0, 0.0], 0), ([0.0, 1.0], 1)], SCHEMA)
     rows = Rows(np.eye(2, dtype="float32"), np.array([0, 1], "float32"))
     copy = copy_of(model)
@@ -252,10 +274,7 @@ def copy_of(model):
 
 def replica_of(model, optimizer, loss):
     """Return a worker's replica of a network."""
-    return Replica(
-        model_to_bytes(model), keras.optimizers.serialize(keras.optimizers.get(optimizer)),
-        keras.losses.serialize(loss),
-    )  # fmt: skip
+    return Replica(*recipe_of(model, keras.optimizers.get(optimizer), loss))
 
 
 def assert_same_weights(one, other):
@@ -406,7 +425,8 @@ def test_rows_are_in_memory_once():
     batch = pyarrow.record_batch({"features": lists, "label": numbers[:batch_rows].round()})
     tracemalloc.start()
     try:
-        rows = read_rows((batch for _ in range(batches)), width, 2)
+        format_ = Format(width, 2, labels="classes")
+        rows = read_rows((batch for _ in range(batches)), format_)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -432,6 +452,116 @@ def test_rows_that_cannot_be_learnt_from_are_refused(spark, make, rows, reason):
     df = spark.createDataFrame(rows, SCHEMA)
     with pytest.raises(ValueError, match=reason):
         make(tiny(), **by_number()).train(df)
+
+
+@pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
+@pytest.mark.parametrize(
+    "loss, labels, reason",
+    [
+        ("binary_crossentropy", [0, 2], "label 2 is not between 0 and 1, as the loss requires"),
+        (keras.losses.BinaryFocalCrossentropy(name="mine"), [-1, 1], "label -1 is not between 0"),
+        (keras.losses.hinge, [-1, 3], "label 3 is not between -1 and 1"),
+        ("sparse_categorical_crossentropy", [0, 1], "label 1 is not one of the classes 0 to 0"),
+    ],
+)
+def test_labels_that_the_loss_does_not_mean_are_refused(spark, make, loss, labels, reason):
+    """A label outside of what the loss is defined for is refused, as it would train another."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, "sigmoid")])
+    df = spark.createDataFrame([([1.0], label) for label in labels], SCHEMA)
+    with pytest.raises(ValueError, match=reason):
+        make(model, "sgd", loss).train(df)
+
+
+@pytest.mark.parametrize("loss", ["mse", keras.losses.CategoricalCrossentropy(name="mine")])
+def test_a_class_number_needs_a_loss_that_takes_one(spark, loss):
+    """With several outputs, numbers as labels are refused unless the loss takes class numbers."""
+    with pytest.raises(ValueError, match="takes an entry per class, which column 'label' doesn't"):
+        SingleTrainer(tiny(), "sgd", loss, batch_size=1).train(rows_of(spark, range(4)))
+
+
+@pytest.mark.parametrize(
+    "loss, outputs, labels",
+    [
+        (keras.losses.BinaryCrossentropy(from_logits=True), [0.3, -0.3], [1, 0]),
+        (keras.losses.Hinge(), [0.3, -0.3], [1, -1]),
+        (keras.losses.SquaredHinge(), [0.3, -0.3], [1, 0]),
+        (keras.losses.BinaryCrossentropy(), [0.6, 0.3], [1, 0]),
+    ],
+)
+def test_accuracy_is_that_of_the_likelier_class(loss, outputs, labels):
+    """A perfect network has an accuracy of 1, whatever number the loss takes for the boundary."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Identity()])
+    rows = Rows(np.array(outputs, "float32")[:, None], np.array(labels, "float32")[:, None])
+    for factor, share in ((1, 1), (-1, 0)):
+        if min(outputs) < 0 or factor > 0:
+            found = replica_of(model, "sgd", loss).measure(rows._replace(features=factor * rows[0]))
+            assert found[2] / found[0] == share
+
+
+def huber(expected, found):
+    """Return a loss that isn't Keras' Huber loss."""
+    return keras.ops.mean(keras.ops.abs(expected - found), axis=-1)
+
+
+class Adam(keras.optimizers.Adam):
+    """An optimizer that may do something else than Keras' Adam."""
+
+
+def without_decay_of_biases():
+    """Return an optimizer with a setting that Keras doesn't save."""
+    optimizer = keras.optimizers.AdamW(0.1)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    return optimizer
+
+
+def with_one_frozen_weight():
+    """Return a network with a weight that is frozen, in a layer that isn't."""
+    model = tiny()
+    model.layers[-1].bias.trainable = False
+    return model
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"loss": huber}, "the loss 'huber' has the name of one of Keras'"),
+        ({"worker_optimizer": Adam()}, "the optimizer 'Adam' has the name of one of Keras'"),
+        ({"worker_optimizer": without_decay_of_biases()}, "forget exclude_from_weight_decay"),
+        ({"keras_model": with_one_frozen_weight()}, "would train other weights than the network"),
+    ],
+)
+def test_what_a_copy_would_lose_is_refused(spark, options, reason):
+    """What Keras doesn't save of a network, an optimizer or a loss is refused, as it is copied."""
+    df = rows_of(spark, range(4)).selectExpr("features", "features AS label")
+    with pytest.raises(ValueError, match=reason):
+        SingleTrainer(**{"keras_model": tiny(), "loss": "mse", **options}).train(df)
+
+
+@pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
+def test_features_keep_the_digits_that_the_input_takes(spark, make):
+    """A network with 64-bit inputs learns from 64-bit numbers, as it is served with them."""
+    layers = [
+        keras.layers.Normalization(mean=[1.7e9], variance=[100.0], dtype="float64"),
+        keras.layers.Dense(1, kernel_initializer="ones"),
+    ]
+    model = keras.Sequential([keras.Input((1,), dtype="float64"), *layers])
+    times = [1.7e9 + seconds for seconds in (-17.0, 3.0, 137.0)]
+    df = spark.createDataFrame([([time], (time - 1.7e9) / 10) for time in times],
+                               "features array<double>, label double")  # fmt: skip
+    trainer = make(model, keras.optimizers.SGD(0.0), "mse")
+    trainer.train(df)
+    assert trainer.get_history()[0]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
+def test_a_number_that_the_input_cannot_hold_is_refused(spark, make):
+    """A fraction for an input of integers is refused, as it has no prediction in serving."""
+    model = keras.Sequential(
+        [keras.Input((1,), dtype="int32"), keras.layers.Embedding(9, 2), keras.layers.Flatten()]
+    )
+    df = spark.createDataFrame([([2.0], 0), ([2.5], 1)], SCHEMA)
+    with pytest.raises(ValueError, match=r"features has 2\.5, but .* input is of type int32"):
+        make(model, **by_number()).train(df)
 
 
 def test_refused_rows_cost_no_worker(spark):

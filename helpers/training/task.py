@@ -7,6 +7,7 @@ compiled network stays in the Python process for the next round, cached by
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from pyspark import TaskContext
 from pyspark.broadcast import Broadcast
 
 from helpers.model import model_from_bytes
+from helpers.training.recipe import Format, Recipe, labels_of
 from helpers.transformers import kept_network
 
 Batches = Iterator[pyarrow.RecordBatch]
@@ -26,55 +28,79 @@ Batches = Iterator[pyarrow.RecordBatch]
 RESULT = "worker long, totals array<double>, state binary, refused string"
 
 
+# From which number to which the labels of a kind are.
+_RANGES = {"probabilities": (0, 1), "signs": (-1, 1), "numbers": (-np.inf, np.inf)}
+
+
 class InvalidRowsError(ValueError):
     """The rows don't fit the network, or contain values that are not finite numbers."""
 
 
 class Rows(NamedTuple):
-    """Rows in float32: features (rows, inputs); labels (rows, outputs), or (rows,) for classes."""
+    """Rows: features (rows, inputs); labels in float32, (rows, outputs), or (rows,) for classes."""
 
     features: np.ndarray
     labels: np.ndarray
 
 
-def read_rows(batches: Iterable[pyarrow.RecordBatch], inputs: int, outputs: int) -> Rows:
+def read_rows(batches: Iterable[pyarrow.RecordBatch], format_: Format) -> Rows:
     """Return the rows in Arrow batches, holding them in memory only once, plus one batch.
 
     A batch has ``features``, lists with one number per input of the network, and ``label``: lists
-    with one number per output, or numbers, which are classes if there are several outputs. Other
-    rows raise `InvalidRowsError`.
+    with one number per output, or numbers. Rows that don't fit raise `InvalidRowsError`.
 
     Examples
     --------
     >>> batch = pyarrow.record_batch({"features": [[2.0], [1.0]], "label": [1, 0]})
-    >>> read_rows([batch, batch], inputs=1, outputs=2).labels.tolist()
+    >>> read_rows([batch, batch], Format(inputs=1, outputs=2, labels="classes")).labels.tolist()
     [1.0, 0.0, 1.0, 0.0]
     """
     features, labels, shape = bytearray(), bytearray(), ()
     for batch in batches:
-        features += _matrix(batch["features"], "features", inputs, "inputs").data
-        part = _labels(batch["label"], outputs)
+        features += _features(batch["features"], format_).data
+        part = _labels(batch["label"], format_)
         labels += part.data
         shape = part.shape[1:]
     return Rows(
-        np.frombuffer(features, "float32").reshape(-1, inputs),
+        np.frombuffer(features, format_.dtype).reshape(-1, format_.inputs),
         np.frombuffer(labels, "float32").reshape(-1, *shape),
     )
 
 
-def _labels(column: pyarrow.Array, outputs: int) -> np.ndarray:
-    """Return labels in the shape that Keras' losses expect for this number of outputs."""
+def _features(column: pyarrow.Array, format_: Format) -> np.ndarray:
+    """Return features in the type of the network's input."""
+    numbers = _matrix(column, "features", format_.inputs, "inputs")
+    with np.errstate(invalid="ignore"):  # unfit numbers are found below
+        features = numbers.astype(format_.dtype, copy=False)
+    if not np.issubdtype(features.dtype, np.floating):
+        for wrong in numbers[features != numbers]:
+            raise InvalidRowsError(
+                f"features has {wrong:g}, but the network's input is of type {format_.dtype}: "
+                "leave these rows out."
+            )
+    return features
+
+
+def _labels(column: pyarrow.Array, format_: Format) -> np.ndarray:
+    """Return labels in the shape that Keras' losses expect, if they are of the loss's kind."""
+    outputs = format_.outputs
     if pyarrow.types.is_list(column.type):
-        return _matrix(column, "label", outputs, "outputs")
-    labels = _numbers(column, "label")
-    if outputs == 1:
-        return labels.reshape(-1, 1)  # a loss would broadcast (rows,) with (rows, 1) to a matrix
-    for wrong in labels[(labels != labels.round()) | (labels < 0) | (labels >= outputs)]:
+        labels = _matrix(column, "label", outputs, "outputs").astype("float32", copy=False)
+    else:
+        labels = _numbers(column, "label").astype("float32", copy=False)
+    if format_.labels == "classes":
+        for wrong in labels[(labels != labels.round()) | (labels < 0) | (labels >= outputs)]:
+            raise InvalidRowsError(
+                f"label {wrong:g} is not one of the classes 0 to {outputs - 1}, for which the "
+                "network has outputs."
+            )
+        return labels
+    smallest, largest = _RANGES[format_.labels]
+    for wrong in labels[(labels < smallest) | (labels > largest)]:
         raise InvalidRowsError(
-            f"label {wrong:g} is not one of the classes 0 to {outputs - 1}, for which the network "
-            "has outputs."
+            f"label {wrong:g} is not between {smallest} and {largest}, as the loss requires."
         )
-    return labels
+    return labels.reshape(-1, outputs)  # with (rows,), a loss would make a matrix of (rows, 1)
 
 
 def _matrix(column: pyarrow.Array, name: str, width: int, what: str) -> np.ndarray:
@@ -96,7 +122,7 @@ def _numbers(column: pyarrow.Array, name: str) -> np.ndarray:
         nulls += column.null_count
     if nulls:
         raise InvalidRowsError(f"{name} has {nulls} nulls: leave these rows out.")
-    values = column.to_numpy(zero_copy_only=False).astype("float32")
+    values = column.to_numpy(zero_copy_only=False)
     if not np.isfinite(values).all():
         raise InvalidRowsError(f"{name} has values that are not finite: leave these rows out.")
     return values
@@ -109,8 +135,11 @@ class Replica:
         import keras
 
         self.model = model_from_bytes(model)
-        optimizer, loss = keras.optimizers.deserialize(optimizer), keras.losses.deserialize(loss)
-        self.model.compile(optimizer, loss, metrics=["accuracy"])
+        # A copy, because Keras takes some configs apart.
+        optimizer = keras.optimizers.deserialize(copy.deepcopy(optimizer))
+        loss = keras.losses.deserialize(loss)
+        metrics = [_accuracy(loss, self.model.output_shape[-1])]
+        self.model.compile(optimizer, loss, metrics=metrics, auto_scale_loss=False)
         self.model.optimizer.build(self.model.trainable_variables)
         self._variables = [*self.model.weights, *self.model.optimizer.variables]
 
@@ -150,12 +179,31 @@ class Replica:
         return totals
 
 
+def _accuracy(loss: Any, outputs: int) -> Any:
+    """Return the metric that counts how often the likelier class is the right one.
+
+    With one output, Keras decides at 0.5, and compares with 0 and 1.
+    """
+    import keras
+
+    labels = labels_of(loss)
+    is_logit = getattr(loss, "get_config", dict)().get("from_logits")
+    if outputs > 1 or not (is_logit or labels == "signs"):
+        return "accuracy"
+
+    def accuracy(expected: Any, found: Any) -> Any:
+        is_right = (expected > (0.0 if labels == "signs" else 0.5)) == (found > 0.0)
+        return keras.ops.cast(is_right, "float32")
+
+    return accuracy
+
+
 class Round(NamedTuple):
     """The driver's broadcast to all workers for a round."""
 
     training: str  # a unique name of the training
-    recipe: tuple[bytes, Any, Any]  # the arguments of `Replica`
-    widths: tuple[int, int]  # the number of the network's inputs and of its outputs
+    recipe: Recipe
+    format: Format
     batch_size: int
     state: Sequence[np.ndarray] = ()  # the state from which the workers start
     key: tuple[int, ...] | None = None  # the source of all randomness; None: evaluate only
@@ -171,7 +219,7 @@ def round_task(sent: Broadcast[Round]) -> Callable[[Batches], Batches]:
         worker = TaskContext.get().partitionId()
         result = {"worker": worker, "totals": [0.0, 0.0, 0.0], "state": b"", "refused": ""}
         try:
-            rows = read_rows(batches, *sent.value.widths)
+            rows = read_rows(batches, sent.value.format)
             found = _result_of(sent.value, worker, rows) if len(rows.labels) else {}
         except InvalidRowsError as error:
             found = {"refused": str(error)}

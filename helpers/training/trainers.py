@@ -20,9 +20,9 @@ from pyspark import StorageLevel, inheritable_thread_target
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType, DataType, NumericType
+from pyspark.sql.types import ArrayType, NumericType
 
-from helpers.model import check_copy, model_from_bytes, model_to_bytes
+from helpers.model import model_from_bytes, model_to_bytes
 from helpers.records import named, vector_entries
 from helpers.spark import (
     END_SECONDS,
@@ -32,13 +32,11 @@ from helpers.spark import (
     java_has_exited,
     summary,
 )
+from helpers.training.recipe import Recipe, check_labels, format_of, recipe_of
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 if TYPE_CHECKING:
     import keras
-
-# The reductions of a Keras loss that take the mean over the rows of an update.
-_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 _Pass = Callable[..., np.ndarray]  # a pass over the rows; returns a replica's totals
 
@@ -97,12 +95,8 @@ class Trainer(ABC):
         _check_positive(batch_size=batch_size, num_epoch=num_epoch)
         if worker_optimizer is None:
             raise ValueError("worker_optimizer is None: name one, such as 'adam'.")
-        loss = keras.losses.get(loss)
-        _check_loss(loss)
-        self._model, self._widths = keras_model, _widths(keras_model)
-        # Copies, so that the state of an optimizer or a loss stays within this training.
-        self._optimizer = keras.optimizers.serialize(keras.optimizers.get(worker_optimizer))
-        self._loss = keras.losses.serialize(loss)
+        self._loss, self._optimizer = keras.losses.get(loss), keras.optimizers.get(worker_optimizer)
+        self._model, self._format = keras_model, format_of(keras_model, self._loss)
         self._features_col, self._label_col = features_col, label_col
         self._batch_size, self._num_epoch, self._seed = batch_size, num_epoch, seed
         self._history: list[dict[str, float]] = []
@@ -127,22 +121,20 @@ class Trainer(ABC):
         TypeError
             If there are other arguments.
         ValueError
-            If a column is missing or doesn't fit the network, or a number in it is not finite.
+            If a column is missing or doesn't fit network and loss, or a number in it is not finite.
+            If workers would get another optimizer or loss, or other frozen weights.
         TrainingError
             If training fails.
         helpers.model.UnservableModelError
             If a saved copy of the network returns other numbers than the network.
         """
-        import keras
-
         if others:
             raise TypeError(f"train takes no {', '.join(others)}: {_ALWAYS_SHUFFLED}")
         began, self._history = time.monotonic(), []
         rows = self._rows(df).withColumn("validates", F.lit(False))
         if validation is not None:
             rows = rows.unionByName(self._rows(validation).withColumn("validates", F.lit(True)))
-        loss = keras.losses.deserialize(self._loss)
-        _check_labels(self._label_col, rows.schema["label"].dataType, loss)
+        check_labels(self._label_col, rows.schema["label"].dataType, self._format)
         try:
             model = self._train(rows)
         except (Py4JError, ConnectionError):
@@ -172,13 +164,13 @@ class Trainer(ABC):
     def _rows(self, df: DataFrame) -> DataFrame:
         if not isinstance(df, DataFrame):
             raise ValueError(f"{df!r} is not a DataFrame: {_ALWAYS_SHUFFLED}")
-        features, label = _entries(df, self._features_col), _entries(df, self._label_col)
+        number = "float" if self._format.dtype == "float32" else "double"
+        features = _entries(df, self._features_col, number)
+        label = _entries(df, self._label_col, "float")
         return df.select(features.alias("features"), label.alias("label"))
 
-    def _recipe(self) -> tuple[bytes, Any, Any]:
-        content = model_to_bytes(self._model)
-        check_copy(self._model, model_from_bytes(content))
-        return content, self._optimizer, self._loss
+    def _recipe(self) -> Recipe:
+        return recipe_of(self._model, self._optimizer, self._loss)
 
     def _epochs(self, replica: Replica, train: _Pass, measure: _Pass) -> keras.Model:
         """Train a replica, and return the trained network.
@@ -226,7 +218,7 @@ class SingleTrainer(Trainer):
         table = _interruptible(rows.sparkSession, lambda: _collect(_in_order(rows, 1)))
         validates = pyarrow.compute.field("validates")
         training, validation = (
-            read_rows(table.filter(chosen).to_batches(), *self._widths)
+            read_rows(table.filter(chosen).to_batches(), self._format)
             for chosen in (~validates, validates)
         )
         if not len(training.labels):
@@ -309,7 +301,7 @@ class AveragingTrainer(Trainer):
             raise InvalidRowsError(_NO_ROWS)
         batch_size = max(1, self._batch_size // self._num_workers)
         rounds = math.ceil(math.ceil(most_rows / batch_size) / (self._window or math.inf)) or 1
-        common = Round(secrets.token_hex(8), self._recipe(), self._widths, batch_size)
+        common = Round(secrets.token_hex(8), self._recipe(), self._format, batch_size)
         replica = Replica(*common.recipe)
 
         def train(epoch: int) -> np.ndarray:
@@ -410,8 +402,8 @@ def _interruptible(spark: SparkSession, work: Callable[[], Any]) -> Any:
             raise
 
 
-def _entries(df: DataFrame, name: str) -> Column:
-    """Return a column with vectors converted to arrays; arrays and numbers are kept."""
+def _entries(df: DataFrame, name: str, number: str) -> Column:
+    """Return a column's numbers in a type; vectors become arrays."""
     if not isinstance(name, str):
         raise ValueError(
             f"{name!r} is not the name of a column: put several into one with "
@@ -421,51 +413,12 @@ def _entries(df: DataFrame, name: str) -> Column:
         raise ValueError(f"there is no column {name!r}; the columns are {df.columns}.")
     found, column = df.schema[name].dataType, named(name)
     if isinstance(found, VectorUDT):
-        return vector_entries(column).cast("array<float>")
+        return vector_entries(column).cast(f"array<{number}>")
     if isinstance(found, ArrayType) and isinstance(found.elementType, NumericType):
-        return column.cast("array<float>")
+        return column.cast(f"array<{number}>")
     if isinstance(found, NumericType):
-        return column.cast("float")
+        return column.cast(number)
     raise ValueError(f"column {name!r} must hold vectors or numbers, not {found.simpleString()}.")
-
-
-def _widths(model: keras.Model) -> tuple[int, int]:
-    """Return the numbers of inputs and outputs; reject a network that doesn't take a table."""
-    try:
-        shapes = {"inputs": model.input_shape, "outputs": model.output_shape}
-    except AttributeError:
-        raise ValueError("the network has no inputs yet: begin it with keras.Input.") from None
-    for name, shape in shapes.items():
-        if len(shape) != 2 or not all(isinstance(size, int) for size in shape[1:]):
-            raise ValueError(
-                f"the network's {name} have the shape {shape}: to train on a table, it must be "
-                f"(rows, {name})."
-            )
-    return shapes["inputs"][1], shapes["outputs"][1]
-
-
-def _check_loss(loss: Any) -> None:
-    reduction = getattr(loss, "reduction", _MEANS[0])
-    if reduction not in _MEANS:
-        raise ValueError(
-            f"the loss has the reduction {reduction!r}: use {_MEANS[0]!r}, the mean over the rows "
-            "of an update."
-        )
-
-
-def _check_labels(name: str, found: DataType, loss: Any) -> None:
-    """Reject labels of a kind that the loss doesn't take."""
-    kinds = {
-        "categorical_crossentropy": (ArrayType, "an entry per class"),
-        "sparse_categorical_crossentropy": (NumericType, "the number of the class"),
-    }
-    given = getattr(loss, "name", None) or getattr(loss, "__name__", "")
-    if given in kinds and not isinstance(found, kinds[given][0]):
-        (other,) = kinds.keys() - {given}
-        raise ValueError(
-            f"the loss {given!r} takes {kinds[given][1]}, which column {name!r} doesn't have: use "
-            f"loss={other!r}."
-        )
 
 
 def _check_positive(**options: int | None) -> None:
