@@ -137,6 +137,9 @@ def test_what_cannot_be_served_is_not_saved(serving_model, tmp_path):
         of_layers(contract, keras.layers.Lambda(lambda x: x), keras.layers.Dense(2))
     with pytest.raises(ServingModelError, match="distinguishes 3 classes, the contract 2"):
         save_serving_model(of_layers(contract, keras.layers.Dense(3, "softmax")), path)
+    for activation in ("linear", "relu", "sigmoid"):
+        with pytest.raises(ServingModelError, match="the network doesn't return probabilities"):
+            save_serving_model(of_layers(contract, keras.layers.Dense(2, activation)), path)
     scaling, network = serving_model.network.layers
     network = keras.Sequential([keras.Input((30,)), scaling, Halving(), network])
     with pytest.raises(ServingModelError, match="the class 'Halving' is not part of Keras"):

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helpers.model import check_copy, interface_of, model_on_worker, model_to_bytes
+from helpers.model import (
+    check_copy,
+    interface_of,
+    model_on_worker,
+    model_to_bytes,
+    scoring_function,
+)
 from helpers.serving.contract import Contract, ServingModel, ServingModelError
 
 if TYPE_CHECKING:
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
 CONTRACT = "contract.json"  # the contract's name in the .keras file, which is a ZIP archive
 
 _KERAS_FILES = ("metadata.json", "config.json", "model.weights.h5")  # contents of any .keras file
+
+_TRIED = 32  # on how many events a network must return probabilities
+_ROUNDING = 0.01  # how far these may be off, such as with float16
 
 _DIGEST_LENGTH = 12  # hexadecimal digits of a version
 
@@ -212,7 +221,22 @@ def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
         "the network doesn't scale its inputs with the contract's means and scales (make it with "
         "helpers.serving.scaled_network)": _scales_with(network, contract),
     }  # fmt: skip
-    return [fault for fault, holds in rules.items() if not holds]
+    faults = [fault for fault, holds in rules.items() if not holds]
+    if not faults and not _returns_probabilities(network, contract):
+        faults.append(
+            "the network doesn't return probabilities: end it with a softmax over the classes, "
+            "or with a single sigmoid"
+        )
+    return faults
+
+
+def _returns_probabilities(network: keras.Model, contract: Contract) -> bool:
+    """Return whether the values of both classes are probabilities for some events."""
+    random = np.random.default_rng(0).normal(size=(_TRIED, len(contract.means)))
+    values = scoring_function(network)(contract.means + np.multiply(contract.scales, 3 * random))
+    values = values[np.isfinite(values).all(axis=1)]  # a layer may not be defined for all events
+    is_in_range = (values > -_ROUNDING).all() and (values < 1 + _ROUNDING).all()
+    return is_in_range and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING)
 
 
 def _scales_with(network: keras.Model, contract: Contract) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+from helpers.model import UnservableModelError
 from helpers.serving.archive import load_serving_model
 from helpers.serving.contract import ServingModel, ServingModelError
 from helpers.serving.transformer import ServingTransformer
@@ -52,7 +53,7 @@ class ModelFile:
             try:
                 self._replace(load_serving_model(self._path))
                 self._seen, self._warning = state, ""
-            except ServingModelError as error:
+            except (ServingModelError, UnservableModelError) as error:
                 self._seen = state
                 self._warn(error)
             except OSError as error:
