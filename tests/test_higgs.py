@@ -454,3 +454,19 @@ def test_significance_is_the_challenges(tmp_path):
         b = 411_000 * weights[chosen & ~is_signal].sum() / weights[~is_signal].sum()
         expected = np.sqrt(2 * ((s + b + 10) * np.log(1 + s / (b + 10)) - s))
         assert value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "scores, is_signal, weights, reason",
+    [
+        ([0.9, float("nan")], [True, False], [1, 1], "a score or a weight is not a finite number"),
+        ([0.9, 0.1], [True, False], [1, float("inf")], "a score or a weight is not a finite"),
+        ([0.9, 0.1], ["s", "b"], [1, 1], "is_signal has <U1: give it as booleans"),
+        ([0.9, 0.1], [True, True], [1, 1], "one class has no weight"),
+        ([], np.zeros(0, bool), [], "one class has no weight"),
+    ],
+)
+def test_a_significance_needs_scores_and_both_classes(scores, is_signal, weights, reason):
+    """An event without a score is refused, as it would count as the likeliest signal."""
+    with pytest.raises(ValueError, match=reason):
+        higgs.significance_curve(scores, is_signal, weights)

@@ -57,18 +57,30 @@ def significance_curve(
     thresholds, significances : numpy.ndarray
         The distinct scores in descending order, and the AMS at each.
 
+    Raises
+    ------
+    ValueError
+        If a score or a weight is not finite, `is_signal` is not boolean, or a class has no weight.
+
     Examples
     --------
     >>> thresholds, values = significance_curve([0.9, 0.2, 0.4], [True, True, False], [1, 1, 1])
     >>> thresholds.tolist(), values.round(1).tolist()
     ([0.9, 0.4, 0.2], [43.0, 0.5, 1.1])
     """
+    scores, weights = np.asarray(scores, float), np.asarray(weights, float)
+    if not (np.isfinite(scores).all() and np.isfinite(weights).all()):
+        raise ValueError("a score or a weight is not a finite number: leave these events out.")
+    is_signal = np.asarray(is_signal)
+    if is_signal.dtype != bool:
+        raise ValueError(f"is_signal has {is_signal.dtype}: give it as booleans, as labels == 's'.")
     order = np.argsort(scores)[::-1]
-    scores, is_signal = np.asarray(scores)[order], np.asarray(is_signal, bool)[order]
-    weights = np.asarray(weights, float)[order]
+    scores, is_signal, weights = scores[order], is_signal[order], weights[order]
     selected = []
     for chosen, expected in ((is_signal, EXPECTED_SIGNAL), (~is_signal, EXPECTED_BACKGROUND)):
         sums = np.cumsum(np.where(chosen, weights, 0))
+        if not sums.size or not sums[-1]:
+            raise ValueError("one class has no weight: the AMS needs events of both.")
         selected.append(expected * sums / sums[-1])
     # Events with equal scores are selected together.
     last = np.append(np.diff(scores) != 0, True)
