@@ -224,6 +224,20 @@ def test_a_window_is_committed_when_its_batch_is_done():
     assert sent == [{PARTITIONS[0]: 30}]
 
 
+def test_a_window_reads_intervals_that_are_committed():
+    """A committed interval keeps its ranges until no window needs them, and isn't run again."""
+    ledger, ranges = Ledger(), [OffsetRange("events", 0, 0, 10)]
+    for interval in (1, 2):
+        ledger.plan(interval, ranges, interval)
+        ledger.submit(interval, submitted_at=interval)
+        ledger.complete(interval)
+        ledger.commit(print)
+    assert ledger.ranges(1) == ledger.ranges(2) == ranges
+    assert ledger.unfinished(1) == []
+    ledger.forget(before=2)
+    assert ledger.ranges(1) == [] and ledger.ranges(2) == ranges
+
+
 def test_only_a_stream_that_commits_by_hand_is_asked_to():
     """A stream that commits by itself refuses to be told when."""
     with pytest.raises(StreamError, match=r"commitAsync is for streams with a group\.id"):

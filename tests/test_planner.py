@@ -23,6 +23,7 @@ from helpers.streaming import (
     source,
     stop_streaming,
 )
+from helpers.streaming.batches import Batches
 from helpers.streaming.client import KafkaClient
 
 AGAIN = "was deleted and created again"
@@ -102,6 +103,66 @@ def test_a_partition_added_while_the_stream_is_down_is_read_from_its_beginning(
     planner.close()
 
 
+def test_a_partition_whose_lookup_fails_is_found_later(spark, kafka, one, settings, monkeypatch):
+    """A broker that is away while a new partition is looked up leaves the planner as it was."""
+    planner = OffsetPlanner(spark, [one], settings)
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.create_partitions({one: NewPartitions(2)})
+    send(kafka, one, 1, [b"early"] * 3)
+    begins, calls = planner._client.begins, []
+
+    def fails_once(partitions):
+        calls.append(partitions)
+        if len(calls) == 1:
+            raise errors.BrokerAwayError("no answer")
+        return begins(partitions)
+
+    monkeypatch.setattr(planner._client, "begins", fails_once)
+    with pytest.raises(errors.BrokerAwayError):
+        planner.next_batch()
+    assert planner.positions() == {TopicAndPartition(one, 0): 0}
+    assert planner.next_batch() == [OffsetRange(one, 1, 0, 3)]
+    planner.close()
+
+
+def test_a_partition_that_had_no_records_is_not_read_from_its_beginning_later(
+    spark, kafka, topic, settings
+):
+    """Offsets committed by hand cover all partitions, also those in which nothing was read."""
+    settings = {**settings, "enable.auto.commit": "false"}
+    send(kafka, topic, 0, [b"old"] * 3)
+    send(kafka, topic, 1, [b"old"] * 4)
+    ssc = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachRDD(lambda rdd: rdd.offsetRanges() and stream.commitAsync(rdd.offsetRanges()))
+    ssc.start()
+    send(kafka, topic, 0, [b"new"] * 5)
+    first = TopicAndPartition(topic, 0)
+    run_stream(ssc, until=lambda: committed(spark, settings, first) == 8, timeout=300)
+    planner = OffsetPlanner(spark, [topic], settings)
+    assert planner.positions() == {first: 8, TopicAndPartition(topic, 1): 4}
+    planner.close()
+
+
+def test_offsets_committed_by_hand_expire_together(spark, kafka, topic, settings, monkeypatch):
+    """A partition at rest keeps its offset as long as those that move on: all are repeated."""
+    monkeypatch.setattr(source, "REPEAT_SECONDS", 0.2)
+    settings = {**settings, "enable.auto.commit": "false", "auto.offset.reset": "earliest"}
+    commits = []
+    send(kafka, topic, 0, [b"x"] * 2)
+    commit(settings, TopicAndPartition(topic, 0), 1)
+    commit(settings, TopicAndPartition(topic, 1), 0)
+    ssc = new_streaming_context(spark, 0.5)
+    stream, _ = collected(ssc, topic, settings)
+    client = stream._batches.source.planner._client
+    send_all = client.commit
+    monkeypatch.setattr(
+        client, "commit", lambda offsets, *more: (commits.append(offsets), send_all(offsets, *more))
+    )
+    run_stream(ssc, until=lambda: len(commits) >= 2, timeout=300)
+    assert {tuple(offsets.values()) for offsets in commits} == {(1, 0)}
+
+
 def test_a_new_topic_of_a_known_group_begins_where_it_is_told(spark, kafka, one, produce, settings):
     """Only a topic that the group has read before has partitions that were added since."""
     OffsetPlanner(spark, [one], settings).close()
@@ -139,6 +200,20 @@ def test_a_stream_with_a_checkpoint_begins_where_it_began_first(
         wait_until(lambda: planned(tmp_path) == 3)
     finally:
         stop_streaming(again, gracefully=False)
+
+
+def test_a_checkpoint_that_was_moved_is_not_begun_anew(spark, one, produce, settings, tmp_path):
+    """A recovered stream whose plans are gone says so, instead of beginning at the topic's end."""
+    ssc = new_streaming_context(spark, 0.5)
+    stream, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
+    ssc.checkpoint(str(tmp_path / "first"))
+    produce(one, [b"x"] * 3)
+    assert not stream._batches._recovery.definition().begun
+    run_stream(ssc, until=lambda: len(values) == 3, timeout=300)
+    kept = stream._batches._recovery.definition()
+    (tmp_path / "first").rename(tmp_path / "second")
+    with pytest.raises(StreamError, match=r"whose plans are missing: .*/first/.* is empty"):
+        Batches(kept)._open()
 
 
 def planned(folder):
@@ -252,7 +327,11 @@ def test_a_stream_that_commits_by_hand_leaves_others_commits_alone(
     settings = {**settings, "auto.offset.reset": "earliest", "enable.auto.commit": "false"}
     partition, looks = TopicAndPartition(one, 0), []
     restore = source.Source._restore
-    monkeypatch.setattr(source.Source, "_restore", lambda self: looks.append(restore(self)))
+
+    def note(self, repeats):
+        looks.append(restore(self, repeats))
+
+    monkeypatch.setattr(source.Source, "_restore", note)
     produce(one, [b"x"] * 5)
     commit(settings, partition, 2)
     ssc = new_streaming_context(spark, 0.5)
@@ -328,6 +407,7 @@ def test_a_stream_that_runs_long_remembers_only_what_it_needs(
     run_stream(ssc, until=three_batches, timeout=300)
     batches = stream._batches
     assert not batches._recovery._committed and batches.ledger.is_settled()
+    assert not batches.source._being_read and len(batches.ledger._kept) <= 10
 
 
 def test_what_is_asked_for_is_committed_when_its_batch_has_succeeded(

@@ -225,6 +225,29 @@ def test_several_streams_and_topics_with_a_window_downstream(
     assert sizes[:3] == [22] * 3  # the records stay in the window for 2 s
 
 
+def test_a_window_that_slides_by_several_intervals_has_all_records(
+    ssc, kafka, produce, old_settings
+):
+    """A window counts the records of intervals whose batches are committed by then."""
+    name = f"windows-{uuid.uuid4()}"
+    kafka.create_topic(name, partitions=1)
+    produce(name, [b"first"])
+    stream = KafkaUtils.createDirectStream(ssc, [name], old_settings)
+    written, sizes, seen = [1], [], []
+
+    def write_another(batch, batch_id):
+        seen.append(batch.count())
+        if len(written) < 8:
+            produce(name, [b"next"])
+            written.append(1)
+
+    stream.foreachBatch(write_another)
+    stream.window(2, 2).count().foreachRDD(lambda rdd: sizes.extend(rdd.collect()))
+    run_stream(ssc, until=lambda: sum(sizes) >= 8, timeout=300)
+    assert sum(seen) == sum(sizes) == 8
+    assert not stream._batches.source._being_read
+
+
 @pytest.mark.parametrize("address", ["localhost:2181", "one:9092, two:2181", "one:2182/kafka"])
 def test_zookeepers_address_is_refused_at_once(ssc, address):
     """Old programs pass it, and would wait for an answer of Kafka's."""

@@ -13,6 +13,7 @@ from kafka.admin import NewPartitions
 from processes import wait_until
 
 from helpers.streaming import (
+    KafkaQuery,
     KafkaUtils,
     OffsetPlanner,
     OffsetRange,
@@ -251,6 +252,28 @@ def test_a_position_in_an_open_transaction_is_not_another_topic(spark, kafka, on
         producer.commit_transaction()
     assert wait_until(planner.next_batch) == [OffsetRange(one, 0, 1, 3)]
     planner.close()
+
+
+def test_a_query_does_not_resume_in_an_open_transaction(spark, kafka, one, settings, tmp_path):
+    """A query that may no longer read what is read already waits, and its checkpoint stays good."""
+    seen = []
+    settings = {name: value for name, value in settings.items() if name != "group.id"}
+
+    def run(**more):
+        with KafkaQuery(spark, [one], {**settings, **more}, str(tmp_path)) as query:
+            query.for_each_planned_batch(lambda batch: seen.extend(batch.ranges))
+            query.run(timeout=300)
+
+    with transactional_producer(kafka) as producer:
+        producer.begin_transaction()
+        producer.send(one, b"open").get(10)
+        run()
+        with pytest.raises(StreamError, match="a transaction that began at 0 is still open: wait"):
+            run(**{"isolation.level": "read_committed"})
+        producer.send(one, b"more").get(10)
+        producer.commit_transaction()
+    wait_until(lambda: run(**{"isolation.level": "read_committed"}) or len(seen) > 1)
+    assert [(part.fromOffset, part.untilOffset) for part in seen] == [(0, 1), (1, 3)]
 
 
 def test_an_open_transaction_is_waited_for(spark, kafka, one, settings):

@@ -138,7 +138,7 @@ class Batches:
     def run(self, function: Callable[[PlannedBatch], None], batch_time: datetime) -> None:
         """Call a function with a batch; retry it once; if that fails, begin no later batch."""
         batch_id = batch_id_of(batch_time)
-        ranges = self.ledger.ranges(batch_id)
+        ranges = self.ledger.unfinished(batch_id)
         if not ranges or self._stopped.is_set():
             return
         SparkContext._active_spark_context.setJobGroup(self._job_group, f"batch {batch_id}")
@@ -176,7 +176,7 @@ class Batches:
         if failure is not None:
             self._fail(f"batch {batch_id} failed: {failure}{remedy(failure)}")
             return
-        self.source.report_deleted(batch_id)
+        self.source.report_deleted(until=batch_id)
         records = self.ledger.complete(batch_id)
         try:
             self.source.commit()

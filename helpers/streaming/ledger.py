@@ -36,7 +36,8 @@ class Ledger:
     1. `plan` records the offsets of an interval.
     2. `submit` assigns plans to a batch; a window's batch uses the plans of several intervals.
     3. `complete` marks the plans of a batch that has succeeded as done.
-    4. `commit` commits the plans before the first one that is not done, and removes them.
+    4. `commit` commits the plans before the first one that is not done.
+    5. `forget` removes the ranges of old committed plans, which no window needs any more.
 
     A batch that fails is never completed, so nothing after it is committed. The id of an interval
     or batch is its time; all times are in milliseconds since 1970. Several threads may use a
@@ -63,6 +64,7 @@ class Ledger:
     def __init__(self, by_hand: bool = False) -> None:
         self.by_hand = by_hand
         self._planned: list[_Planned] = []
+        self._kept: dict[int, list[OffsetRange]] = {}  # of committed intervals, in their order
         self._committed: dict[TopicAndPartition, int] = {}
         self._asked: dict[TopicAndPartition, set[int]] = {}
         self._unread = 0
@@ -129,7 +131,7 @@ class Ledger:
         Returns
         -------
         list of int
-            The intervals whose plans are committed and removed.
+            The intervals whose plans are committed now.
         """
         if not self._committing.acquire(blocking=not again):
             return []
@@ -142,15 +144,27 @@ class Ledger:
                 send(offsets)
             with self._lock:
                 self._committed = _advanced(self._committed, offsets)
+                self._kept.update((planned.interval, planned.ranges) for planned in done)
                 del self._planned[: len(done)]
             return [planned.interval for planned in done]
         finally:
             self._committing.release()
 
-    def ranges(self, interval: int) -> list[OffsetRange]:
+    def forget(self, before: int) -> None:
+        """Forget the ranges of committed intervals before a time."""
+        with self._lock:
+            for interval in list(itertools.takewhile(lambda each: each < before, self._kept)):
+                del self._kept[interval]
+
+    def unfinished(self, interval: int) -> list[OffsetRange]:
         """Return an interval's offset ranges; an empty list if it is empty or committed."""
         with self._lock:
             return next((p.ranges for p in self._planned if p.interval == interval), [])
+
+    def ranges(self, interval: int) -> list[OffsetRange]:
+        """Return an interval's offset ranges, also if it is committed, as long as they are kept."""
+        with self._lock:
+            return self.unfinished(interval) or self._kept.get(interval, [])
 
     def lag(self) -> int:
         """Return how many offsets are not committed yet, planned or not."""

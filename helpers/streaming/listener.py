@@ -35,6 +35,7 @@ class ContextListener(StreamingListener):
         self._batches = batches
         self._joining = threading.Lock()
         self.context: JavaObject | None = None
+        self._remembered: int | None = None
 
     def join(self, context: JavaObject) -> None:
         """Join a streaming context, unless one was already joined."""
@@ -73,7 +74,10 @@ class ContextListener(StreamingListener):
 
     def remembered(self) -> int:
         """Return how long Spark remembers intervals, in milliseconds; windows need them."""
-        return self.context.graph().getMaxInputStreamRememberDuration().milliseconds()
+        if self._remembered is None:
+            graph = self.context.graph()
+            self._remembered = graph.getMaxInputStreamRememberDuration().milliseconds()
+        return self._remembered
 
     def stop(self, reason: str, first: Callable[[], None]) -> None:
         """Call a function, and stop the context for a reason, which `awaitTermination` raises."""

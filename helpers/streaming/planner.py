@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from pyspark.sql import SparkSession
@@ -10,6 +11,8 @@ from helpers.streaming.client import KafkaClient
 from helpers.streaming.errors import StreamError, TopicRecreatedError
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import topic_names
+
+_LOGGER = logging.getLogger(__name__)
 
 # Takes how many offsets of each partition are left; returns how many the next batch may have.
 Limit = Callable[[Mapping[TopicAndPartition, int]], Mapping[TopicAndPartition, int]]
@@ -186,12 +189,12 @@ class OffsetPlanner:
         partitions = sorted(self._fixed_partitions) or [
             partition for topic in topics.values() for partition in topic.partitions
         ]
-        self._partitions = partitions
         new = [partition for partition in partitions if partition not in self._positions]
         if new:
             starts = self._find_starts(new)
             self._positions.update(starts)
             self._starts = {**self._starts, **starts}
+        self._partitions = partitions  # not before, because each of them must have a position
         begins, ends = self._client.begins(partitions), self._client.ends(partitions)
         # A topic may be created again between these requests. If its id is the same before and
         # after them, the offsets are valid, because Kafka never reuses an id. A check afterwards
@@ -239,6 +242,12 @@ class OffsetPlanner:
         at_end = begun if self._settings["auto.offset.reset"] == "latest" else []
         at_beginning = [partition for partition in never_read if partition not in at_end]
         starts = {**self._client.begins(at_beginning), **self._client.ends(at_end)}
+        if added:
+            _LOGGER.warning(
+                "partitions without a committed offset are read from their beginning, because "
+                "others of their topic were read before: %s",
+                ", ".join(f"{part.topic}-{part.partition} from {starts[part]}" for part in added),
+            )
         # A group's first offsets are committed at once. Otherwise, a stream that stops before a
         # partition has records would later begin at its new end, and skip the records in between.
         if self._settings.get("enable.auto.commit") != "false":

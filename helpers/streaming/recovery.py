@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 
 from helpers.kafka_settings import is_secret
 from helpers.spark import JsonFolder, get_spark, protect_folder, summary
-from helpers.streaming.errors import PASSING_ERRORS, insist
+from helpers.streaming.errors import PASSING_ERRORS, StreamError, insist
 from helpers.streaming.listener import ContextListener
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 
@@ -47,6 +47,8 @@ class StreamDefinition:
         The name of the folder with the stream's plans.
     plans : str or None
         The path of that folder, if Spark has recovered the stream from its checkpoint.
+    begun : bool
+        Whether the folder has had a plan.
     """
 
     topics: list[str]
@@ -57,6 +59,7 @@ class StreamDefinition:
     shares: bool = False
     stream_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     plans: str | None = None
+    begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,31 @@ class Recovery:
 
     def definition(self) -> StreamDefinition:
         """Return what Spark's checkpoint keeps of the stream's definition."""
-        return replace(self._definition, plans=self._folder())
+        begun = self._definition.begun or bool(self._intervals)
+        return replace(self._definition, plans=self._folder(), begun=begun)
 
     def last(self) -> Plan | None:
-        """Return the last plan made before a crash; None if the stream is new."""
+        """Return the last plan made before a crash; None if the stream is new.
+
+        Raises
+        ------
+        StreamError
+            If there were plans, but the folder has none.
+        """
         if self._definition.plans is None:
             return None
         self._open(self._definition.plans)
+        if self._definition.begun and not self._intervals:
+            raise StreamError(
+                f"the stream resumes from a checkpoint whose plans are missing: "
+                f"{self._definition.plans} is empty. If the checkpoint was moved or copied, put it "
+                "back where it was; otherwise begin with a new checkpoint."
+            )
         return self._read(self._intervals[-1]) if self._intervals else None
+
+    def remembered(self) -> int | None:
+        """Return how long Spark remembers intervals, in ms; None until the context is known."""
+        return None if self._listener.context is None else self._listener.remembered()
 
     def known(self, interval: int) -> Plan | None:
         """Return the plan of an interval that was planned or missed before a crash."""
@@ -146,7 +166,7 @@ class Recovery:
             _, old = self._committed.popleft()
         if old is not None:
             try:
-                self._remove(old - self._listener.remembered())
+                self._remove(old - self.remembered())
             except PASSING_ERRORS as error:
                 _LOGGER.warning("old plans can't be removed: %s", summary(error))
 

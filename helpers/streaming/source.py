@@ -27,6 +27,9 @@ _LOGGER = logging.getLogger(__name__)
 # (offsets.retention.minutes), even if the stream is still running.
 RECOMMIT_SECONDS = 15
 
+# How often offsets that are committed by hand are repeated: Kafka expires each of them by its age.
+REPEAT_SECONDS = 3_600
+
 # How many batches may be queued. Otherwise, a stream whose batches take longer than an interval
 # would plan one small batch per interval forever, and never catch up.
 MOST_WAITING = 3
@@ -70,7 +73,8 @@ class Source:
     ) -> None:
         self._ledger, self._recovery, self._stopped = ledger, recovery, stopped
         self.away_since: float | None = None
-        self._committed_at = time.monotonic()
+        self._sending = threading.RLock()  # so that no older offset follows a newer one
+        self._committed_at = self._repeated_at = time.monotonic()
         spark, last = get_spark(), recovery.last()
         positions, topic_ids = (
             (last.positions, last.topic_ids) if last else (definition.positions, None)
@@ -117,39 +121,71 @@ class Source:
             left = [replace(ranges[0], fromOffset=ranges[0].untilOffset)]
         return self._reader.read(left)
 
-    def report_deleted(self, batch_id: int) -> None:
-        """Warn about offsets that retention deleted while a batch was read; it is done."""
-        left = self._being_read.pop(batch_id, [])
-        if left and self._skips_deleted:
-            # An error from Kafka must not fail the batch.
-            with contextlib.suppress(StreamError):
-                self.planner.report_deleted_meanwhile(left)
+    def report_deleted(self, until: int) -> None:
+        """Warn about offsets that retention deleted while they were read, up to an interval.
+
+        A window's batch reads several intervals, most of which have no batch.
+        """
+        for interval in sorted(each for each in list(self._being_read) if each <= until):
+            left = self._being_read.pop(interval, [])
+            if left and self._skips_deleted:
+                # An error from Kafka must not fail the batch.
+                with contextlib.suppress(StreamError):
+                    self.planner.report_deleted_meanwhile(left)
 
     def commit(self) -> None:
         """Commit what may be committed; wait at most 60 s for a broker that is away."""
-        self._recovery.forget(
+        self._forget(
             self._ledger.commit(lambda offsets: insist(lambda: self._send(offsets), self._stopped))
         )
 
     def commit_when_idle(self) -> None:
         """Commit old offsets again, so that Kafka keeps them."""
-        if time.monotonic() - self._committed_at >= RECOMMIT_SECONDS:
+        now = time.monotonic()
+        is_due = self._ledger.by_hand and now - self._repeated_at >= REPEAT_SECONDS
+        if is_due or now - self._committed_at >= RECOMMIT_SECONDS:
             # If the broker is away, the next plan reports it.
             with contextlib.suppress(BrokerAwayError):
-                self._recovery.forget(self._ledger.commit(self._send, again=True))
+                self._forget(self._ledger.commit(self._send, again=True))
                 if self._ledger.by_hand:
-                    self._restore()
+                    self._restore(repeats=is_due)
+
+    def _forget(self, committed: list[int]) -> None:
+        """Forget old plans, except those of intervals that a window may still read."""
+        self._recovery.forget(committed)
+        remembered = self._recovery.remembered()
+        if committed and remembered is not None:
+            self._ledger.forget(before=committed[-1] - remembered)
 
     def _send(self, offsets: Mapping[TopicAndPartition, int]) -> None:
-        self.planner.commit(offsets)
-        self._committed_at = time.monotonic()
+        with self._sending:
+            if self._ledger.by_hand and offsets:
+                offsets = {**self._owed_nothing(), **offsets}
+            self.planner.commit(offsets)
+            self._in_group = {**self._in_group, **offsets}
+            self._committed_at = time.monotonic()
 
-    def _restore(self) -> None:
-        """Commit again what Kafka has forgotten; only that, because others may commit as well."""
-        kept = self.planner.committed()
-        forgotten = {part: end for part, end in self._in_group.items() if part not in kept}
-        self._in_group = {**kept, **forgotten}
-        self._send(forgotten)
+    def _owed_nothing(self) -> dict[TopicAndPartition, int]:
+        """Return where partitions begin that the group has no offset of.
+
+        They go with the first offsets that are committed by hand. Otherwise, a later stream would
+        take a partition without records for one that was added meanwhile.
+        """
+        starts = self.planner.starts()
+        return {part: start for part, start in starts.items() if part not in self._in_group}
+
+    def _restore(self, repeats: bool) -> None:
+        """Commit again what Kafka has forgotten, or repeat all, so that all expire together.
+
+        Others may commit as well: what Kafka has is only repeated, never replaced.
+        """
+        with self._sending:
+            kept = self.planner.committed()
+            forgotten = {part: end for part, end in self._in_group.items() if part not in kept}
+            self._in_group = {**kept, **forgotten}
+            self._send(self._in_group if repeats else forgotten)
+            if repeats:
+                self._repeated_at = time.monotonic()
 
     def _new_plan(self, interval: int) -> Plan:
         """Plan an interval with the records that arrived since the last one."""

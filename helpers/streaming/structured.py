@@ -193,6 +193,8 @@ class KafkaQuery:
         with java_watched(), interrupt_noted() as interrupted:
             self._away_since, self._stopping = None, False
             goal = self._goal() if interval is None else {}
+            with contextlib.suppress(BrokerAwayError):  # then the query waits for it
+                self._check_transactions()
             query = self._start(interval)
             try:
                 self._commit(self._done)
@@ -335,6 +337,22 @@ class KafkaQuery:
             trigger = {"processingTime": f"{round(interval * 1000)} milliseconds"}
         writer = records.writeStream.foreachBatch(self._process).trigger(**trigger)
         return writer.option("checkpointLocation", self._checkpoint).start()
+
+    def _check_transactions(self) -> None:
+        """Refuse to resume inside a transaction that is still open, before Spark plans.
+
+        An earlier query read its records, and this one mustn't (``read_committed``). Spark would
+        plan a batch that ends before it begins, and go on from there.
+        """
+        positions = self.positions()
+        self._client.topic_ids(self._topics, self._topic_ids)
+        for part, end in self._client.ends(positions).items():
+            if end < positions[part] <= self._client.last_written(part):
+                raise StreamError(
+                    f"{part.topic}, partition {part.partition}, is read up to offset "
+                    f"{positions[part]}, but a transaction that began at {end} is still open: wait "
+                    "until it ends, or set isolation.level to read_uncommitted, as before."
+                )
 
     def _process(self, df: DataFrame, batch_id: int) -> None:
         """Call the function with a batch; Spark calls this."""
