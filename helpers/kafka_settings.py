@@ -6,6 +6,7 @@ Secret settings come from a file, because every user of a machine can see its co
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,12 @@ _LOGGER = logging.getLogger(__name__)
 # Settings whose values must stay secret: everything that Kafka calls a password, and more.
 SECRET_SETTINGS = r"passw|passphrase|jaas|secret|token|private\.key|keystore\.key"
 _SECRET = re.compile(SECRET_SETTINGS, re.IGNORECASE)
+
+# The names of settings in a file. Anything else is the rest of a value, perhaps a secret one.
+_NAME = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)+|acks|retries")
+
+# A value in an entry of JAAS: quoted in one way or the other, or not at all.
+JAAS_VALUE = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s;"']+)"""
 
 _BLANKS = " \t\f"  # white space in a properties file
 
@@ -66,7 +73,32 @@ class ClientSettings(dict[str, str]):
         return ClientSettings({**self, **others})
 
     def __repr__(self) -> str:
-        return repr({name: "***" if is_secret(name) else value for name, value in self.items()})
+        return repr({name: _shown(name, value) for name, value in self.items()})
+
+
+def _shown(name: str, value: str) -> str:
+    """Return a setting's value, or stars if it is, or looks like, a secret."""
+    is_hidden = is_secret(name) or re.search("password|PRIVATE KEY", str(value), re.IGNORECASE)
+    return "***" if is_hidden else value
+
+
+def check_protocol(settings: Mapping[str, str]) -> None:
+    """Raise `ValueError` if settings for TLS or a login would have no effect.
+
+    Examples
+    --------
+    >>> check_protocol({"security.protocol": "SSL", "ssl.truststore.type": "PEM"})
+    >>> check_protocol({"ssl.truststore.type": "PEM"})
+    Traceback (most recent call last):
+    ...
+    ValueError: 'ssl.truststore.type' is set, but not 'security.protocol', without which Kafka's ...
+    """
+    secured = [name for name in settings if name.startswith(("ssl.", "sasl."))]
+    if secured and "security.protocol" not in settings:
+        raise ValueError(
+            f"{secured[0]!r} is set, but not 'security.protocol', without which Kafka's clients "
+            "connect in plain text: set it to SSL or SASL_SSL, as the broker expects."
+        )
 
 
 def connection_settings(bootstrap_servers: str, kafka_config: str = "") -> ClientSettings:
@@ -122,7 +154,8 @@ def read_config(path: str | Path) -> dict[str, str]:
     OSError
         If the file can't be read.
     ValueError
-        If the file has a ``\u`` that four hexadecimal digits don't follow.
+        If a line doesn't begin with the name of a setting, such as the second line of a key, or has
+        a ``\u`` that four hexadecimal digits don't follow.
 
     Warns
     -----
@@ -137,9 +170,16 @@ def read_config(path: str | Path) -> dict[str, str]:
     """
     file = Path(path)
     try:
-        settings = dict(_properties(file.read_text("latin-1", errors="strict")))
+        lines = list(_properties(file.read_text("latin-1", errors="strict")))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    for number, name, _ in lines:
+        if not _NAME.fullmatch(name):  # it isn't shown, because it may be a secret
+            raise ValueError(
+                f"{file}: line {number} doesn't begin with the name of a setting. If it continues "
+                "the line before, end that one with a backslash."
+            )
+    settings = {name: value for _, name, value in lines}
     if any(map(is_secret, settings)) and file.stat().st_mode & 0o044:
         _LOGGER.warning("%s has secrets, and other users can read it: chmod 600 %s", file, file)
     return settings
@@ -190,19 +230,20 @@ def setting_option(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _properties(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the names and values in a properties file's text."""
-    lines = iter(re.split(r"\r\n|\r|\n", text))
-    for line in lines:
+def _properties(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield the names and values in a properties file's text, with the numbers of their lines."""
+    numbers, lines = itertools.count(1), iter(re.split(r"\r\n|\r|\n", text))
+    for number, line in zip(numbers, lines, strict=False):
         logical = line.lstrip(_BLANKS)
         if logical in ("", "\\") or logical[0] in "#!":
             continue
         while re.search(r"(?<!\\)(?:\\\\)*\\$", logical):
+            next(numbers)
             logical = logical[:-1] + next(lines, "").lstrip(_BLANKS)
         name, value = re.fullmatch(
             rf"((?:[^\\=:{_BLANKS}]|\\.)*)[{_BLANKS}]*[=:]?[{_BLANKS}]*(.*)", logical, re.DOTALL
         ).groups()
-        yield _unescaped(name), _unescaped(value)
+        yield number, _unescaped(name), _unescaped(value)
 
 
 def _unescaped(text: str) -> str:

@@ -205,6 +205,13 @@ def test_most_outputs_are_compared(name):
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
+def test_a_styled_table_shows_texts_as_texts(name):
+    """What a broker answers is no HTML for the reader's browser; pandas' styles don't escape it."""
+    styled = [cell.source for cell in cells_of(name) if ".style." in cell.source]
+    assert all('.style.format(escape="html")' in source for source in styled)
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_every_link_has_a_target(name):
     """Links lead to existing files and sections."""
     assert broken_links(name) == []

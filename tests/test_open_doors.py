@@ -4,10 +4,12 @@ The same is tested of a notebook in test_readme.py, and of a service in test_str
 """
 
 import os
+import socket
+import struct
 import sys
 
 import pytest
-from processes import ROOT, beyond_loopback, dry_run_make, wait_until, watched
+from processes import ROOT, beyond_loopback, dry_run_make, run_python, wait_until, watched
 
 from helpers.broker import free_port
 from helpers.spark import spark_home
@@ -53,6 +55,26 @@ def test_the_lab_listens_on_loopback_only():
     with watched([*line.split(), *options]) as (_, seen):
         wait_until(lambda: port in {found for _, _, found in list(seen)})
     assert beyond_loopback(seen) == []
+
+
+def test_other_users_get_nothing_from_sparks_ports(spark):
+    """Spark's driver answers only those who know the session's secret."""
+    port = int(spark.sparkContext.getConf().get("spark.driver.port"))
+    body = b"\x00" * 16
+    message = struct.pack(">qbqi", 8 + 1 + 8 + 4 + len(body), 3, 7, len(body)) + body  # a request
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(message)
+        answer = connection.recv(4_096)
+    assert b"Expected SaslMessage" in answer
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "10.1.2.3"])
+def test_sparks_page_is_off_where_a_site_would_open_it(address, tmp_path):
+    """A site's spark-env.sh may set another address for Spark's page; then there is none."""
+    (tmp_path / "spark-env.sh").write_text(f"export SPARK_LOCAL_IP={address}\n")
+    program = "from helpers.spark import get_spark; print(get_spark().sparkContext.uiWebUrl)"
+    run = run_python("-c", program, env={**os.environ, "SPARK_CONF_DIR": str(tmp_path)})
+    assert run.stdout.splitlines()[-1] == "None", run.stderr
 
 
 def test_a_broker_listens_on_loopback_only():

@@ -205,7 +205,8 @@ def test_the_search_finds_a_secret_on_a_command_line_and_on_a_page_of_spark(tmp_
     """The search that the other tests rely on finds what it looks for."""
     program = (
         "import sys, time; from helpers.spark import get_spark;"
-        "spark = get_spark(cores=1, config={'spark.x': 'swordfish'});"
+        "spark = get_spark(config={'spark.x': 'swordfish', 'spark.y.password': 'ang' + 'ler'});"
+        "assert spark.conf.get('spark.y.password') == 'ang' + 'ler';"
         "spark.range(3).count(); time.sleep(8)"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -213,10 +214,12 @@ def test_the_search_finds_a_secret_on_a_command_line_and_on_a_page_of_spark(tmp_
         running([sys.executable, "-c", program, "an-argument"], env=environment) as process,
         SecretSearch(["swordfish"], process.pid, tmp_path) as searched,
         SecretSearch(["an-argument"], process.pid, tmp_path / "no log") as on_a_line,
+        SecretSearch(["angler"], process.pid, tmp_path) as hidden,
     ):
         process.communicate(timeout=SECONDS)
     assert "api environment" in searched.found
     assert any(place.startswith("command line") for place in on_a_line.found)
+    assert hidden.found == set() and process.returncode == 0
 
 
 def test_settings_are_shown_without_secrets():

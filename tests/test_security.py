@@ -12,14 +12,22 @@ from processes import run_python
 from helpers.broker import python_settings
 from helpers.broker.security import client_settings, make_certificate
 from helpers.kafka_settings import (
+    ClientSettings,
     _properties,
     connection_settings,
     is_secret,
     read_config,
     setting_option,
 )
+from helpers.streaming.errors import without_secrets
+from helpers.streaming.settings import modern_settings
 
 PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
+
+
+def read(text):
+    """Return the settings in a properties file's text."""
+    return {name: value for _, name, value in _properties(text)}
 
 
 def java_reads(spark, text):
@@ -42,14 +50,14 @@ FILES = [
 @pytest.mark.parametrize("text", FILES)
 def test_a_config_file_is_read_as_java_reads_it(spark, text):
     """A properties file of Kafka's tools is read as Java reads it."""
-    assert dict(_properties(text)) == java_reads(spark, text)
+    assert read(text) == java_reads(spark, text)
 
 
 @settings(deadline=None)
 @given(text=st.text(alphabet="ab=: \t\f\\#!\n\r", max_size=30))
 def test_any_config_file_is_read_as_java_reads_it(spark, text):
     """Any properties file is read as Java reads it, whatever its separators and escapes."""
-    found, expected = dict(_properties(text)), java_reads(spark, text)
+    found, expected = read(text), java_reads(spark, text)
     expected.pop("", None)  # Java reads an empty name after a final backslash
     found.pop("", None)
     assert found == expected
@@ -60,6 +68,68 @@ def test_a_config_file_that_java_refuses_is_refused(tmp_path):
     (tmp_path / "c.properties").write_text("a=\\u12x4")
     with pytest.raises(ValueError, match=r"c\.properties: \\u is not followed by four hexa"):
         read_config(tmp_path / "c.properties")
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("# a key\nssl.keystore.key=-----BEGIN PRIVATE KEY-----\nMIGHAgEAswordfish\n", 3),
+        ('sasl.jaas.config=x \\\n required\nusername="me" password="swordfish";\n', 3),
+        ("client.id=a\n  swordfish\n", 2),
+    ],
+)
+def test_a_value_that_goes_on_without_a_backslash_is_named_by_its_line(tmp_path, text, line):
+    """The rest of a secret is no setting, and isn't shown."""
+    (tmp_path / "c.properties").write_text(text)
+    with pytest.raises(ValueError, match=f"line {line} doesn't begin with the name of") as told:
+        read_config(tmp_path / "c.properties")
+    assert "swordfish" not in str(told.value)
+
+
+def test_a_login_that_stands_under_another_name_is_not_shown():
+    """A value that holds a password is hidden, whatever its name is."""
+    assert "swordfish" not in repr(ClientSettings({"username": 'me password="swordfish"'}))
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"security_protocol": "ssl"}, "has no setting 'security_protocol'"),
+        ({"security.protocol": "SSL", "ssl_check_hostname": "false"}, "'ssl_check_hostname'"),
+        ({"ssl.truststore.type": "PEM"}, "'ssl.truststore.type' is set, but not 'security.proto"),
+        ({"sasl.mechanism": "PLAIN"}, "'sasl.mechanism' is set, but not 'security.protocol'"),
+    ],
+)
+def test_no_client_connects_in_plain_text_by_mistake(settings, reason):
+    """Settings for a secure connection that would have no effect are refused."""
+    with pytest.raises(ValueError, match=reason):
+        python_settings({"bootstrap.servers": "127.0.0.1:9092", **settings})
+    if "_" not in "".join(settings):
+        with pytest.raises(ValueError, match=reason):
+            modern_settings({"bootstrap.servers": "127.0.0.1:9092", **settings})
+
+
+@pytest.mark.parametrize(
+    "entry, login",
+    [
+        ("""x required username='me' password='swordfish it';""", ("me", "swordfish it")),
+        ("""x required username="me" password="it\\"s";""", ("me", 'it"s')),
+        ("x required username=me password=swordfish;", ("me", "swordfish")),
+    ],
+)
+def test_a_login_is_read_as_java_reads_it(entry, login):
+    """Values in either kind of quotes, or without, are the same for both clients, and hidden."""
+    settings = {"security.protocol": "SASL_SSL", "sasl.jaas.config": entry}
+    found = python_settings({"bootstrap.servers": "127.0.0.1:9092", **settings})
+    assert (found["sasl_plain_username"], found["sasl_plain_password"]) == login
+    assert without_secrets(f"no {login[1]} for me", settings) == "no *** for me"
+
+
+def test_the_rest_of_a_password_with_a_quote_is_hidden():
+    """Java names what comes after an unescaped quote, which is a part of the password."""
+    entry = 'x.ScramLoginModule required username="me" password="sword"fish123";'
+    told = without_secrets("no value for key 'fish123' of me", {"sasl.jaas.config": entry})
+    assert told == "no value for key '***' of me"
 
 
 def test_a_file_with_secrets_that_others_can_read_is_warned_of(tmp_path, caplog):
@@ -200,6 +270,7 @@ def test_keys_in_the_settings_are_loaded(tmp_path):
     one_line = {path: " ".join(path.read_text().split("\n")) for path in (key, chain)}
     context = python_settings(
         {
+            "security.protocol": "SSL",
             "ssl.keystore.type": "PEM", "ssl.keystore.key": one_line[key],
             "ssl.keystore.certificate.chain": one_line[chain],
             "ssl.truststore.certificates": one_line[chain], "ssl.truststore.type": "PEM",

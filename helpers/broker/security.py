@@ -20,6 +20,7 @@ from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 
+from helpers.kafka_settings import JAAS_VALUE, check_protocol
 from helpers.spark import JarsError, java_command
 
 PROTOCOL = "SASL_SSL"
@@ -220,12 +221,13 @@ def python_settings(
             arguments |= _credentials(value)
         elif name not in tls:
             argument = name.replace(".", "_")
-            if argument not in _ARGUMENTS:
+            if argument not in _ARGUMENTS or "_" in name:  # unlike Kafka's, it would be unchecked
                 raise ValueError(f"kafka-python has no setting {name!r}: leave it out.")
             if argument in client.DEFAULT_CONFIG:
                 arguments[argument] = _as_argument(name, value, _ARGUMENTS[argument])
     if tls:
         arguments["ssl_context"] = _tls_context(tls)
+    check_protocol(settings)
     return arguments
 
 
@@ -258,9 +260,9 @@ def _as_argument(name: str, value: str, default: object) -> object:
 
 def _credentials(jaas: str) -> dict[str, str]:
     """Return the user and password in a JAAS entry; one for Kerberos, for example, has none."""
-    fields = dict(re.findall(r'\b(username|password)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', jaas))
+    fields = dict(re.findall(rf"\b(username|password)\s*=\s*({JAAS_VALUE})", jaas))
     return {
-        f"sasl_plain_{name}": re.sub(r"\\(.)", r"\1", value[1:-1]) if value[0] == '"' else value
+        f"sasl_plain_{name}": re.sub(r"\\(.)", r"\1", value[1:-1]) if value[0] in "\"'" else value
         for name, value in fields.items()
     }
 

@@ -118,8 +118,8 @@ def preflight(
     Returns
     -------
     pandas.DataFrame
-        One row per `Check`, with its attributes as columns. In a notebook, ``preflight().style``
-        shows long commands in full.
+        One row per `Check`, with its attributes as columns. In a notebook,
+        ``preflight().style.format(escape="html")`` shows long commands in full.
 
     Examples
     --------

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyspark.util
-from py4j.java_gateway import JavaObject
+from py4j.java_gateway import JavaObject, JavaPackage
 from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
@@ -38,6 +38,9 @@ from helpers.spark.jars import (
 from helpers.spark.java_exit import how_java_exited, java_has_exited
 from helpers.spark.machine import available_cores
 from helpers.spark.scratch import log_file, scratch_folder
+
+# Names of settings with secrets of Kafka and of object stores.
+_SECRET = re.compile(rf"{SECRET_SETTINGS}|access\.key", re.IGNORECASE)
 
 _REDACTED_OPTIONS = "spark.sql.redaction.options.regex"
 
@@ -260,6 +263,10 @@ def _settings(
         java_options += archive_option(spark_program())
         settings["spark.driver.extraJavaOptions"] = " ".join(f'"{each}"' for each in java_options)
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
+        # Other users of this machine reach loopback as well. Without it, Spark gives them the data
+        # and the tasks, which hold the settings of Kafka's clients. Spark makes the secret itself.
+        if re.match(r"local(\[|$)", master):
+            settings["spark.authenticate"] = "true"
         settings["spark.python.daemon.module"] = _DAEMON
         settings["spark.executorEnv.PYTHONPATH"] = str(Path(helpers.__file__).parent.parent)
     else:
@@ -343,7 +350,7 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
     if is_local:
         # Otherwise the workers run the first `python3` on PATH.
         os.environ["PYSPARK_PYTHON"] = sys.executable
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # binds the Spark UI as well
+        os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"  # binds the Spark UI as well
     else:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # a cluster may set another
         # YARN and Kubernetes kill an executor that uses more memory than it requested. Spark
@@ -362,13 +369,11 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
                 # In a new process session, because a kernel that shuts down would wait for Java
                 # otherwise, until it is killed. Java ends when this process does.
                 how = {"stdout": log, "stderr": log, "start_new_session": True}
-                gateway = launch_gateway(conf, how)
+                gateway = launch_gateway(_without_secrets(conf), how)
             except PySparkRuntimeError:
                 tail = "\n".join(log_file().read_text(errors="replace").splitlines()[-10:])
                 raise SessionError(f"Java did not start; its log ends with:\n{tail}") from None
-    # The Spark UI listens on the network unless Java was started with this variable, which
-    # spark-submit doesn't set; no Spark setting has the same effect.
-    if is_local and gateway.jvm.java.lang.System.getenv("SPARK_LOCAL_IP") is None:
+    if is_local and not _ui_stays_here(gateway.jvm.java):
         conf.setIfMissing("spark.ui.enabled", "false")
     try:
         return SparkSession(SparkContext(conf=conf, gateway=gateway))
@@ -377,6 +382,25 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
             f"Spark did not start on {settings['spark.master']}: {summary(error)} "
             f"More is in {log_file()}."
         ) from None
+
+
+def _without_secrets(conf: SparkConf) -> SparkConf:
+    """Return settings for Java's command line, which every user of the machine can see.
+
+    Java gets the others from the Spark context.
+    """
+    shown = [(name, value) for name, value in conf.getAll() if not _SECRET.search(name)]
+    return SparkConf(loadDefaults=False).setAll(shown)
+
+
+def _ui_stays_here(java: JavaPackage) -> bool:
+    """Return whether the Spark UI would listen on loopback only.
+
+    Only the variable SPARK_LOCAL_IP decides. spark-submit doesn't set it, and the spark-env.sh of a
+    site may set another one than this process.
+    """
+    address = java.lang.System.getenv("SPARK_LOCAL_IP")
+    return address is not None and java.net.InetAddress.getByName(address).isLoopbackAddress()
 
 
 def _connector_jars(spark: str, scala: str) -> list[Path]:

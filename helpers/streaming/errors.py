@@ -12,7 +12,7 @@ from typing import Any
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 
-from helpers.kafka_settings import ANSWER_SECONDS, is_secret
+from helpers.kafka_settings import ANSWER_SECONDS, JAAS_VALUE, is_secret
 from helpers.spark import cause_message, cause_name, java_causes, summary
 
 _LOGGER = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _AWAY = re.compile(
 )
 
 _KEY_LINE = 32  # characters; a longer line of a key can't be a word of a message
-_JAAS_VALUE = re.compile(r'=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))')
+_WORD = 4  # characters; a shorter word of a login may be one of a message
 
 
 class StreamError(RuntimeError):
@@ -193,9 +193,16 @@ def without_secrets(text: str, settings: Mapping[str, str]) -> str:
 def _parts(value: str) -> set[str]:
     """Return a secret and its parts that are also secret."""
     # All values of a JAAS entry except the user name, also unescaped; the lines of a key.
-    parts = {quoted or plain for quoted, plain in _JAAS_VALUE.findall(value)}
-    parts -= set(re.findall(r'username\s*=\s*"?([^"\s;]+)', value))
+    entry = re.sub(rf"username\s*=\s*{JAAS_VALUE}", "", value)
+    parts = {
+        found[1:-1] if found[0] in "\"'" else found
+        for found in re.findall(rf"=\s*({JAAS_VALUE})", entry)
+    }
     parts |= {re.sub(r"\\(.)", r"\1", part) for part in parts}
+    # A quote inside a password ends it for Java, which may then name the rest in its error.
+    login = re.split(r"\b(?:required|requisite|sufficient|optional)\b", entry)[1:]
+    words = re.findall(r"""[^\s;="']+(?!\S*\s*=)""", " ".join(login))
+    parts |= {word for word in words if len(word) >= _WORD}
     if "-----BEGIN" in value:
         parts |= {line for line in value.split() if len(line) > _KEY_LINE}
     return {part for part in (value, *parts) if part}

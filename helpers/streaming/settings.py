@@ -9,7 +9,7 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from helpers.kafka_settings import check_address
+from helpers.kafka_settings import check_address, check_protocol
 
 ZOOKEEPER_PORT = 2181
 NO_ZOOKEEPER = (
@@ -83,6 +83,7 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
             "{'bootstrap.servers': '127.0.0.1:9092'}."
         )
     check_address(settings["bootstrap.servers"])
+    check_protocol(settings)
     reset = settings.get("auto.offset.reset", "latest")
     settings["auto.offset.reset"] = OLD_RESETS.get(reset, reset)
     if settings["auto.offset.reset"] not in _RESETS:
