@@ -24,6 +24,7 @@ from helpers.sinks import (
     read_scored,
 )
 from helpers.sinks.progress import Progress
+from helpers.spark import JsonFolder
 from helpers.spark import files as files_of_spark
 from helpers.streaming import (
     KafkaUtils,
@@ -631,6 +632,29 @@ def test_where_a_stream_begins_is_kept_before_its_first_batch(spark, path):
 
 
 @pytest.mark.parametrize("topic", ["_events", ".events", "topic-", "e" * 240])
+def test_where_a_stream_began_in_a_deleted_topic_says_nothing_of_a_new_one(spark, path):
+    """A topic that is created again before its first batch loses no records, or is refused."""
+    begun = {TopicAndPartition("events", 0): 1_000, TopicAndPartition("events", 1): 0}
+    with ParquetSink(spark, path, signal_index=0) as sink:
+        sink.begin(begun, {"events": "id-1"})
+    with ParquetSink(spark, path, signal_index=0) as sink:
+        assert sink.positions() == begun
+        with pytest.raises(SinkError, match="topic events was deleted and created again"):
+            sink.begin(begun, {"events": "id-2"})
+    with ParquetSink(spark, path, signal_index=0, from_beginning=True) as sink:
+        assert sink.positions({"events": "id-2"}) == dict.fromkeys(begun, 0)
+
+
+def test_a_file_system_without_times_is_refused(spark, path, monkeypatch):
+    """Where nobody sees that a sink is alive, as on an object store, two could write at a time."""
+    monkeypatch.setattr(JsonFolder, "touch", lambda *_: None)
+    with (
+        pytest.raises(SinkError, match="can't set the time of a file, as object stores can't"),
+        ParquetSink(spark, path, signal_index=0),
+    ):
+        pytest.fail("it is not refused")
+
+
 def test_where_a_stream_begins_is_kept_whatever_its_topic_is_called(spark, path, topic):
     """Starting offsets are kept for any topic name, however often the sink is opened."""
     partition = TopicAndPartition(topic, 0)

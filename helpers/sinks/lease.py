@@ -25,6 +25,8 @@ _LOGGER = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
 
+_STEP = 2_000  # ms; file systems keep the time of a change with a precision of up to a second
+
 
 class Lease:
     """A sink's claim on a path, renewed while the sink is open.
@@ -52,6 +54,7 @@ class Lease:
         self._path = path
         self._claims = JsonFolder(spark, f"{path}/writer")
         self._number = self._claim()
+        self._check_times()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="sink-heartbeat", daemon=True)
         self._thread.start()
@@ -96,6 +99,20 @@ class Lease:
         for old in lower:
             self._claims.delete(_name(old))
         return number
+
+    def _check_times(self) -> None:
+        """Raise `SinkError` if the claim's heartbeat can't be seen, as on an object store."""
+        name = _name(self._number)
+        before = self._claims.changed_at(name)
+        if before is None:
+            raise taken_over(self._path)
+        self._claims.touch(name, before + _STEP)
+        if self._claims.changed_at(name) == before:
+            self._claims.delete(name)
+            raise SinkError(
+                f"the file system of {self._path} can't set the time of a file, as object stores "
+                "can't: two jobs could write there without noticing. Use HDFS or a shared disk."
+            )
 
     def _last_free(self) -> int:
         """Return the last claim's number once it is closed or dead; raise if it is alive."""

@@ -306,8 +306,10 @@ class ParquetSink:
         """Return the progress in topics with these ids; raise if it belongs to other topics."""
         if self._from_beginning:
             return self._state.progress.restarted(topic_ids)
-        self._refuse(self._state.progress.changed(topic_ids))
-        return self._state.progress
+        progress = self._state.progress
+        begun = {topic: id_ for topic, id_ in topic_ids.items() if topic not in progress.topic_ids}
+        self._refuse([*progress.changed(topic_ids), *self._starts.changed(begun)])
+        return progress
 
     def _refuse(self, changed: list[str]) -> None:
         """Raise `SinkError` if there are topics whose offsets now refer to other records."""

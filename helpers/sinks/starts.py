@@ -33,7 +33,7 @@ class StartLog:
     >>> log.starts({})
     {TopicAndPartition(topic='events', partition=0): 7}
     >>> log.starts({"events": "id-2"})
-    {}
+    {TopicAndPartition(topic='events', partition=0): 0}
     """
 
     def __init__(self, spark: SparkSession, path: str) -> None:
@@ -43,13 +43,25 @@ class StartLog:
         }
 
     def starts(self, topic_ids: Mapping[str, str]) -> dict[TopicAndPartition, int]:
-        """Return where streams began, except in topics whose ids have changed."""
-        return {
-            TopicAndPartition(topic, int(partition)): offset
+        """Return where streams began; 0 in topics whose ids have changed."""
+        starts = {}
+        for topic, content in self._kept.items():
+            is_new = self._differs(topic, topic_ids)
+            for partition, offset in content["offsets"].items():
+                starts[TopicAndPartition(topic, int(partition))] = 0 if is_new else offset
+        return starts
+
+    def changed(self, topic_ids: Mapping[str, str]) -> list[str]:
+        """Return the topics whose ids have changed since a stream began above offset 0."""
+        return [
+            topic
             for topic, content in self._kept.items()
-            if topic_ids.get(topic, content["topic_id"]) == content["topic_id"]
-            for partition, offset in content["offsets"].items()
-        }
+            if self._differs(topic, topic_ids) and any(content["offsets"].values())
+        ]
+
+    def _differs(self, topic: str, topic_ids: Mapping[str, str]) -> bool:
+        kept = self._kept[topic]["topic_id"]
+        return (topic_ids.get(topic) or kept) != kept
 
     def keep(self, starts: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]) -> None:
         """Record where a stream begins, unless an earlier one began in the same topic."""

@@ -162,10 +162,10 @@ class JsonFolder:
         status = _status(self._files, self._path(f"{name}.json"))
         return None if status is None else status.getModificationTime()
 
-    def touch(self, name: str) -> None:
-        """Set a file's modification time to now."""
-        now = round(time.time() * 1000)
-        self._files.setTimes(self._path(f"{name}.json"), now, -1)
+    def touch(self, name: str, changed_at: int | None = None) -> None:
+        """Set a file's modification time, in milliseconds since 1970, by default to now."""
+        changed_at = round(time.time() * 1000) if changed_at is None else changed_at
+        self._files.setTimes(self._path(f"{name}.json"), changed_at, -1)
 
     def _make(self) -> None:
         """Create the folder and its parents."""
