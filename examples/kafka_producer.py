@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
-from helpers.broker import CONNECT_TIME_OUT, BrokerError, connecting, python_settings
+from helpers.broker import CONNECT_TIME_OUT, BrokerError, abandon, connecting, python_settings
 from helpers.higgs import EVENT_ID, FEATURES, generate_events, read_events
 from helpers.kafka_settings import ANSWER_SECONDS, check_address, config_option
 
@@ -127,8 +127,11 @@ class Deliveries:
             time.sleep(REPORT_SECONDS)
 
 
-class Stopping(threading.Event):
+class Stopping:
     """Set by Ctrl-C and SIGTERM; the second one raises `KeyboardInterrupt`.
+
+    It is not a `threading.Event`: a handler that sets one waits for ever if the signal comes
+    while the program waits for that event.
 
     Attributes
     ----------
@@ -136,18 +139,26 @@ class Stopping(threading.Event):
         The exit code of a program that the signal ends.
     """
 
-    exit_code = 0
-
     def __init__(self) -> None:
-        super().__init__()
+        self.exit_code, self._is_set = 0, False
         for ending in (signal.SIGINT, signal.SIGTERM):
             signal.signal(ending, self._stop)
 
+    def is_set(self) -> bool:
+        """Return whether the program must stop."""
+        return self._is_set
+
+    def wait(self, seconds: float) -> bool:
+        """Wait, at most until the program must stop; return whether it must."""
+        deadline = time.monotonic() + seconds
+        while not self._is_set and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.05))
+        return self._is_set
+
     def _stop(self, number: int, _: object) -> None:
-        if self.is_set():
+        if self._is_set:
             raise KeyboardInterrupt
-        self.exit_code = 128 + number
-        self.set()
+        self.exit_code, self._is_set = 128 + number, True
 
 
 def encode(events: pd.DataFrame) -> Iterator[tuple[bytes, bytes]]:
@@ -297,7 +308,7 @@ class Sender:
             while self._deliveries.on_the_way() and time.monotonic() < deadline:
                 time.sleep(0.01)
         finally:
-            self._abandon()
+            abandon(self._producer)
 
     def _is_broken(self) -> bool:
         """Return whether acknowledgements have stopped, whatever the reason."""
@@ -308,20 +319,12 @@ class Sender:
         """Connect a new producer, because kafka-python's idempotent producer doesn't recover."""
         if not self._options.loop:
             raise ProducerError(f"no answer from Kafka for {self._deliveries.silence():.0f} s")
-        self._abandon()
+        abandon(self._producer)
         while not self._stopping.is_set():
             with contextlib.suppress(ProducerError):
                 self._producer = connect(self._options)
                 self._deliveries.begin_again()
                 return
-
-    def _abandon(self) -> None:
-        """Close the producer; events that it couldn't send have failed."""
-        # A private API; without it, `close` would wait for the broker.
-        self._producer._sender.force_close()
-        self._producer._sender.join(STOP_SECONDS)
-        with contextlib.suppress(KafkaError):
-            self._producer.close(timeout=1)
 
 
 def produce(options: argparse.Namespace, sender: Sender, stopping: Stopping) -> None:

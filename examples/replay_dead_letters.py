@@ -1,4 +1,4 @@
-"""Send a topic's dead letters back to it, each exactly once, with their keys.
+"""Send a topic's dead letters back to it, each exactly once, with their keys and timestamps.
 
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T --repair repairs.py:repair
@@ -24,7 +24,10 @@ import contextlib
 import importlib.util
 import json
 import sys
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +45,7 @@ from kafka.codec import zstd_encode
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-from helpers.broker import CONNECT_TIME_OUT, BrokerError, connecting, python_settings
+from helpers.broker import CONNECT_TIME_OUT, BrokerError, abandon, connecting, python_settings
 from helpers.kafka_settings import check_address, config_option, setting_option
 from helpers.records import printable
 from helpers.sinks import DEAD_LETTERS
@@ -53,6 +56,8 @@ Source = tuple[str, str, int, int]  # of a record: topic, topic id, partition an
 
 REPLAYED = ".replayed"  # suffix of the name of the topic that keeps the progress
 SILENT_SECONDS = 15  # the longest wait for the next dead letters
+SILENCE = {"timeout_ms": SILENT_SECONDS * 1000}
+COMMIT_SECONDS = 60  # the longest wait for the end of a transaction
 DEFAULT_LIMIT = 1_048_588  # Kafka's default max.message.bytes, if the topic's is unknown
 RECORD_OVERHEAD = 500  # the most that Kafka adds to a record
 LETTERS_PER_TRANSACTION = 1_000
@@ -97,6 +102,12 @@ def source_of(letter: ConsumerRecord) -> Source | None:
         return None
 
 
+def timestamp_of(letter: ConsumerRecord) -> int | None:
+    """Return the timestamp of a dead letter's source record, in milliseconds; None if unknown."""
+    found = dict(letter.headers).get("timestamp")
+    return int(found) if isinstance(found, bytes) and found.isdigit() else None
+
+
 def read_records(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord]:
     """Yield a topic's current records, partition by partition.
 
@@ -109,10 +120,10 @@ def read_records(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord
         partition = TopicPartition(topic, number)
         consumer.assign([partition])
         consumer.seek_to_beginning()
-        (end,) = consumer.end_offsets([partition]).values()
-        while (position := consumer.position(partition)) < end:
-            records = consumer.poll(timeout_ms=SILENT_SECONDS * 1000).get(partition, [])
-            if not records and consumer.position(partition) == position:
+        (end,) = consumer.end_offsets([partition], **SILENCE).values()
+        while (position := consumer.position(partition, **SILENCE)) is None or position < end:
+            records = consumer.poll(**SILENCE).get(partition, [])
+            if not records and consumer.position(partition, **SILENCE) == position:
                 raise ReplayError(f"{topic} can't be read: no answer for {SILENT_SECONDS} s.")
             yield from (record for record in records if record.offset < end)
 
@@ -183,7 +194,9 @@ def handled_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) ->
         return {}
     handled = {}
     for number in consumer.partitions_for_topic(letters_topic) or ():
-        noted = consumer.committed(TopicPartition(letters_topic, number), metadata=True)
+        noted = consumer.committed(
+            TopicPartition(letters_topic, number), metadata=True, **SILENCE
+        )
         if noted is not None and noted.metadata in ("", topic_id):
             handled[number] = noted.offset
     for record in read_records(consumer, letters_topic + REPLAYED):
@@ -217,12 +230,14 @@ def create_notes(admin: KafkaAdminClient, letters_topic: str, replicas: int) -> 
         ) from error
 
 
-def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
-    """Return the id of the dead-letter topic ('' if it doesn't exist), and the topic's size limit.
+def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int, bool]:
+    """Return the id of the dead-letter topic, the topic's size limit, and if it keeps compression.
 
-    If the dead-letter topic exists, the topic that keeps the progress is also created.
+    The id is '' if there is no dead-letter topic; if there is one, the topic that keeps the
+    progress is also created. A topic with a codec of its own compresses records again, and compares
+    the result with its limit.
     """
-    letters_topic, topic_id, limit = topic + DEAD_LETTERS, "", DEFAULT_LIMIT
+    letters_topic, topic_id, limit, codec = topic + DEAD_LETTERS, "", DEFAULT_LIMIT, "producer"
     topics = admin.list_topics()
     if not {topic, letters_topic} & set(topics):
         raise ReplayError(
@@ -237,7 +252,8 @@ def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int]:
     with contextlib.suppress(KafkaError, KeyError):  # this user may not be authorized
         found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
         limit = int(found["topic"][topic]["max.message.bytes"]["value"])
-    return topic_id, limit
+        codec = found["topic"][topic]["compression.type"]["value"]
+    return topic_id, limit, codec in ("producer", "zstd")
 
 
 def leave_large_ones(
@@ -245,6 +261,7 @@ def leave_large_ones(
     part: Iterable[ConsumerRecord],
     values: dict[Place, bytes | None],
     limit: int,
+    compresses: bool,
 ) -> None:
     """Leave the letters of a part that are too large for a topic, even compressed.
 
@@ -252,9 +269,10 @@ def leave_large_ones(
     """
     for letter in part:
         place = place_of(letter)
-        value = values.get(place) or b""
-        size = len(letter.key or b"") + len(value) + RECORD_OVERHEAD
-        is_large = size > limit and len(zstd_encode(value)) + RECORD_OVERHEAD > limit
+        content = (letter.key or b"") + (values.get(place) or b"")
+        size = len(content) + RECORD_OVERHEAD
+        sent = len(zstd_encode(content)) + RECORD_OVERHEAD if compresses else size
+        is_large = min(size, sent) > limit
         if place in values and is_large:
             letters.leave(place, f"too large, {size} bytes for {limit}")
             letters.originals.remove(place)
@@ -290,7 +308,8 @@ def send_back(
     producer.begin_transaction()
     for letter in letters:
         if place_of(letter) in values:
-            producer.send(topic, values[place_of(letter)], key=letter.key)
+            value, timestamp = values[place_of(letter)], timestamp_of(letter)
+            producer.send(topic, value, key=letter.key, timestamp_ms=timestamp)
     offsets = {
         TopicPartition(letter.topic, letter.partition): OffsetAndMetadata(
             letter.offset + 1, topic_id, -1
@@ -301,8 +320,35 @@ def send_back(
         note = json.dumps({"offset": noted.offset, "topic-id": topic_id})
         key = str(partition.partition).encode()
         producer.send(partition.topic + REPLAYED, note.encode(), key=key)
-    producer.send_offsets_to_transaction(offsets, group)
-    producer.commit_transaction()
+    answered(producer.send_offsets_to_transaction, offsets, group)
+    answered(producer.commit_transaction)
+
+
+def answered(call: Callable[..., None], *arguments: object) -> None:
+    """Call a method of a producer that would wait for ever for a broker that is away.
+
+    Raises
+    ------
+    ReplayError
+        If Kafka gives no answer within 60 s. Whether the transaction is committed is then unknown
+        here; the next run finds out.
+    """
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        outcome.result(COMMIT_SECONDS)
+    except FutureTimeoutError:
+        raise ReplayError(
+            f"Kafka gave no answer for {COMMIT_SECONDS} s. Run it once more when the broker is "
+            "back: letters that were sent back are not sent again."
+        ) from None
 
 
 def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, int, int, Letters]:
@@ -311,7 +357,7 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
     group = f"replay-{topic}{DEAD_LETTERS}"
     asking = {**python_settings(settings), **CONNECT_TIME_OUT}
     with connecting(settings["bootstrap.servers"]), KafkaAdminClient(**asking) as admin:
-        topic_id, limit = ask(admin, topic)
+        topic_id, limit, compresses = ask(admin, topic)
     # `init_transactions` fences off a concurrent run and aborts its open transaction.
     producer = KafkaProducer(
         **{
@@ -337,11 +383,13 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
             for part in parts(read_again(consumer, topic, letters.new)):
                 chosen = [letter for letter in part if place_of(letter) in letters.originals]
                 values = repaired(chosen, options.repair)
-                leave_large_ones(letters, chosen, values, limit)
+                leave_large_ones(letters, chosen, values, limit, compresses)
                 send_back(producer, group, topic, topic_id, part, values)
                 sent += len(values)
-    finally:
-        producer.close(timeout=5)
+    except BaseException:
+        abandon(producer)
+        raise
+    producer.close(timeout=5)
     unrepaired = len(letters.originals) - sent
     copies = len(letters.new) - len(letters.originals) - sum(map(len, letters.left.values()))
     return sent, unrepaired, copies, letters

@@ -341,3 +341,22 @@ def test_a_mistake_in_the_settings_is_one_line(kafka, tmp_path, text, reason):
     run = run_python(PRODUCER, kafka.bootstrap_servers, "--kafka-config", str(file))
     assert run.returncode != 0
     assert reason in run.stderr.splitlines()[-1]
+
+
+MANY_SIGNALS = """
+import os, random, signal, sys, threading
+sys.path.append("examples")
+from kafka_producer import Stopping
+for _ in range(500):
+    stopping = Stopping()
+    end = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    threading.Timer(random.random() / 100, end).start()
+    while not stopping.is_set():
+        stopping.wait(1e-6)
+print("all ended")
+"""
+
+
+def test_a_signal_ends_the_program_whenever_it_comes():
+    """A signal that comes while the program waits for one is no deadlock."""
+    assert run_python("-c", MANY_SIGNALS, seconds=300).stdout == "all ended\n"

@@ -12,6 +12,7 @@ from helpers.broker import LocalKafka
 
 sys.path.insert(0, str(ROOT / "examples"))
 
+import replay_dead_letters
 from replay_dead_letters import main
 
 
@@ -159,6 +160,57 @@ def test_a_letter_that_the_topic_refuses_stops_no_other(kafka, topic, letters, r
     assert "1 left in" in said and "too large, 900501 bytes for 100000; the first is" in said
     assert [key for key, _ in values(kafka, topic)] == [b"1", b"2", b"4", b"5"]
     assert replay()[1].startswith("0 dead letters sent back")
+
+
+def test_a_topic_that_compresses_by_itself_decides_what_fits(kafka, topic, letters, replay):
+    """A letter that fits only as the program compresses it stops no other."""
+    letters(1)
+    letters(2, value=b"rubbish" * 500_000)
+    letters(3)
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        changed = {"max.message.bytes": "100000", "compression.type": "uncompressed"}
+        admin.alter_configs([ConfigResource("TOPIC", topic, changed)])
+    code, said = replay()
+    assert code == 1 and "too large, 3500501 bytes for 100000" in said
+    assert [key for key, _ in values(kafka, topic)] == [b"1", b"3"]
+
+
+def test_a_record_keeps_its_time(kafka, topic, letters, replay):
+    """A replayed event has the time of its record, not that of the replay."""
+    letters(1, timestamp="1700000000000")
+    letters(2, timestamp="soon")
+    assert replay()[0] == 0
+    with KafkaConsumer(
+        topic, bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest",
+        consumer_timeout_ms=2_000, isolation_level="read_committed",
+    ) as consumer:  # fmt: skip
+        times = {record.key: record.timestamp for record in consumer}
+    assert times[b"1"] == 1_700_000_000_000 < times[b"2"]
+
+
+KILL = """
+import os
+calls = []
+def repair(value):
+    calls.append(value)
+    if len(calls) == 2:
+        os.kill({pid}, 9)
+    return value
+"""
+
+
+def test_a_broker_that_goes_away_is_an_error_in_time(tmp_path, capsys, monkeypatch):
+    """A broker that dies in the middle ends the program with a reason; it doesn't wait for ever."""
+    monkeypatch.setattr(replay_dead_letters, "COMMIT_SECONDS", 3)
+    with LocalKafka() as broker:
+        broker.create_topic("events")
+        with KafkaProducer(bootstrap_servers=broker.bootstrap_servers) as producer:
+            headers = [("topic", b"events"), ("partition", b"0"), ("offset", b"1")]
+            producer.send("events.dead-letter", b"rubbish", headers=headers).get(10)
+        (tmp_path / "repairs.py").write_text(KILL.format(pid=broker.pid))
+        arguments = ["--topic", "events", "--repair", f"{tmp_path}/repairs.py:repair"]
+        assert main([broker.bootstrap_servers, *arguments]) == 1
+    assert "no more letters are sent back" in capsys.readouterr().err
 
 
 def test_a_topic_of_the_same_name_has_other_records(kafka, topic, letters, replay):

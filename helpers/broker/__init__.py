@@ -9,7 +9,7 @@ defines its settings, `admin` creates topics and users and counts records, and `
 the certificate, passwords and settings of a secured broker and its clients.
 """
 
-from helpers.broker.admin import CONNECT_TIME_OUT, connecting, count_records
+from helpers.broker.admin import CONNECT_TIME_OUT, abandon, connecting, count_records
 from helpers.broker.local import LocalKafka, free_port, port_is_free
 from helpers.broker.security import LOOPBACK, python_settings
 from helpers.broker.server import KAFKA_JARS, KAFKA_VERSION, BrokerError, fetch

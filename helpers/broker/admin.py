@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import (
     ACL,
     ACLOperation,
@@ -35,6 +35,8 @@ from helpers.broker.server import START_SECONDS, BrokerError
 from helpers.kafka_settings import ANSWER_SECONDS, check_address
 
 _REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
+
+_STOP_SECONDS = 5  # how long a client's thread may take to end
 
 CONNECT_TIME_OUT = {"bootstrap_timeout_ms": ANSWER_SECONDS * 1000}
 
@@ -199,6 +201,15 @@ def count_records(kafka: str | Mapping[str, str], topic: str) -> dict[int, int]:
         partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
         firsts, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
     return {part.partition: ends[part] - firsts[part] for part in partitions}
+
+
+def abandon(producer: KafkaProducer) -> None:
+    """Close a producer at once; records that it couldn't send have failed."""
+    # A private API; without it, `close` would wait for a broker that is away.
+    producer._sender.force_close()
+    producer._sender.join(_STOP_SECONDS)
+    with contextlib.suppress(KafkaError):
+        producer.close(timeout=1)
 
 
 @contextlib.contextmanager
