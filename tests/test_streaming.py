@@ -15,6 +15,7 @@ from helpers.monitor import Monitor
 from helpers.notebook import definitions
 from helpers.scoring import score_stream
 from helpers.sinks import ParquetSink, read_scored
+from helpers.spark import log_file
 from helpers.streaming import (
     KafkaUtils,
     OffsetPlanner,
@@ -25,6 +26,7 @@ from helpers.streaming import (
     new_streaming_context,
     run_stream,
 )
+from helpers.streaming.listener import ContextListener
 
 SECONDS = 600  # for what hangs; a stream of these tests takes seconds
 
@@ -341,6 +343,56 @@ def test_a_graceful_stop_finishes_and_commits_what_is_planned(
     stream.foreachBatch(process)
     run_stream(ssc, until=begun.is_set, timeout=SECONDS)
     assert sum(committed(kafka, settings["group.id"]).values()) == 10
+
+
+def test_a_stream_with_a_long_interval_stops_at_once(spark, topic, produce, settings):
+    """The end of a stream doesn't wait for its next interval, here a day."""
+    ssc = new_streaming_context(spark, 86_400)
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    stream.foreachBatch(lambda *_: None)
+    began = time.monotonic()
+    run_stream(ssc, until=lambda: True, timeout=SECONDS)
+    assert time.monotonic() - began < 3_600
+
+
+def test_a_report_that_spark_drops_holds_nothing_up(ssc, topic, produce, settings, monkeypatch):
+    """A batch whose end Spark doesn't report, as its queue is full, is committed with the next."""
+    report, ends = ContextListener.onBatchCompleted, []
+
+    def drops_the_second(self, event):
+        info = event.batchInfo()
+        if info.outputOperationInfos() and batches.ledger.ranges(info.batchTime().milliseconds()):
+            ends.append(info)
+        if len(ends) != 2:
+            report(self, event)
+
+    monkeypatch.setattr(ContextListener, "onBatchCompleted", drops_the_second)
+    stream, seen = KafkaUtils.createDirectStream(ssc, [topic], settings), []
+    batches = stream._batches
+    produce(topic, [b"x"])
+
+    def write_another(batch, batch_id):
+        seen.append(batch.count())
+        if len(seen) < 4:
+            produce(topic, [b"x"])
+
+    stream.foreachBatch(write_another)
+    run_stream(ssc, until=lambda: len(seen) == 4 and stream.lag() == 0, timeout=SECONDS)
+    assert len(ends) >= 4 and batches.ledger.is_settled()
+
+
+def test_sparks_log_does_not_grow_with_each_batch(spark, one, produce, settings):
+    """Spark's warning about the reader's group, eight lines per batch, isn't written."""
+    produce(one, [b"x"] * 3)
+    reader = RangeReader(spark, {"bootstrap.servers": settings["bootstrap.servers"]})
+
+    def warnings():
+        return log_file().read_text(errors="replace").count("KafkaSourceProvider")
+
+    before = warnings()
+    for _ in range(3):
+        reader.read([OffsetRange(one, 0, 0, 1)]).count()
+    assert warnings() == before
 
 
 def test_no_connection_stays_behind_a_stream(spark, kafka, topic, settings):

@@ -596,3 +596,21 @@ def test_a_query_can_be_closed_twice(query_of, one, settings):
     query = query_of([one], {**settings, "group.id": "closed-twice"})
     query.close()
     query.close()
+
+
+def test_a_function_that_never_returns_does_not_hold_the_stop(
+    topic, produce, settings, query_of, monkeypatch, caplog
+):
+    """A query whose function hangs ends in time with an error, and its batch isn't committed."""
+    monkeypatch.setattr(structured, "ABANDON_SECONDS", 1)
+    begun, released = threading.Event(), threading.Event()
+    produce(topic, [b"x"] * 3)
+    query = query_of([topic], settings)
+    query.foreachBatch(lambda *_: (begun.set(), released.wait(600)))
+    try:
+        with caplog.at_level(logging.WARNING), pytest.raises(TimeoutError, match="was not done"):
+            query.run(timeout=15)
+        assert begun.is_set() and not query.finished()
+        assert "its function doesn't return" in caplog.text
+    finally:
+        released.set()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 from pyspark import SparkContext
 
 from helpers.spark.scratch import log_file
+
+_TAIL = 2**20  # bytes; the log of a long run may not fit in memory
 
 END_SECONDS = 10  # how long Java may still be exiting when Python notices the first error
 
@@ -42,8 +45,12 @@ def java_ran_out_of_memory() -> bool:
     >>> java_ran_out_of_memory()
     False
     """
-    file = log_file()
-    return file.exists() and "OutOfMemoryError" in file.read_text(errors="replace")
+    try:
+        with log_file().open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
+            return b"OutOfMemoryError" in log.read()
+    except FileNotFoundError:
+        return False
 
 
 def how_java_exited() -> str:

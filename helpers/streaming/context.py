@@ -144,10 +144,23 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
     if not gracefully:
         for stream in streams:
             stream.abandon()
-    ssc.stop(stopSparkContext=False, stopGraceFully=gracefully)
+    # Spark's own graceful stop waits for the next two intervals, however long they are. Only a
+    # checkpoint needs it, in which it notes that the last batch is done.
+    has_checkpoint = ssc._jssc.ssc().checkpointDir() is not None
+    spark_waits = gracefully and (has_checkpoint or not streams)
+    if gracefully and not spark_waits:
+        _wait_for_outputs(ssc)
+    ssc.stop(stopSparkContext=False, stopGraceFully=spark_waits)
     for stream in streams:
         stream.close()
     return gracefully
+
+
+def _wait_for_outputs(ssc: StreamingContext) -> None:
+    """Wait until no batch runs, such as one without new records in a window."""
+    scheduler, deadline = ssc._jssc.ssc().scheduler(), time.monotonic() + FINISH_SECONDS
+    while not scheduler.getPendingTimes().isEmpty() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

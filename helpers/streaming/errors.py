@@ -34,6 +34,9 @@ _REMEDIES = {
     "PBE": "Java can't decrypt this key; docs/clusters.md has the commands that convert it",
     "CommitFailedException": "another consumer has joined the group; stop it, or use another "
     "group.id",
+    "long overflow": "a record's timestamp may be beyond what Spark can hold, such as one in "
+    "nanoseconds. Set message.timestamp.type=LogAppendTime for the topic, and pass fromOffsets "
+    "behind the record",
     "TimeoutException": "check that the broker is running and that the executors can reach it",
 }
 

@@ -99,6 +99,12 @@ class Ledger:
                 planned.is_done = True
         return _count(used)
 
+    def unreported(self, before: int) -> list[int]:
+        """Return the ids of batches before another that are submitted and not done, in order."""
+        with self._lock:
+            found = {planned.batch_id for planned in self._planned if not planned.is_done}
+        return sorted(batch_id for batch_id in found - {None} if batch_id < before)
+
     def ask(self, ranges: Iterable[OffsetRange]) -> None:
         """Request the commit of ranges once their batches have succeeded.
 

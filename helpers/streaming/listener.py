@@ -10,7 +10,7 @@ from py4j.java_gateway import JavaObject
 from pyspark import SparkContext
 from pyspark.streaming import StreamingListener
 
-from helpers.spark import summary
+from helpers.spark import JAVA_ERRORS, summary
 
 if TYPE_CHECKING:
     from helpers.streaming.batches import Batches
@@ -111,13 +111,34 @@ class ContextListener(StreamingListener):
         self, batch_id: int, submitted_at: int, failures: Iterable[str], *times: int
     ) -> None:
         self._batches.ledger.submit(batch_id, submitted_at)  # in case the listener was added later
+        # Spark drops events when its queue is full. One batch runs at a time, so the earlier ones
+        # have ended, and if one had failed, the context would know.
+        missed = self._batches.ledger.unreported(before=batch_id)
+        if missed and _one_at_a_time():
+            failure = self._failure()
+            for earlier in missed:
+                self._batches.completed(earlier, failure)
         self._batches.completed(batch_id, next(map(summary, failures), None), *times)
+
+    def _failure(self) -> str | None:
+        """Return why one of the context's batches has failed; None if none has."""
+        try:
+            self.context.awaitTerminationOrTimeout(0)
+        except JAVA_ERRORS as error:
+            return summary(error)
+        return None
 
     def _join_active(self) -> None:
         contexts = SparkContext._active_spark_context._jvm.org.apache.spark.streaming
         active = contexts.StreamingContext.getActive()
         if active.isDefined():  # otherwise it failed to start
             self.join(active.get())
+
+
+def _one_at_a_time() -> bool:
+    """Return whether Spark runs one batch at a time, as it does by default."""
+    settings = SparkContext._active_spark_context.getConf()
+    return settings.get("spark.streaming.concurrentJobs", "1") == "1"
 
 
 def _as_list(scala_sequence: JavaObject) -> list[JavaObject]:

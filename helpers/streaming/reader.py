@@ -32,6 +32,8 @@ _READER_SETTINGS = {
 # Prefix of the group of a reader's consumers, which neither join it nor commit to it.
 _GROUP_PREFIX = "spark-kafka-reader"
 
+_PACKAGE = "org.apache.spark.sql.kafka010"
+
 # How many records make a task worth starting.
 RECORDS_PER_TASK = 1_000
 
@@ -101,6 +103,7 @@ class RangeReader:
         self, spark: SparkSession, settings: Mapping[str, str], skip_deleted: bool = False
     ) -> None:
         self._spark = spark
+        _quieten(spark)
         # Spark keeps consumers and their prefetched records for five minutes, by group. By default,
         # each read has a new group, so they would pile up until Java's memory is full.
         group = f"{_GROUP_PREFIX}-{uuid.uuid4()}"
@@ -134,6 +137,16 @@ class RangeReader:
             .option("endingOffsets", json.dumps(by_topic(ends_of(ranges))))
             .load()
         )
+
+
+def _quieten(spark: SparkSession) -> None:
+    """Keep Spark from writing a warning per batch, or per record, for as long as a stream runs.
+
+    Spark warns of each read with a group, and before 4.0 of each record that goes to Python.
+    """
+    log4j, is_old = spark._jvm.org.apache.logging.log4j, spark.version.startswith("3.")
+    for name in ("KafkaSourceProvider", "consumer.KafkaDataConsumer")[: 1 + is_old]:
+        log4j.core.config.Configurator.setLevel(f"{_PACKAGE}.{name}", log4j.Level.ERROR)
 
 
 def few_tasks(records: DataFrame, ranges: Iterable[OffsetRange]) -> DataFrame:

@@ -18,20 +18,24 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from pyspark.errors import StreamingQueryException
+from pyspark.errors import PySparkException, StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming import StreamingQuery
 
 from helpers.spark import (
+    JAVA_ERRORS,
     JsonFolder,
+    changed_settings,
     check_running,
     exact_path,
     folder_names,
     full_path,
+    java_has_exited,
     read_file,
     spark_has_ended,
     summary,
 )
+from helpers.streaming.batches import ABANDON_SECONDS
 from helpers.streaming.client import KafkaClient
 from helpers.streaming.context import FINISH_SECONDS, interrupt_noted, java_watched
 from helpers.streaming.errors import (
@@ -218,7 +222,7 @@ class KafkaQuery:
                 self._finish_batch(query)
             finally:
                 self._stopping = True
-                query.stop()
+                self._stop(query)
                 if self._progress is not None:
                     self._progress.wait()
         if interrupted.is_set():
@@ -342,7 +346,7 @@ class KafkaQuery:
         """Refuse to resume inside a transaction that is still open, before Spark plans.
 
         An earlier query read its records, and this one mustn't (``read_committed``). Spark would
-        plan a batch that ends before it begins, and go on from there.
+        plan a batch that ends before it begins, and continue from its end.
         """
         positions = self.positions()
         self._client.topic_ids(self._topics, self._topic_ids)
@@ -398,9 +402,23 @@ class KafkaQuery:
             except BrokerAwayError:
                 _LOGGER.warning("%s The query waits for %s s.", reason, AWAY_SECONDS)
                 was_away = True
-                interrupted.wait(RETRY_SECONDS)
+                time.sleep(RETRY_SECONDS)  # not `wait`, in which a signal's handler can't set it
         if not was_away:
             raise StreamError(f"the query stopped: {reason}") from None
+
+    def _stop(self, query: StreamingQuery) -> None:
+        """Stop Spark's query; give up on a batch's function that doesn't return."""
+        settings = {"spark.sql.streaming.stopTimeout": f"{ABANDON_SECONDS}s"}
+        with changed_settings(self._spark, settings):
+            try:
+                query.stop()
+            except (*JAVA_ERRORS, PySparkException) as error:
+                if java_has_exited():
+                    raise
+                _LOGGER.warning(
+                    "the query's batch still runs %s s after it was stopped, and is not committed: "
+                    "its function doesn't return. %s", ABANDON_SECONDS, summary(error),
+                )  # fmt: skip
 
     def _finish_batch(self, query: StreamingQuery) -> None:
         """Wait until the running batch is done, so that it needn't be repeated."""
