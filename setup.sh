@@ -5,6 +5,9 @@
 set -eu
 cd "$(dirname "$0")"
 
+# Settings of a user or a site would otherwise lead pip and uv to another environment.
+export PIP_USER=0 UV_SYSTEM_PYTHON=0 UV_PYTHON="$PWD/.venv"
+
 # The name depends on the files that define the environment: if one changes, .venv is rebuilt.
 stamp=.venv/.installed-$(cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
 
@@ -61,12 +64,12 @@ choose_cache() {
     export UV_CACHE_DIR="$cache"
 }
 
-# uv ignores pip's settings, so a mirror that is configured for pip is passed to it.
+# uv ignores pip's settings, so a mirror that is configured for pip, in any of its files or in its
+# variable, is passed to it. The last line of the list is the one that counts.
 pass_index() {
-    for setting in :env:.index-url global.index-url; do
-        index=$(.venv/bin/python -m pip config get "$setting" 2> /dev/null) || continue
-        export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
-    done
+    index=$(.venv/bin/python -m pip config list 2> /dev/null |
+        sed -n -E "s/^(global|install|:env:)\.index-url='(.*)'$/\2/p" | sed -n '$p')
+    [ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
 }
 
 if [ $# -gt 0 ]; then
@@ -80,13 +83,16 @@ if [ -e "$stamp" ] && java_is_new_enough; then
 fi
 
 java_is_new_enough || {
+    [ -z "${JAVA_HOME:-}" ] ||
+        fail "JAVA_HOME is $JAVA_HOME, which has no Java 17 or newer: correct it, or unset it."
     # Debian 13 has no 17, and Debian 12 no 21.
-    install_packages "Java 17 or 21" openjdk-21-jre-headless java-21-openjdk-headless openjdk@21 \
-        openjdk-17-jre-headless
-    java_is_new_enough || fail "Java 17 or 21 is needed: JAVA_HOME or PATH leads to another version."
+    install_packages "Java 17 or 21" openjdk-21-jre-headless java-21-openjdk-headless \
+        'openjdk@21 && export JAVA_HOME="$(brew --prefix openjdk@21)"' openjdk-17-jre-headless
+    java_is_new_enough || fail "Java 17 or 21 is needed: PATH leads to another version."
 }
 
 python=$(find_python) || {
+    [ -z "${PYTHON:-}" ] || fail "PYTHON is $PYTHON, which is not Python 3.11, 3.12 or 3.13."
     install_packages "Python 3.11, 3.12 or 3.13" "python3 python3-venv" python3.13 python@3.13
     python=$(find_python) || fail "Python 3.11, 3.12 or 3.13 is needed; name it with PYTHON=..."
 }

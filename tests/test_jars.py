@@ -52,6 +52,36 @@ def test_without_network_the_sentence_says_so(monkeypatch, empty_cache):
     assert not list(empty_cache.iterdir())
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "Network is unreachable", "No route to host", "Connect timed out", "Read timed out",
+        "Connection reset", "PKIX path building failed: unable to find valid certification path",
+        "Unable to tunnel through proxy. Proxy returns HTTP/1.1 407 Proxy Authentication Required",
+    ],
+)  # fmt: skip
+def test_a_network_that_fails_is_not_taken_for_a_missing_jar(failure):
+    """Ivy also says of a jar that it could not ask for that it was not found."""
+    log = (
+        f":::: ERRORS\n\tServer access error at url https://repo1.maven.org/a/b/1.0/b-1.0.pom "
+        f"(java.net.SocketException: {failure})\n"
+        ":: unresolved dependency: a#b;1.0: not found\n"
+    )
+    error = jars._explain(("a:b:1.0",), log)
+    assert not isinstance(error, jars.NoSuchJarError)
+    assert failure in str(error) and "set HTTPS_PROXY" in str(error) and "\n" not in str(error)
+
+
+def test_java_takes_the_proxy_that_pip_takes(monkeypatch):
+    """Java doesn't know HTTPS_PROXY, and would fail after pip has downloaded everything."""
+    monkeypatch.setenv("SPARK_SUBMIT_OPTS", "-Dx=y")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.site:3128")
+    options = jars._proxy_options()["SPARK_SUBMIT_OPTS"]
+    assert options == "-Dx=y -Dhttps.proxyHost=proxy.site -Dhttps.proxyPort=3128"
+    monkeypatch.delenv("HTTPS_PROXY")
+    assert jars._proxy_options() == {}
+
+
 def test_an_unknown_version_is_named(empty_cache, empty_repository):
     """A version that the repository doesn't have is named in the error."""
     with pytest.raises(jars.JarsError, match=r"has no org\.apache\.spark:connector:9\.9\.9: use"):

@@ -4,21 +4,23 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from processes import ROOT
+
+from helpers.spark.jars import INSTALL_JAVA
 
 TOOLS = ("sh", "cat", "cksum", "tr", "id", "sed", "head", "dirname", "mkdir", "cp", "touch")
 
 # In place of Python and uv, which would take minutes: it notes how it was called.
 STAND_IN = """
 case "$*" in
-*"config get :env:"*) [ -n "$PIP_INDEX_URL" ] && echo "$PIP_INDEX_URL"; exit;;
-*"config get"*) exit 1;;
+*"config list"*) cat pip.conf; exit;;
 *"-m venv"*) mkdir -p .venv/bin; for name in python uv; do cp tools/python3 .venv/bin/$name; done;;
 *broker.archive*) exit "$FETCH";;
 esac
-echo "${0##*/} $*, cache $UV_CACHE_DIR, index $UV_DEFAULT_INDEX" >> calls
+echo "${0##*/} $*, user $PIP_USER, cache $UV_CACHE_DIR, index $UV_DEFAULT_INDEX" >> calls
 """
 
 
@@ -58,7 +60,7 @@ def test_without_java_the_exact_commands_are_given(bare):
         "  Debian, Ubuntu:  sudo apt-get install openjdk-21-jre-headless (or "
         "openjdk-17-jre-headless)",
         "  Fedora:          sudo dnf install java-21-openjdk-headless",
-        "  macOS:           brew install openjdk@21",
+        f"  macOS:           {INSTALL_JAVA['brew']}",
     ]
 
 
@@ -66,6 +68,17 @@ def test_an_old_java_is_not_enough(bare):
     """Java below 17 is refused, on which Spark 4 can't start."""
     program(bare, "java", """echo 'openjdk version "11.0.2" 2019-01-15' >&2""")
     assert "Java 17 or 21 is needed" in setup(bare).stderr
+
+
+@pytest.mark.parametrize(
+    "variable, reason",
+    [("JAVA_HOME", "which has no Java 17 or newer"), ("PYTHON", "which is not Python 3.11, 3.12")],
+)
+def test_a_variable_that_leads_elsewhere_is_named(complete, variable, reason):
+    """Installing another Java or Python would change nothing."""
+    run = setup(complete, **{variable: "/usr/nowhere"})
+    assert run.returncode == 1 and "Install it" not in run.stderr
+    assert f"{variable} is /usr/nowhere, {reason}" in run.stderr
 
 
 def test_without_a_fitting_python_the_exact_commands_are_given(bare):
@@ -138,9 +151,25 @@ def test_without_a_home_folder_the_cache_is_in_the_environment(complete, home):
     assert f", cache {complete}/.venv/uv," in call
 
 
-def test_pips_mirror_is_uvs_too(complete):
-    """An index that is configured for pip reaches uv, for a closed network."""
-    assert uv_call(complete, PIP_INDEX_URL="mirror/simple").endswith(", index mirror/simple")
+@pytest.mark.parametrize("place", ["variable", "file"])
+def test_pips_mirror_is_uvs_too(complete, place):
+    """An index that is configured for pip, wherever that is, reaches uv, for a closed network."""
+    file = complete / "site.conf"
+    file.write_text("[global]\nindex-url = https://mirror/simple\n")
+    given = {"PIP_INDEX_URL": "https://mirror/simple"}
+    if place == "file":
+        given = {"PIP_CONFIG_FILE": str(file)}
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], env=given, capture_output=True, text=True
+    )
+    (complete / "pip.conf").write_text(listed.stdout)
+    assert uv_call(complete).endswith(", index https://mirror/simple")
+
+
+def test_settings_of_a_site_lead_to_no_other_environment(complete):
+    """`pip install --user`, as a site may set it, would fail in an environment."""
+    call = uv_call(complete, PIP_USER="1", UV_PYTHON="/usr/bin/python3", UV_SYSTEM_PYTHON="1")
+    assert ", user 0, " in call
 
 
 def test_jars_that_cannot_be_fetched_fail_the_setup(complete):

@@ -16,6 +16,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pyspark
 
@@ -287,7 +288,7 @@ def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
                 [*command, "spark-internal"], capture_output=True, text=True,
                 timeout=RESOLVE_SECONDS, stdin=subprocess.DEVNULL,
                 # Otherwise Spark looks up this machine's name, which a container may not know.
-                env={"SPARK_LOCAL_IP": "127.0.0.1", **os.environ},
+                env={"SPARK_LOCAL_IP": "127.0.0.1", **os.environ, **_proxy_options()},
             )
         except subprocess.TimeoutExpired:
             raise JarsError(
@@ -303,12 +304,27 @@ def _resolve(coordinates: tuple[str, ...], folder: Path) -> None:
                 raise
 
 
+def _proxy_options() -> dict[str, str]:
+    """Return the variable that passes the proxy of HTTPS_PROXY to Java, which ignores that one."""
+    address = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    proxy = urlsplit(address if "//" in address else f"//{address}") if address else None
+    if proxy is None or not proxy.hostname:
+        return {}
+    options = [f"-Dhttps.proxyHost={proxy.hostname}", f"-Dhttps.proxyPort={proxy.port or 80}"]
+    return {"SPARK_SUBMIT_OPTS": " ".join([os.environ.get("SPARK_SUBMIT_OPTS", ""), *options])}
+
+
 def _explain(coordinates: tuple[str, ...], log: str) -> JarsError:
     """Return an error that summarizes Ivy's log in one sentence."""
-    if re.search(r"Host \S*maven\S* not found|UnknownHost|Connection (refused|timed out)", log):
+    # Ivy then also says that the jar was not found.
+    failed = re.search(r"Server access error[^\n]*|(?:CLIENT|SERVER) ERROR[^\n]*", log)
+    is_unreachable = r"Host \S*maven\S* not found|UnknownHost|Connection (refused|timed out)"
+    if failed or re.search(is_unreachable, log):
+        reason = f" ({' '.join(failed[0].split())})" if failed else ""
         return JarsError(
             f"Maven Central can't be reached, and {', '.join(coordinates)} must be fetched from it "
-            "once: connect to the network and try again."
+            "once: connect to the network and try again. Behind a proxy, set HTTPS_PROXY."
+            f"{reason}"
         )
     unresolved = re.findall(r"unresolved dependency: (\S+?)#(\S+?);(\S+?): not found", log)
     if unresolved:
