@@ -14,6 +14,7 @@ import contextlib
 import linecache
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -245,6 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     except NotebookError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"the page can't be written: {error}. Choose another --html.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     if options.store:
@@ -254,6 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
     name = re.sub(r"^\d+_", "", path.stem)
     print(f"{name}: {' '.join(f'{key}={value}' for key, value in values.items())}")
     return 0
+
+
+def _exit(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 class _Progress:
@@ -339,14 +347,15 @@ def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name:
     to_home = quote(os.path.relpath(home.resolve(), folder.resolve()))
     page = re.sub(r'(<a\s[^>]*?href=")(?![a-z]+:|[#/])', rf"\g<1>{to_home}/", page)
     target = folder / f"{name}.html"
-    target.write_text(page)
+    target.write_text(page, encoding="utf-8")
     return target
 
 
 def _make_folder(folder: str) -> None:
-    """Create the folder for the page, before a run takes minutes."""
+    """Create the folder for the page, and try to write there, before a run takes minutes."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise NotebookError(
             f"the folder {folder} can't be used ({error.strerror}): choose another --html."
@@ -375,4 +384,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _exit)  # so that nothing is left behind
     sys.exit(main())
