@@ -1,4 +1,4 @@
-"""What every replica is made of, and the rows that it takes; what a copy would lose is refused.
+"""Describe what every replica is made of, and refuse what a copy of it would lose.
 
 A network, an optimizer and a loss travel to the workers as Keras saves them. Keras saves functions
 by their names, and leaves out some of what can be set on an object.
