@@ -299,7 +299,8 @@ def _folder_for_sockets() -> str:
 
 def _over_sockets(folder: str) -> Config:
     """Return settings for a kernel on sockets in a private folder: ports are open to all users."""
-    return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+    connection = {"ip": f"{folder}/kernel", "connection_file": f"{folder}/connection.json"}
+    return Config({"KernelManager": {"transport": "ipc", **connection}})
 
 
 def _store_outputs(executed: nbformat.NotebookNode, path: Path) -> None:

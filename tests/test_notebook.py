@@ -2,14 +2,17 @@
 
 import contextlib
 import io
+import os
 import re
 import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import nbformat
 import pytest
 from notebook_cells import broken_links, cells_of, text_of
-from processes import ROOT, dry_run_make, run_python
+from processes import ROOT, dry_run_make, run_python, running, wait_until
 
 from conftest import compare_records
 from helpers.notebook import (
@@ -55,6 +58,28 @@ def test_it_ends_with_what_the_last_cell_records(make_notebook):
     assert run.returncode == 0, run.stderr
     assert run.stdout == "small: events=21 double=42\n"
     assert "A heading" in (path.parent / "pages" / "7_small.html").read_text()
+
+
+def test_a_page_is_written_whatever_the_locale(make_notebook, tmp_path):
+    """A page with characters beyond ASCII is written where the locale knows only ASCII."""
+    path, page = make_notebook("{'text': '\u2022'}"), str(tmp_path / "pages")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **ascii_only, "PYTHONIOENCODING": "utf8"}
+    run = run_python("-m", "helpers.notebook", str(path), "--html", page, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert "\u2022" in (path.parent / "pages" / "7_small.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_is_terminated_leaves_nothing(make_notebook, tmp_path):
+    """SIGTERM, as a CI system sends it, ends the kernel and removes the temporary folders."""
+    path = make_notebook("import time; time.sleep(600)")
+    command = [sys.executable, "-m", "helpers.notebook", str(path), "--html", str(tmp_path)]
+    with tempfile.TemporaryDirectory() as folder:  # with a path that is short enough for sockets
+        with running(command, env={**os.environ, "TMPDIR": folder}) as process:
+            wait_until(lambda: list(Path(folder).glob("kernel-*/kernel-*")), 120)
+            process.terminate()
+            assert process.wait(120) == 143
+        assert not os.listdir(folder)
 
 
 def test_the_links_of_its_page_lead_to_the_files_beside_the_notebook(make_notebook):
