@@ -1,4 +1,4 @@
-"""Send a topic's dead letters back to it, each exactly once, with their keys and timestamps.
+"""Send a topic's dead letters back to it, each exactly once, with their keys.
 
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T
     python examples/replay_dead_letters.py 127.0.0.1:9092 --topic T --repair repairs.py:repair
@@ -12,6 +12,9 @@ if the program dies before a commit, nothing in that transaction is sent, and a 
 isolation.level=read_committed never sees a record twice. If a batch was retried, its dead letters
 may have duplicates, which are recognized by their headers and not sent. A letter that can't be sent
 back is left where it is, and doesn't stop the others.
+
+A record that is sent back has the time of the replay, because retention would delete one with the
+time of the original, if that is old, before anybody reads it.
 
 The progress is kept in the compacted topic T.dead-letter.replayed, because Kafka expires the
 offsets of a consumer group after some days without members.
@@ -100,12 +103,6 @@ def source_of(letter: ConsumerRecord) -> Source | None:
         return topic.decode(), topic_id.decode(), int(partition), int(offset)
     except (KeyError, ValueError, TypeError, AttributeError):
         return None
-
-
-def timestamp_of(letter: ConsumerRecord) -> int | None:
-    """Return the timestamp of a dead letter's source record, in milliseconds; None if unknown."""
-    found = dict(letter.headers).get("timestamp")
-    return int(found) if isinstance(found, bytes) and found.isdigit() else None
 
 
 def read_records(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord]:
@@ -271,8 +268,9 @@ def leave_large_ones(
         place = place_of(letter)
         content = (letter.key or b"") + (values.get(place) or b"")
         size = len(content) + RECORD_OVERHEAD
-        sent = len(zstd_encode(content)) + RECORD_OVERHEAD if compresses else size
-        is_large = min(size, sent) > limit
+        is_large = size > limit
+        if is_large and compresses:
+            is_large = len(zstd_encode(content)) + RECORD_OVERHEAD > limit
         if place in values and is_large:
             letters.leave(place, f"too large, {size} bytes for {limit}")
             letters.originals.remove(place)
@@ -308,8 +306,7 @@ def send_back(
     producer.begin_transaction()
     for letter in letters:
         if place_of(letter) in values:
-            value, timestamp = values[place_of(letter)], timestamp_of(letter)
-            producer.send(topic, value, key=letter.key, timestamp_ms=timestamp)
+            producer.send(topic, values[place_of(letter)], key=letter.key)
     offsets = {
         TopicPartition(letter.topic, letter.partition): OffsetAndMetadata(
             letter.offset + 1, topic_id, -1

@@ -36,7 +36,7 @@ from helpers.kafka_settings import ANSWER_SECONDS, check_address
 
 _REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
 
-_STOP_SECONDS = 5  # how long a client's thread may take to end
+_STOP_SECONDS = 10  # how long a client's thread may take to end
 
 CONNECT_TIME_OUT = {"bootstrap_timeout_ms": ANSWER_SECONDS * 1000}
 

@@ -135,9 +135,8 @@ def _optimizer_config(model: keras.Model, optimizer: keras.optimizers.Optimizer)
     # As Keras does when it compiles a network, by the policy that the network was made with.
     if model.dtype_policy.name == "mixed_float16" and not is_scaling:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    config = keras.optimizers.serialize(optimizer)
     _check_kind("optimizer", inner, keras.optimizers.deserialize(keras.optimizers.serialize(inner)))
-    return config
+    return keras.optimizers.serialize(optimizer)
 
 
 def _loss_config(loss: Any) -> Any:

@@ -32,7 +32,7 @@ from helpers.spark import (
     java_has_exited,
     summary,
 )
-from helpers.training.recipe import Recipe, check_labels, format_of, recipe_of
+from helpers.training.recipe import check_labels, format_of, recipe_of
 from helpers.training.task import RESULT, InvalidRowsError, Replica, Round, read_rows, round_task
 
 if TYPE_CHECKING:
@@ -169,9 +169,6 @@ class Trainer(ABC):
         label = _entries(df, self._label_col, "float")
         return df.select(features.alias("features"), label.alias("label"))
 
-    def _recipe(self) -> Recipe:
-        return recipe_of(self._model, self._optimizer, self._loss)
-
     def _epochs(self, replica: Replica, train: _Pass, measure: _Pass) -> keras.Model:
         """Train a replica, and return the trained network.
 
@@ -223,7 +220,7 @@ class SingleTrainer(Trainer):
         )
         if not len(training.labels):
             raise InvalidRowsError(_NO_ROWS)
-        replica = Replica(*self._recipe())
+        replica = Replica(*recipe_of(self._model, self._optimizer, self._loss))
         return self._epochs(
             replica,
             lambda epoch: replica.train(training, self._batch_size, [self._seed, epoch]),
@@ -301,7 +298,8 @@ class AveragingTrainer(Trainer):
             raise InvalidRowsError(_NO_ROWS)
         batch_size = max(1, self._batch_size // self._num_workers)
         rounds = math.ceil(math.ceil(most_rows / batch_size) / (self._window or math.inf)) or 1
-        common = Round(secrets.token_hex(8), self._recipe(), self._format, batch_size)
+        recipe = recipe_of(self._model, self._optimizer, self._loss)
+        common = Round(secrets.token_hex(8), recipe, self._format, batch_size)
         replica = Replica(*common.recipe)
 
         def train(epoch: int) -> np.ndarray:
