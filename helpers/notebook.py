@@ -213,13 +213,15 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     # Papermill adds a cell with the values after the parameters.
     progress = _Progress(sum(cell.cell_type == "code" for cell in cells) + bool(values))
     failure = None
-    with tempfile.TemporaryDirectory(prefix="kernel-", dir=_folder_for_sockets()) as folder:
+    new_folder = tempfile.TemporaryDirectory(prefix="kernel-", dir=_folder_for_sockets())
+    with _Signals() as signals, new_folder as folder:
         executed = Path(folder) / path.name
         try:
             execute_notebook(
                 path, executed, values, cwd=path.parent, kernel_name="python3", language="python",
                 progress_bar=False, execution_timeout=CELL_SECONDS,
-                on_cell_start=progress.cell_starts, config=_over_sockets(folder),
+                config=_over_sockets(folder), on_cell_start=progress.cell_starts,
+                on_cell_execute=signals.end_now, on_cell_executed=signals.end_later,
             )  # fmt: skip
         except PapermillExecutionError as error:
             failure = progress.place(f"{error.ename}: {error.evalue}")
@@ -260,8 +262,50 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _exit(number: int, _: object) -> None:
-    sys.exit(128 + number)
+class _Signals:
+    """Ends the program on SIGINT, SIGTERM or SIGHUP, with its kernel and folder.
+
+    While a cell runs, it is interrupted. While the kernel starts or ends, the end comes after that:
+    an interrupted start would leave the kernel behind.
+    """
+
+    def __init__(self) -> None:
+        self._running = False
+        self._received: int | None = None
+
+    def __enter__(self) -> _Signals:
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        # One that is ignored stays so: nohup asks for that.
+        self._previous = {key: old for key, old in handlers.items() if old != signal.SIG_IGN}
+        for number in self._previous:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self._end_if_received()
+
+    def end_now(self, **_: object) -> None:
+        """Interrupt what runs from here on; nbclient calls this when a cell begins."""
+        self._running = True
+        self._end_if_received()
+
+    def end_later(self, **_: object) -> None:
+        """Interrupt nothing from here on; nbclient calls this when a cell is done."""
+        self._running = False
+
+    def _receive(self, number: int, _: object) -> None:
+        if self._received is None:  # a second signal doesn't interrupt the end
+            self._received = number
+            if self._running:
+                self._end_if_received()
+
+    def _end_if_received(self) -> None:
+        if self._received is not None:
+            sys.exit(128 + self._received)
 
 
 class _Progress:
@@ -385,6 +429,4 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _exit)  # so that nothing is left behind
     sys.exit(main())

@@ -70,16 +70,28 @@ def test_a_page_is_written_whatever_the_locale(make_notebook, tmp_path):
     assert "\u2022" in (path.parent / "pages" / "7_small.html").read_text(encoding="utf-8")
 
 
-def test_a_run_that_is_terminated_leaves_nothing(make_notebook, tmp_path):
-    """SIGTERM, as a CI system sends it, ends the kernel and removes the temporary folders."""
-    path = make_notebook("import time; time.sleep(600)")
+@pytest.mark.parametrize("moment", ["kernel-*", "kernel-*/kernel-*", "begun"])
+def test_a_run_that_is_ended_leaves_nothing(make_notebook, tmp_path, moment):
+    """SIGTERM, as a CI system sends it, ends the kernel as well, even while that starts."""
+    path = make_notebook(
+        "import os, pathlib, time",
+        "(pathlib.Path(os.environ['TMPDIR']) / 'begun').touch()\ntime.sleep(600)",
+    )
     command = [sys.executable, "-m", "helpers.notebook", str(path), "--html", str(tmp_path)]
     with tempfile.TemporaryDirectory() as folder:  # with a path that is short enough for sockets
         with running(command, env={**os.environ, "TMPDIR": folder}) as process:
-            wait_until(lambda: list(Path(folder).glob("kernel-*/kernel-*")), 120)
+            wait_until(lambda: list(Path(folder).glob(moment)), 120)
             process.terminate()
             assert process.wait(120) == 143
-        assert not os.listdir(folder)
+        assert set(os.listdir(folder)) <= {"begun"}
+
+
+def test_a_signal_that_is_ignored_ends_nothing(make_notebook, tmp_path):
+    """A run that was started with `nohup` goes on when its terminal is closed."""
+    path = make_notebook("import os, signal\nos.kill(os.getppid(), signal.SIGHUP)", "{'events': 1}")
+    command = [sys.executable, "-m", "helpers.notebook", str(path), "--html", str(tmp_path)]
+    run = subprocess.run(["nohup", *command], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "small: events=1\n", run.stderr
 
 
 def test_the_links_of_its_page_lead_to_the_files_beside_the_notebook(make_notebook):
