@@ -46,6 +46,7 @@ STALLED_SECONDS = 2  # how much later than the time-out an outcome may arrive
 STOP_SECONDS = 10  # how long to wait for the last events after Ctrl-C
 REPORT_SECONDS = 5  # between two error reports
 MOST_ON_THE_WAY = 100_000  # maximum number of events without an outcome, to limit memory
+MOST_LATE = 0.1  # seconds by which an event may follow the one before sooner, to keep the rate
 
 
 class ProducerError(RuntimeError):
@@ -395,16 +396,18 @@ def _file_chunks(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
 
 
 def _pace(rate: float | None, stopping: Stopping) -> Callable[[], None]:
-    """Return a function that waits as the rate requires; call it before each event."""
-    started = time.monotonic()
-    sent = 0
+    """Return a function that waits as the rate requires; call it before each event.
+
+    Events that are late, after a pause or without a broker, follow at the rate and not at once.
+    """
+    due = time.monotonic()
 
     def wait() -> None:
-        nonlocal sent
-        sent += 1
-        ahead = sent / rate - (time.monotonic() - started)
-        if ahead > 0:
-            stopping.wait(ahead)
+        nonlocal due
+        now = time.monotonic()
+        due = max(due + 1 / rate, now - MOST_LATE)
+        if due > now:
+            stopping.wait(due - now)
 
     return wait if rate else lambda: None
 

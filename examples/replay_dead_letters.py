@@ -236,7 +236,7 @@ def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int, bool]:
     """
     letters_topic, topic_id, limit, codec = topic + DEAD_LETTERS, "", DEFAULT_LIMIT, "producer"
     topics = admin.list_topics()
-    if not {topic, letters_topic} & set(topics):
+    if topic not in topics:
         raise ReplayError(
             f"there is no topic {topic!r} that this user may see: check its name, and the ACL "
             "DESCRIBE."
@@ -302,11 +302,18 @@ def send_back(
     values : mapping
         The values to send, by the dead letters' partitions and offsets. It has neither copies nor
         letters that can't be repaired.
+
+    Raises
+    ------
+    kafka.errors.KafkaError
+        If a letter isn't sent. The transaction is open then.
     """
     producer.begin_transaction()
-    for letter in letters:
-        if place_of(letter) in values:
-            producer.send(topic, values[place_of(letter)], key=letter.key)
+    sent = [
+        producer.send(topic, values[place_of(letter)], key=letter.key)
+        for letter in letters
+        if place_of(letter) in values
+    ]
     offsets = {
         TopicPartition(letter.topic, letter.partition): OffsetAndMetadata(
             letter.offset + 1, topic_id, -1
@@ -316,7 +323,10 @@ def send_back(
     for partition, noted in offsets.items():
         note = json.dumps({"offset": noted.offset, "topic-id": topic_id})
         key = str(partition.partition).encode()
-        producer.send(partition.topic + REPLAYED, note.encode(), key=key)
+        sent.append(producer.send(partition.topic + REPLAYED, note.encode(), key=key))
+    answered(producer.flush)
+    for future in sent:  # kafka-python commits a transaction without the records that it gave up
+        future.get(timeout=0)
     answered(producer.send_offsets_to_transaction, offsets, group)
     answered(producer.commit_transaction)
 

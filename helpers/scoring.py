@@ -10,6 +10,7 @@ module does everything else, in the same way for DStreams and Structured Streami
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -19,7 +20,9 @@ from pyspark.sql import DataFrame
 from helpers.monitor import Batch, Monitor
 from helpers.records import keep_bad_records
 from helpers.sinks import ParquetSink, check_topics
-from helpers.streaming import PlannedBatch, StreamError, TopicAndPartition
+from helpers.streaming import PlannedBatch, TopicAndPartition
+
+_LOGGER = logging.getLogger(__name__)
 
 Score = Callable[[DataFrame], DataFrame]
 
@@ -76,10 +79,11 @@ class Scoring:
             self._monitor.add(figures, counts.unused)
 
     def _lag_after(self, batch_id: int) -> int | None:
-        """Return the lag after a batch; None if the broker is away, because the batch is stored."""
+        """Return the lag after a batch; None if it can't be found out."""
         try:
             return self._source.lag_after(batch_id)
-        except StreamError:
+        except Exception as error:  # the batch is stored: it must not be tried again
+            _LOGGER.warning("the lag after batch %d is unknown: %s", batch_id, error)
             return None
 
 

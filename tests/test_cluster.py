@@ -197,7 +197,7 @@ class Submitted:
         """Wait until a number of events is scored."""
 
         def is_done():
-            assert self.process.poll() is None, "the job has ended"
+            assert self.process.poll() is None, f"the job has ended: {self._stdout()[-6000:]}"
             return self.events() >= events
 
         wait_until(is_done, SECONDS)

@@ -232,6 +232,16 @@ def test_derived_columns_match_an_event_computed_by_hand():
     assert derived[list(by_hand)].to_dict() == by_hand
 
 
+@pytest.mark.parametrize("absent", ["PRI_met_phi", "PRI_tau_phi", "PRI_tau_pt"])
+def test_what_follows_from_a_missing_value_is_missing(events, absent):
+    """No derived column has a number that looks measured if what it depends on is missing."""
+    derived = higgs.derive_columns(events.assign(**{absent: higgs.MISSING}))
+    name = "DER_pt_ratio_lep_tau" if absent == "PRI_tau_pt" else "DER_met_phi_centrality"
+    assert (derived[name] == higgs.MISSING).all()
+    nothing = higgs.derive_columns(events.assign(PRI_tau_pt=0.0))
+    assert (nothing["DER_pt_ratio_lep_tau"] == higgs.MISSING).all()
+
+
 def test_generated_derived_columns_follow_their_definitions(events):
     """Generated derived columns equal those computed from the primary columns."""
     pd.testing.assert_frame_equal(higgs.derive_columns(events), events)
@@ -416,7 +426,8 @@ REFUSED = {
     "two in a zip": ("events.zip", zipped(TEXT, TEXT), "Only one file per ZIP"),
     "no gzip": ("events.csv.gz", TEXT, "can't be read as CSV .Not a gzipped file"),
     "half a gzip": ("events.csv.gz", gzip.compress(TEXT.encode())[:-9], "can't be read as CSV"),
-    "UTF-16": ("events.csv", TEXT.encode("utf-16"), "can't be read as CSV .'utf-8' codec"),
+    "UTF-16": ("events.csv", TEXT.encode("utf-16"), "has bytes that are zero, which text doesn't"),
+    "a hole": ("events.csv", with_value("PRI_met", "1.5\0" "7"), "has bytes that are zero"),
 }
 
 

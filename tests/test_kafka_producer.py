@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 import orjson
 import pytest
@@ -13,6 +14,10 @@ from processes import ROOT, run_python, running, wait_until
 
 from helpers.broker import LocalKafka, count_records
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import kafka_producer
 
 PRODUCER = str(ROOT / "examples" / "kafka_producer.py")
 
@@ -96,6 +101,17 @@ def test_a_rate_is_kept(kafka, topic):
     )
     seconds = float(run.stdout.split(" in ")[1].split(" s ")[0])
     assert seconds >= 1.9
+
+
+def test_a_pause_is_not_made_up_for():
+    """After a second without events, those that follow keep the rate."""
+    wait = kafka_producer._pace(50, kafka_producer.Stopping())
+    for _ in range(2):
+        time.sleep(1)
+        began = time.monotonic()
+        for _ in range(25):
+            wait()
+        assert time.monotonic() - began > 0.3  # 0.5 s, but for the 0.1 s that may be made up
 
 
 def test_a_loop_goes_on_with_new_events_until_ctrl_c(kafka, topic):

@@ -6,6 +6,7 @@ import sys
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import ConfigResource
+from kafka.errors import MessageSizeTooLargeError
 from processes import ROOT, wait_until
 
 from helpers.broker import LocalKafka
@@ -13,7 +14,7 @@ from helpers.broker import LocalKafka
 sys.path.insert(0, str(ROOT / "examples"))
 
 import replay_dead_letters
-from replay_dead_letters import main
+from replay_dead_letters import main, place_of, send_back
 
 
 @pytest.fixture
@@ -175,6 +176,34 @@ def test_a_topic_that_compresses_by_itself_decides_what_fits(kafka, topic, lette
     assert [key for key, _ in values(kafka, topic)] == [b"1", b"3"]
 
 
+def test_letters_that_kafka_does_not_take_do_not_count_as_sent(kafka, topic, letters):
+    """A record that isn't sent fails the transaction; kafka-python would commit the others."""
+    letters(1)
+    place = {"bootstrap_servers": kafka.bootstrap_servers}
+    with KafkaConsumer(
+        f"{topic}.dead-letter", **place, auto_offset_reset="earliest", consumer_timeout_ms=5_000
+    ) as consumer:
+        letter = next(consumer)
+    with KafkaProducer(**place, transactional_id=topic, max_request_size=1_000) as producer:
+        producer.init_transactions()
+        with pytest.raises(MessageSizeTooLargeError):
+            send_back(producer, topic, topic, "", [letter], {place_of(letter): bytes(2_000)})
+        producer.abort_transaction()
+    assert values(kafka, topic) == []
+
+
+def test_letters_of_a_topic_that_cannot_be_seen_stay(kafka, topic, letters, replay):
+    """A topic that was deleted, or that the user may not see, is named; nothing counts as sent."""
+    letters(1)
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_topics([topic])
+        wait_until(lambda: topic not in admin.list_topics())
+        code, said = replay()
+        assert code == 1 and f"there is no topic {topic!r}" in said
+        kafka.create_topic(topic, partitions=1)
+    assert replay()[1].startswith("1 dead letters sent back")
+
+
 def test_a_record_has_the_time_of_the_replay(kafka, topic, letters, replay):
     """An event of long ago is sent back as a new record, which retention keeps."""
     letters(1, timestamp="1700000000000")
@@ -244,7 +273,8 @@ def test_a_repair_that_returns_text_is_said(kafka, topic, letters, replay, tmp_p
 def test_a_secured_broker_is_used_with_settings_from_a_file(tmp_path, capsys):
     """Credentials for a secured broker are read from a file."""
     with LocalKafka(security="SASL_SSL") as secure:
-        secure.create_topic("events.dead-letter", partitions=1)
+        for name in ("events", "events.dead-letter"):
+            secure.create_topic(name, partitions=1)
         file = tmp_path / "client.properties"
         file.touch(mode=0o600)
         file.write_text("".join(f"{n}={v}\n" for n, v in secure.settings.items()))

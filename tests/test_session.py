@@ -10,6 +10,7 @@ import pyspark
 import pytest
 from kafka import KafkaAdminClient
 from processes import arrange_spark, run_python, wait_until
+from pyspark import SparkConf
 
 from helpers.spark import SessionError, changed_settings, get_spark, protect_folder, session
 
@@ -48,6 +49,20 @@ def test_settings_of_a_new_session():
     assert settings["spark.locality.wait"] == "0"
     assert settings["spark.serializer"].endswith("KryoSerializer")
     assert "spark.driver.host" not in settings  # remote executors must reach the driver
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "spark.hadoop.fs.azure.account.key.store.dfs.core.windows.net",
+        "spark.hadoop.fs.azure.sas.container.store", "spark.hadoop.fs.s3a.encryption.key",
+        "spark.hadoop.fs.s3a.secret.key", "spark.authenticate",
+    ],
+)  # fmt: skip
+def test_what_java_does_not_get_on_its_command_line(name):
+    """Secrets aren't shown to other users, and a laptop's doors aren't those of a later cluster."""
+    conf = SparkConf(loadDefaults=False).setAll([(name, "value"), ("spark.app.name", "shown")])
+    assert session._without_secrets(conf).getAll() == [("spark.app.name", "shown")]
 
 
 def test_a_spark_without_connector_is_said_at_once(monkeypatch, tmp_path):

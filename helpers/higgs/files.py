@@ -166,9 +166,15 @@ def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame
 
 def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
     """Yield the events in a file's content, `_ROWS` at a time."""
+    codec = _COMPRESSION.get(Path(path).suffix.lower())
+    if codec is None and b"\0" in content:  # where pandas would end a value
+        raise _RefusedError(
+            f"{path} has bytes that are zero, which text doesn't have, so a part of it is missing "
+            f"or damaged: download it again from {SOURCE}."
+        )
     try:
         with pd.read_csv(
-            io.BytesIO(content), compression=_COMPRESSION.get(Path(path).suffix.lower()),
+            io.BytesIO(content), compression=codec,
             dtype=dict.fromkeys(_TEXTS, str), float_precision="round_trip", low_memory=False,
             chunksize=_ROWS,
         ) as chunks:  # fmt: skip

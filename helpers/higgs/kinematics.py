@@ -111,7 +111,7 @@ def phi_centrality(phi: ArrayLike, phi_1: ArrayLike, phi_2: ArrayLike) -> NDArra
     a = np.sin(np.subtract(phi, phi_1)) * orientation
     b = np.sin(np.subtract(phi_2, phi)) * orientation
     length = np.hypot(a, b)
-    return np.divide(a + b, length, out=np.zeros_like(length), where=length > 0)
+    return np.divide(a + b, length, out=np.zeros_like(length), where=length != 0)
 
 
 def eta_centrality(eta: ArrayLike, eta_1: ArrayLike, eta_2: ArrayLike) -> NDArray[np.float64]:
@@ -187,12 +187,15 @@ def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
         "DER_deltar_tau_lep": angular_distance(tau, lep),
         "DER_pt_tot": np.abs(higgs + jets),
         "DER_sum_pt": tau.pt + lep.pt + column["PRI_jet_all_pt"].to_numpy(),
-        "DER_pt_ratio_lep_tau": lep.pt / tau.pt,
+        "DER_pt_ratio_lep_tau": lep.pt / np.where(tau.pt == 0, np.nan, tau.pt),
         "DER_met_phi_centrality": phi_centrality(met_phi, lep.phi, tau.phi),
         "DER_lep_eta_centrality": eta_centrality(lep.eta, leading.eta, subleading.eta),
     }
     return events.assign(
-        **{name: np.nan_to_num(values.round(3), nan=MISSING) for name, values in derived.items()}
+        **{
+            name: np.where(np.isfinite(values), values.round(3), MISSING)
+            for name, values in derived.items()
+        }
     )
 
 

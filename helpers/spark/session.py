@@ -40,7 +40,9 @@ from helpers.spark.machine import available_cores
 from helpers.spark.scratch import log_file, scratch_folder
 
 # Names of settings with secrets of Kafka and of object stores.
-_SECRET = re.compile(rf"{SECRET_SETTINGS}|access\.key", re.IGNORECASE)
+_SECRET = re.compile(
+    rf"{SECRET_SETTINGS}|(access|account|encryption)[.-]key|azure\.sas", re.IGNORECASE
+)
 
 _REDACTED_OPTIONS = "spark.sql.redaction.options.regex"
 
@@ -387,9 +389,14 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
 def _without_secrets(conf: SparkConf) -> SparkConf:
     """Return settings for Java's command line, which every user of the machine can see.
 
-    Java gets the others from the Spark context.
+    Java gets the others from the Spark context. `spark.authenticate` is one of them: Java would
+    keep it for later sessions, on clusters that may not have it.
     """
-    shown = [(name, value) for name, value in conf.getAll() if not _SECRET.search(name)]
+    shown = [
+        (name, value)
+        for name, value in conf.getAll()
+        if name != "spark.authenticate" and not _SECRET.search(name)
+    ]
     return SparkConf(loadDefaults=False).setAll(shown)
 
 
