@@ -295,10 +295,12 @@ def _refuse_connect() -> None:
 
 def _refuse_another_python_api() -> None:
     """Raise `SessionError` if PySpark is not that of the Spark that will be started."""
+    if "PYSPARK_GATEWAY_PORT" in os.environ:  # spark-submit has found its own Python
+        return  # and, in a container of YARN, there is no folder of Spark's jars
     version, _ = spark_and_scala()
     # A vendor's Spark has further numbers, which its PySpark may lack.
     is_another = version.split(".")[:2] != pyspark.__version__.split(".")[:2]
-    if is_another and "PYSPARK_GATEWAY_PORT" not in os.environ:
+    if is_another:
         raise SessionError(
             f"PySpark {pyspark.__version__} was imported, and the Spark in {spark_home()} is "
             f"{version}: restart Python, and import helpers before pyspark, so that SPARK_HOME's "
