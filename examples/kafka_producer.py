@@ -46,7 +46,7 @@ STALLED_SECONDS = 2  # how much later than the time-out an outcome may arrive
 STOP_SECONDS = 10  # how long to wait for the last events after Ctrl-C
 REPORT_SECONDS = 5  # between two error reports
 MOST_ON_THE_WAY = 100_000  # maximum number of events without an outcome, to limit memory
-MOST_LATE = 0.1  # seconds by which an event may follow the one before sooner, to keep the rate
+MOST_LATE = 0.1  # seconds of a delay that the events after it make up for
 
 
 class ProducerError(RuntimeError):

@@ -295,8 +295,9 @@ def _refuse_connect() -> None:
 
 def _refuse_another_python_api() -> None:
     """Raise `SessionError` if PySpark is not that of the Spark that will be started."""
-    if "PYSPARK_GATEWAY_PORT" in os.environ:  # spark-submit has found its own Python
-        return  # and, in a container of YARN, there is no folder of Spark's jars
+    # Spark-submit brings its own PySpark. A container of YARN has no folder of Spark's jars.
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        return
     version, _ = spark_and_scala()
     # A vendor's Spark has further numbers, which its PySpark may lack.
     is_another = version.split(".")[:2] != pyspark.__version__.split(".")[:2]
