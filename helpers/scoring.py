@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from pyspark.sql import DataFrame
@@ -76,7 +76,13 @@ class Scoring:
                 batch.batch_id, counts.events, counts.signal, counts.bad, seconds,
                 self._lag_after(batch.batch_id), batch.planned_at,
             )  # fmt: skip
-            self._monitor.add(figures, counts.unused)
+            self._show(figures, counts.unused)
+
+    def _show(self, figures: Batch, unused: Collection[str]) -> None:
+        try:
+            self._monitor.add(figures, unused)
+        except Exception as error:  # the batch is stored: it must not be tried again
+            _LOGGER.warning("batch %d can't be shown: %s", figures.batch_id, error)
 
     def _lag_after(self, batch_id: int) -> int | None:
         """Return the lag after a batch; None if it can't be found out."""

@@ -1,6 +1,9 @@
 """The stream: which records belong to a batch, what is committed, and what happens on failures."""
 
+import contextlib
 import json
+import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -287,6 +290,7 @@ def test_an_offset_that_the_topic_does_not_have_is_named(ssc, topic, produce, se
         KafkaUtils.createDirectStream(ssc, [topic], settings, fromOffsets=start)
 
 
+@pytest.mark.long
 def test_a_broker_that_does_not_answer_is_an_error_in_time(ssc, settings):
     """A wrong address is an error within seconds."""
     started = time.monotonic()
@@ -355,6 +359,7 @@ def test_a_stream_with_a_long_interval_stops_at_once(spark, topic, produce, sett
     assert time.monotonic() - began < 3_600
 
 
+@pytest.mark.long
 def test_a_report_that_spark_drops_holds_nothing_up(ssc, topic, produce, settings, monkeypatch):
     """A batch whose end Spark doesn't report, as its queue is full, is committed with the next."""
     report, ends = ContextListener.onBatchCompleted, []
@@ -514,6 +519,28 @@ def test_each_event_crosses_the_network_exactly_once(
     assert rows_through_python(spark, before) == len(event_values)
     ids = sorted(row.EventId for row in read_scored(spark, sink.path).collect())
     assert ids == sorted(json.loads(value)["EventId"] for value in event_values)
+
+
+def test_an_output_that_nobody_reads_fails_no_batch(
+    spark, ssc, topic, produce, settings, event_values, tmp_path, monkeypatch, caplog
+):
+    """As with `streaming_job.py ... | head`: the batch is stored, and is not tried again."""
+    produce(topic, event_values[:50], [b"key"] * 50)
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = os.fdopen(writer, "w")
+    monitor = Monitor()
+    score = definitions("1_walkthrough", "pipeline")["process_instances"]
+    sink = ParquetSink(spark, str(tmp_path / "scored"), signal_index=0)
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings)
+    with monkeypatch.context() as patches, sink:
+        patches.setattr(sys, "stdout", closed)
+        score_stream(stream, score, sink, monitor)
+        drain(ssc, stream)
+    with contextlib.suppress(BrokenPipeError):
+        closed.close()
+    assert "can't be shown: [Errno 32]" in caplog.text and "is retried" not in caplog.text
+    assert monitor.totals()["events"] == read_scored(spark, sink.path).count() == 50
 
 
 def test_a_longer_time_for_an_answer_reaches_the_reader(ssc, topic, produce, settings):
