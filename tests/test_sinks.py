@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -644,14 +645,27 @@ def test_where_a_stream_began_in_a_deleted_topic_says_nothing_of_a_new_one(spark
         assert sink.positions({"events": "id-2"}) == dict.fromkeys(begun, 0)
 
 
-def test_a_file_system_without_times_is_refused(spark, path, monkeypatch):
-    """Where nobody sees that a sink is alive, as on an object store, two could write at a time."""
-    monkeypatch.setattr(JsonFolder, "touch", lambda *_: None)
-    with (
-        pytest.raises(SinkError, match="can't set the time of a file, as object stores can't"),
-        ParquetSink(spark, path, signal_index=0),
-    ):
-        pytest.fail("it is not refused")
+def refuses(*_):
+    """Fail as a file system does that can't set a file's time."""
+    raise PermissionError("not allowed here")
+
+
+@pytest.mark.parametrize("touch, reason", [(lambda *_: None, ""), (refuses, " (not allowed here)")])
+def test_a_file_system_without_times_is_refused(spark, path, monkeypatch, touch, reason):
+    """Where nobody sees that a sink is alive, as on an object store, two could write at a time.
+
+    Nothing is left behind that holds up the next sink.
+    """
+    message = f"can't set the time of a file{reason}, as object stores can't"
+    with monkeypatch.context() as patches:
+        patches.setattr(JsonFolder, "touch", touch)
+        with (
+            pytest.raises(SinkError, match=re.escape(message)),
+            ParquetSink(spark, path, signal_index=0),
+        ):
+            pytest.fail("it is not refused")
+    with ParquetSink(spark, path, signal_index=0):
+        assert set(JsonFolder(spark, f"{path}/writer").names()) == {f"{0:020d}"}
 
 
 @pytest.mark.parametrize("topic", ["_events", ".events", "topic-", "e" * 240])

@@ -470,6 +470,7 @@ def test_two_short_outages_are_not_taken_for_a_long_one(
     assert "KafkaTable" not in caplog.text  # the query's plan, which says nothing of the outage
 
 
+@pytest.mark.long
 def test_a_batch_that_is_done_is_not_repeated_because_the_broker_goes_away(
     query_of, own_kafka
 ):
@@ -509,6 +510,7 @@ def test_a_deadline_ends_the_batch_that_runs_and_it_is_not_tried_again(
     assert query.lag() == 1
 
 
+@pytest.mark.long
 def test_a_broker_that_stays_away_is_an_error_in_time(query_of, own_kafka, monkeypatch):
     """A query without a broker does not hang, and says what it waited for."""
     monkeypatch.setattr(structured, "AWAY_SECONDS", 1)
@@ -556,6 +558,7 @@ def events_of(count):
     return [json.dumps(row).encode() for row in rows]
 
 
+@pytest.mark.long
 def test_a_batch_that_is_repeated_after_a_restart_is_in_the_totals(
     spark, query_of, one, produce, settings, tmp_path
 ):
@@ -598,10 +601,14 @@ def test_a_query_can_be_closed_twice(query_of, one, settings):
     query.close()
 
 
+@pytest.mark.long
 def test_a_function_that_never_returns_does_not_hold_the_stop(
     topic, produce, settings, query_of, monkeypatch, caplog
 ):
-    """A query whose function hangs ends in time with an error, and its batch isn't committed."""
+    """A query whose function hangs ends in time with an error, and its batch isn't committed.
+
+    Another run in the same process is refused, and doesn't wait for that function either.
+    """
     monkeypatch.setattr(structured, "ABANDON_SECONDS", 1)
     begun, released = threading.Event(), threading.Event()
     produce(topic, [b"x"] * 3)
@@ -612,5 +619,7 @@ def test_a_function_that_never_returns_does_not_hold_the_stop(
             query.run(timeout=15)
         assert begun.is_set() and not query.finished()
         assert "its function doesn't return" in caplog.text
+        with pytest.raises(StreamError, match=r"has not ended: .* Restart Python"):
+            query.run(timeout=15)
     finally:
         released.set()

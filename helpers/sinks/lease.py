@@ -15,7 +15,7 @@ import time
 from pyspark.sql import SparkSession
 
 from helpers.sinks.errors import SinkError, taken_over
-from helpers.spark import JsonFolder
+from helpers.spark import JAVA_ERRORS, JsonFolder, summary
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -106,12 +106,18 @@ class Lease:
         before = self._claims.changed_at(name)
         if before is None:
             raise taken_over(self._path)
-        self._claims.touch(name, before + _STEP)
-        if self._claims.changed_at(name) == before:
+        reason = ""
+        try:
+            self._claims.touch(name, before + _STEP)
+            is_seen = self._claims.changed_at(name) != before
+        except (OSError, *JAVA_ERRORS) as error:
+            is_seen, reason = False, f" ({summary(error)})"
+        if not is_seen:
             self._claims.delete(name)
             raise SinkError(
-                f"the file system of {self._path} can't set the time of a file, as object stores "
-                "can't: two jobs could write there without noticing. Use HDFS or a shared disk."
+                f"the file system of {self._path} can't set the time of a file{reason}, as object "
+                "stores can't: two jobs could write there without noticing. Use HDFS or a shared "
+                "disk."
             )
 
     def _last_free(self) -> int:

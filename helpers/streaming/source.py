@@ -128,10 +128,15 @@ class Source:
         """
         for interval in sorted(each for each in list(self._being_read) if each <= until):
             left = self._being_read.pop(interval, [])
-            if left and self._skips_deleted:
-                # An error from Kafka must not fail the batch.
-                with contextlib.suppress(StreamError):
-                    self.planner.report_deleted_meanwhile(left)
+            if not left or not self._skips_deleted:
+                continue
+            try:
+                self.planner.report_deleted_meanwhile(left)
+            except BrokerAwayError:  # the next batch asks again: each question may take seconds
+                self._being_read[interval] = left
+                return
+            except StreamError:  # an error from Kafka must not fail the batch
+                pass
 
     def commit(self) -> None:
         """Commit what may be committed; wait at most 60 s for a broker that is away."""

@@ -340,7 +340,16 @@ class KafkaQuery:
         else:
             trigger = {"processingTime": f"{round(interval * 1000)} milliseconds"}
         writer = records.writeStream.foreachBatch(self._process).trigger(**trigger)
-        return writer.option("checkpointLocation", self._checkpoint).start()
+        try:
+            with changed_settings(self._spark, _stop_timeout()):  # Spark first stops an older run
+                return writer.option("checkpointLocation", self._checkpoint).start()
+        except (*JAVA_ERRORS, PySparkException) as error:
+            if "failed to stop within" not in str(error):
+                raise
+            raise StreamError(
+                f"the last run of the query with the checkpoint {self._checkpoint} has not ended: "
+                "the function of its batch doesn't return. Restart Python, and run the query again."
+            ) from None
 
     def _check_transactions(self) -> None:
         """Refuse to resume inside a transaction that is still open, before Spark plans.
@@ -408,8 +417,7 @@ class KafkaQuery:
 
     def _stop(self, query: StreamingQuery) -> None:
         """Stop Spark's query; give up on a batch's function that doesn't return."""
-        settings = {"spark.sql.streaming.stopTimeout": f"{ABANDON_SECONDS}s"}
-        with changed_settings(self._spark, settings):
+        with changed_settings(self._spark, _stop_timeout()):
             try:
                 query.stop()
             except (*JAVA_ERRORS, PySparkException) as error:
@@ -427,6 +435,11 @@ class KafkaQuery:
             if time.monotonic() > deadline:
                 return
             time.sleep(0.05)
+
+
+def _stop_timeout() -> dict[str, str]:
+    """Return the setting for how long Spark waits for a query's batch; by default, for ever."""
+    return {"spark.sql.streaming.stopTimeout": f"{ABANDON_SECONDS}s"}
 
 
 def _stopped_by_others(checkpoint: str) -> str:
