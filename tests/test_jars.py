@@ -77,7 +77,10 @@ def test_java_takes_the_proxy_that_pip_takes(monkeypatch):
     monkeypatch.setenv("SPARK_SUBMIT_OPTS", "-Dx=y")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.site:3128")
     options = jars._proxy_options()["SPARK_SUBMIT_OPTS"]
-    assert options == "-Dx=y -Dhttps.proxyHost=proxy.site -Dhttps.proxyPort=3128"
+    assert options == "-Dhttps.proxyHost=proxy.site -Dhttps.proxyPort=3128 -Dx=y"
+    monkeypatch.setenv("NO_PROXY", "localhost, .site")
+    options = jars._proxy_options()["SPARK_SUBMIT_OPTS"]
+    assert "-Dhttp.nonProxyHosts=localhost|*.site" in options.split()
     monkeypatch.delenv("HTTPS_PROXY")
     assert jars._proxy_options() == {}
 
@@ -146,6 +149,7 @@ print(jars_folder())
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None,
     reason="only root on Linux can run a program as another user",

@@ -311,7 +311,13 @@ def _proxy_options() -> dict[str, str]:
     if proxy is None or not proxy.hostname:
         return {}
     options = [f"-Dhttps.proxyHost={proxy.hostname}", f"-Dhttps.proxyPort={proxy.port or 80}"]
-    return {"SPARK_SUBMIT_OPTS": " ".join([os.environ.get("SPARK_SUBMIT_OPTS", ""), *options])}
+    direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    hosts = [host.strip() for host in direct.split(",") if host.strip()]
+    if hosts:  # for Java, a domain begins with an asterisk
+        patterns = [f"*{host}" if host.startswith(".") else host for host in hosts]
+        options.append(f"-Dhttp.nonProxyHosts={'|'.join(patterns)}")
+    # Of an option that is given twice, Java takes the last: the user's own.
+    return {"SPARK_SUBMIT_OPTS": " ".join([*options, os.environ.get("SPARK_SUBMIT_OPTS", "")])}
 
 
 def _explain(coordinates: tuple[str, ...], log: str) -> JarsError:
