@@ -2,7 +2,7 @@
 #        make run EVENTS=20000        make run NOTEBOOK=1_walkthrough BOOTSTRAP_SERVERS=host:9092
 # test   runs all tests, including the notebooks, in up to three processes: as many as the free
 #        memory allows, at 2.5 GB each; make test WORKERS=1 sets the number
-# test-long  runs the longest tests, which repeat crashes many times, in two hours
+# test-long  runs the tests that take longest, such as those that repeat crashes, in three hours
 # test-cluster  runs notebooks and jobs on a real YARN with HDFS, on a standalone cluster and on older
 #        versions of Spark, in this machine, which takes 25 minutes and 10 GB of memory; if the
 #        headers of Kerberos are there (libkrb5-dev), also kafka-python's part of it

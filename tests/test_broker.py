@@ -61,6 +61,7 @@ def test_the_broker_starts_beside_a_spark_with_an_older_scala(monkeypatch, tmp_p
         assert "events" in kafka.topics()
 
 
+@pytest.mark.long
 def test_a_failed_restart_keeps_the_data():
     """A restart that fails because the port is taken loses no records."""
     with LocalKafka() as kafka:
@@ -111,6 +112,7 @@ def test_a_port_in_use_is_said_at_once():
             LocalKafka(port=port).start()
 
 
+@pytest.mark.long
 def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
     """The data is in the folder, whatever its name and the locale, and is found again."""
     name = "é ü [1] 日本 a\\\\b"
@@ -137,6 +139,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         LocalKafka(folder=tmp_path / "file").start()
 
 
+@pytest.mark.long
 def test_a_second_broker_on_a_folder_is_refused_and_the_first_goes_on(tmp_path):
     """Both would write to the same files."""
     with LocalKafka(folder=tmp_path) as kafka:
@@ -147,6 +150,7 @@ def test_a_second_broker_on_a_folder_is_refused_and_the_first_goes_on(tmp_path):
         assert kafka.topics() == ["kept"]
 
 
+@pytest.mark.long
 def test_a_failed_start_shows_the_brokers_last_words(tmp_path):
     """A broker that fails to start reports the reason from its log."""
     with LocalKafka(folder=tmp_path):
@@ -157,6 +161,7 @@ def test_a_failed_start_shows_the_brokers_last_words(tmp_path):
         LocalKafka(folder=tmp_path).start()
 
 
+@pytest.mark.long
 def test_a_given_folder_stays_and_is_continued(tmp_path):
     """A folder given by the user is kept, and the next broker finds its topics there."""
     with LocalKafka(folder=tmp_path) as kafka:

@@ -176,6 +176,7 @@ def test_settings_that_a_producer_refuses_are_said_at_the_start(
     assert f"1 bad records of {topic} are in the sink's files only: " in caplog.text
 
 
+@pytest.mark.long
 def test_missing_rights_are_named_at_the_start(spark, caplog):
     """Within seconds, and with the ACLs that are needed; later they stop nothing."""
     with LocalKafka(security="SASL_SSL") as secure:
@@ -194,6 +195,7 @@ def test_missing_rights_are_named_at_the_start(spark, caplog):
         assert send_dead_letters(bad_rows(spark, "events", [b"x"]), reader, {"events": None}) == 0
 
 
+@pytest.mark.long
 def test_a_broker_that_is_away_leaves_the_letters_for_another_try(spark):
     """A batch whose letters weren't sent is done again, and not only once it is too late."""
     with LocalKafka() as away:
@@ -212,6 +214,7 @@ def test_a_name_that_nobody_resolves_leaves_the_letters_for_another_try(spark):
         send_dead_letters(bad_rows(spark, "events", [b"x"]), settings, {"events": None})
 
 
+@pytest.mark.long
 def test_a_login_that_fails_leaves_the_letters_for_another_try(spark):
     """A broker that reads its users again refuses all of them for a while."""
     with LocalKafka(security="SASL_SSL") as secure:

@@ -180,6 +180,7 @@ def test_a_download_that_was_cut_off_is_one_line(kafka, tmp_path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.long
 def test_an_unreachable_broker_is_said_within_the_deadline():
     """An unreachable broker is reported within 15 s."""
     run = run_python(PRODUCER, "127.0.0.1:9", seconds=30)
@@ -262,6 +263,7 @@ def test_a_loop_outlasts_a_broker_that_is_away_and_counts_what_failed(tmp_path, 
     assert max(keys) - min(keys) < acknowledged + missing  # an id for each event sent
 
 
+@pytest.mark.long
 def test_a_loop_that_waits_for_its_broker_loses_nothing(tmp_path):
     """An outage is reported within seconds, and all events arrive when the broker is back."""
     errors = tmp_path / "errors"
@@ -281,6 +283,7 @@ def test_a_loop_that_waits_for_its_broker_loses_nothing(tmp_path):
     assert sorted(keys) == list(range(100_000, 100_000 + acknowledged))
 
 
+@pytest.mark.long
 def test_ctrl_c_while_the_broker_is_away_counts_what_is_known(tmp_path, impatient):
     """Ctrl-C works during an outage, and every event reported as acknowledged is stored."""
     errors = tmp_path / "errors"
@@ -296,6 +299,7 @@ def test_ctrl_c_while_the_broker_is_away_counts_what_is_known(tmp_path, impatien
         assert acknowledged <= len(read(kafka, "events")) <= acknowledged + missing
 
 
+@pytest.mark.long
 def test_a_topic_that_is_closed_meanwhile_is_reported(kafka, topic, tmp_path, impatient):
     """Rejected events are reported as they fail, and the loop continues."""
     errors = tmp_path / "errors"

@@ -123,8 +123,14 @@ def drained(spark, topic, settings):
     return sum(counts)
 
 
-@pytest.mark.parametrize("trust, keys", [("PEM", "PEM"), ("PKCS12", "PEM in the settings"),
-                                         ("JKS", "PEM")])  # fmt: skip
+@pytest.mark.parametrize(
+    "trust, keys",
+    [
+        ("PEM", "PEM"),
+        pytest.param("PKCS12", "PEM in the settings", marks=pytest.mark.long),
+        pytest.param("JKS", "PEM", marks=pytest.mark.long),
+    ],
+)
 def test_one_file_serves_the_producer_and_the_stream(spark, servers, write_config, trust, keys):
     """A key as PEM, and trusted certificates of any type, work in both Kafka clients."""
     topic = f"events-{trust}"

@@ -68,7 +68,9 @@ def test_other_users_get_nothing_from_sparks_ports(spark):
     assert b"Expected SaslMessage" in answer
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0", "10.1.2.3"])
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0", pytest.param("10.1.2.3", marks=pytest.mark.long)]
+)
 def test_sparks_page_is_off_where_a_site_would_open_it(address, tmp_path):
     """A site's spark-env.sh may set another address for Spark's page; then there is none."""
     (tmp_path / "spark-env.sh").write_text(f"export SPARK_LOCAL_IP={address}\n")

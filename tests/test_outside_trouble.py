@@ -107,6 +107,7 @@ def test_a_broker_that_comes_back_changes_no_total(spark, own_kafka, tmp_path):
     assert committed(own_kafka, options["group.id"]) == RECORDS
 
 
+@pytest.mark.long
 def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path, monkeypatch):
     """The stream stops after its deadline, and names the reason."""
     monkeypatch.setattr(errors, "AWAY_SECONDS", 1)  # of a commit
@@ -185,6 +186,7 @@ def test_a_stream_whose_broker_goes_away_at_once_begins_where_it_was_told(
     run_stream(get_or_create(), until=lambda: planned_offsets(tmp_path) == [RECORDS], timeout=600)
 
 
+@pytest.mark.long
 def test_a_recovery_that_fails_is_tried_again_in_the_same_process(
     own_kafka, checkpointed, tmp_path, monkeypatch
 ):
@@ -255,6 +257,7 @@ def forbid(kafka):
         admin.delete_acls(rules)
 
 
+@pytest.mark.long
 def test_a_deadline_that_passes_while_the_broker_is_away_names_the_broker(
     spark, own_kafka, monkeypatch
 ):

@@ -451,6 +451,7 @@ def test_only_partitions_that_exist_have_positions(spark, kafka, one, settings):
     planner.close()
 
 
+@pytest.mark.long
 def test_a_stream_that_is_behind_catches_up_with_larger_batches(
     spark, kafka, one, produce, settings
 ):

@@ -271,6 +271,7 @@ def test_a_sites_spark_of_the_same_version_is_good(monkeypatch, tmp_path):
     assert checks.check_spark()[1:] == (True, f"{version}, {tmp_path}", "")
 
 
+@pytest.mark.long
 def test_another_pyspark_is_replaced_by_the_pinned_one(monkeypatch, tmp_path, apply):
     """The remedy for another PySpark version installs the pinned one."""
     for entry in PYSPARK.iterdir():
@@ -294,6 +295,7 @@ def test_the_pinned_version_is_known_without_an_installation(check_in):
     assert check_in("check_spark()").ok
 
 
+@pytest.mark.long
 def test_jars_that_cannot_be_fetched_are_when_the_network_is_back(
     monkeypatch, tmp_path, check_in, apply
 ):

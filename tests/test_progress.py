@@ -27,6 +27,7 @@ def lines(tmp_path_factory):
     return run.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_each_file_is_one_line_when_it_is_done(lines):
     """The share of all tests, the time so far, the file's name, and how many tests it has."""
     done = [line for line in lines if re.fullmatch(r" *\d+ % +\d+:\d\d  \S+ \(\d\)", line)]
@@ -35,6 +36,7 @@ def test_each_file_is_one_line_when_it_is_done(lines):
     assert done[-1].startswith("100 %")
 
 
+@pytest.mark.long
 def test_a_test_that_fails_is_named_before_its_file_is_done(lines):
     """And once more in the summary, with the reason."""
     done = next(index for index, line in enumerate(lines) if line.endswith("test_first.py (2)"))

@@ -227,6 +227,7 @@ def repair(value):
 """
 
 
+@pytest.mark.long
 def test_a_broker_that_goes_away_is_an_error_in_time(tmp_path, capsys, monkeypatch):
     """A broker that dies in the middle ends the program with a reason; it doesn't wait for ever."""
     monkeypatch.setattr(replay_dead_letters, "COMMIT_SECONDS", 3)

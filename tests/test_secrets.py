@@ -168,7 +168,7 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-LONGER = ("replay_dead_letters", "structured")
+LONGER = ("kafka_producer", "replay_dead_letters", "structured")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,7 @@ def test_preflight_finds_a_secured_broker(secure_kafka, write_client):
     assert f"answers at {secure_kafka.bootstrap_servers}" in run.stdout, run.stdout + run.stderr
 
 
+@pytest.mark.long
 def test_the_search_finds_a_secret_on_a_command_line_and_on_a_page_of_spark(tmp_path):
     """The search that the other tests rely on finds what it looks for."""
     program = (

@@ -97,6 +97,7 @@ def _no_such(coordinate):
     raise session.JarsError(f"Maven Central has no {coordinate}: use a version that it has.")
 
 
+@pytest.mark.long
 def test_a_running_session_without_connector_gets_it(kafka, produce):
     """A running session gets the connector, and can then read Kafka and commit offsets."""
     kafka.create_topic("for-added-jars", partitions=1)
@@ -223,6 +224,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.long
 def test_a_session_that_ended_in_java_is_noticed():
     """After Java's end, `get_spark` starts again, or says that Python must be restarted."""
     run = run_python("-c", ENDED)

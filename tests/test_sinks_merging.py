@@ -52,6 +52,7 @@ def test_small_files_are_merged_while_the_sink_is_in_use(spark, path, tmp_path, 
     assert len(batches) == 24
 
 
+@pytest.mark.long
 def test_merged_files_are_removed_after_a_while(spark, path, tmp_path, often, monkeypatch):
     """Files that a merge has replaced are removed after a while."""
     monkeypatch.setattr(commits, "KEPT_SECONDS", 0)
@@ -64,6 +65,7 @@ def test_merged_files_are_removed_after_a_while(spark, path, tmp_path, often, mo
     assert stored(spark, path) == list(range(120))
 
 
+@pytest.mark.long
 def test_readers_see_each_event_once_while_files_are_merged(spark, path, often):
     """A reader sees the files before a merge or after it, never both or none."""
     counts, ended = [], threading.Event()
@@ -116,6 +118,7 @@ def test_files_that_cannot_be_merged_hold_up_no_others(spark, path, often, monke
     assert stored(spark, path) == list(range(110))
 
 
+@pytest.mark.long
 def test_large_batches_are_merged_as_far_as_they_fit(spark, path, tmp_path, often, monkeypatch):
     """A group above the size limit is merged in runs, and the replaced files are removed."""
     with Sink(spark, path) as sink:

@@ -225,6 +225,7 @@ def test_several_streams_and_topics_with_a_window_downstream(
     assert sizes[:3] == [22] * 3  # the records stay in the window for 2 s
 
 
+@pytest.mark.long
 def test_a_window_that_slides_by_several_intervals_has_all_records(
     ssc, kafka, produce, old_settings
 ):
@@ -255,6 +256,7 @@ def test_zookeepers_address_is_refused_at_once(ssc, address):
         KafkaUtils.createStream(ssc, address, "group", {"words": 1})
 
 
+@pytest.mark.long
 def test_where_nothing_answers_zookeeper_is_named_as_a_cause(ssc):
     """ZooKeeper at another port than its usual one doesn't answer as Kafka does either."""
     address = f"127.0.0.1:{free_port()}"
@@ -286,6 +288,7 @@ def test_streams_of_one_group_get_each_record_once(ssc, kafka, words, produce):
     assert {part.topic: found.offset for part, found in offsets.items()} == {words: 18, other: 4}
 
 
+@pytest.mark.long
 def test_streams_of_one_group_share_after_a_recovery(spark, kafka, words, produce, tmp_path):
     """A context from a checkpoint has the same streams, and each goes on with its own topics."""
     found = []
@@ -515,8 +518,12 @@ def test_partial_functions_and_methods_are_called(ssc, words, old_settings):
     "decoders, name",
     [
         ({}, "valueDecoder"),
-        ({"keyDecoder": int}, "keyDecoder"),
-        ({"valueDecoder": bytes, "messageHandler": lambda record: record.none}, "messageHandler"),
+        pytest.param({"keyDecoder": int}, "keyDecoder", marks=pytest.mark.long),
+        pytest.param(
+            {"valueDecoder": bytes, "messageHandler": lambda record: record.none},
+            "messageHandler",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_record_that_cannot_be_decoded_is_named(
@@ -531,6 +538,7 @@ def test_a_record_that_cannot_be_decoded_is_named(
         drain(ssc, stream)
 
 
+@pytest.mark.long
 def test_a_stopped_session_is_one_sentence(tmp_path):
     """A notebook's cell that stopped Spark leaves a session that nothing can use."""
     program = f"""

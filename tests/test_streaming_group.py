@@ -196,6 +196,7 @@ def test_of_two_queries_in_a_group_the_first_withdraws(query_of, one, produce, s
     assert "Offset 8 of" in warning
 
 
+@pytest.mark.long
 def test_a_query_continues_the_commits_of_an_earlier_one(query_of, one, produce, settings, caplog):
     """A restarted program commits to the same group, with its old checkpoint or a new one."""
     for count, checkpoint in ((5, "old"), (8, "old"), (11, "new")):
@@ -247,6 +248,7 @@ def test_a_slow_commit_delays_nobody_and_the_last_offsets_win(
     client.close()
 
 
+@pytest.mark.long
 def test_a_commit_that_gets_no_answer_is_made_up_for(spark, tmp_path, caplog):
     """A broker that goes away after a batch stops no query; the next run commits the batch."""
     with LocalKafka() as broker:

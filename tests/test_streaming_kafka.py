@@ -425,6 +425,7 @@ def drain_backlog(spark, kafka, settings, events, initial_rate):
     return sizes, [delay.get() / 1000 for delay in delays]
 
 
+@pytest.mark.long
 def test_backpressure_begins_with_the_initial_rate(spark, kafka, settings):
     """The first batch after a break doesn't take the whole backlog."""
     sizes, _ = drain_backlog(spark, kafka, settings, events=5_000, initial_rate=500)

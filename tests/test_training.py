@@ -220,6 +220,7 @@ def with_a_hidden_layer():
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_mixed_precision_scales_the_loss_as_keras_does(spark):
     """A network of mixed precision trains on workers that have another policy, and scaled."""
     keras.config.set_dtype_policy("mixed_float16")
@@ -236,15 +237,20 @@ def test_mixed_precision_scales_the_loss_as_keras_does(spark):
     assert optimizer["class_name"] == "LossScaleOptimizer"
 
 
+OPTIMIZERS = {
+    "scaled": keras.optimizers.SGD(0.5, loss_scale_factor=1_024),
+    "averaged": keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5),
+    "decayed": keras.optimizers.AdamW(0.1, weight_decay=0.1, global_clipnorm=0.5),
+    "slower": keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.5)),
+}
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
-        keras.optimizers.SGD(0.5, loss_scale_factor=1_024),
-        keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5),
-        keras.optimizers.AdamW(0.1, weight_decay=0.1, global_clipnorm=0.5),
-        keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.5)),
+        pytest.param(optimizer, id=name, marks=() if name == "averaged" else pytest.mark.long)
+        for name, optimizer in OPTIMIZERS.items()
     ],
-    ids=["scaled", "averaged", "decayed", "slower and slower"],
 )
 def test_rounds_go_on_with_the_optimizer_as_keras_does(spark, optimizer):
     """Rounds keep the optimizer's state: four rounds of one worker equal four epochs of `fit`."""
@@ -328,6 +334,7 @@ def in_a_thread(trainer, df):
     return thread, outcome
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_is_replaced_and_nothing_changes(spark, events):
     """Spark reruns the task of a killed worker, and the weights are identical."""
     recipe = {"num_epoch": 3, "batch_size": 128}
@@ -344,6 +351,7 @@ def test_a_worker_that_dies_is_replaced_and_nothing_changes(spark, events):
         np.testing.assert_array_equal(weights, same)
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_the_jobs_and_leaves_nothing(spark, events):
     """An interrupt ends the jobs and frees cached rows; the session stays usable."""
     context = spark.sparkContext
@@ -398,6 +406,7 @@ def test_nothing_listens_beyond_loopback_during_a_training(spark, events):
     assert not workers & {process for process, _ in seen}
 
 
+@pytest.mark.long
 def test_more_workers_than_slots_take_turns(spark, capsys):
     """Workers beyond the number of task slots take turns instead of waiting for executors."""
     trainer = AveragingTrainer(tiny(), **by_number(num_workers=5, batch_size=10))
@@ -405,6 +414,7 @@ def test_more_workers_than_slots_take_turns(spark, capsys):
     assert len(trainer.get_history()) == 1
 
 
+@pytest.mark.long
 def test_predictions_go_on_beside_a_training(spark, unseen):
     """Predictions and training share Python workers, and predictions don't change."""
     model = build_model()
@@ -564,6 +574,7 @@ def test_a_number_that_the_input_cannot_hold_is_refused(spark, make):
         make(model, **by_number()).train(df)
 
 
+@pytest.mark.long
 def test_refused_rows_cost_no_worker(spark):
     """Refused rows keep the Python workers alive, so the next job needn't start new ones."""
     df = rows_of(spark, range(20_000)).repartition(2)
