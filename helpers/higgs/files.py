@@ -40,7 +40,11 @@ from helpers.spark import exact_path, exact_reader, file_size, full_path
 _LAYOUTS = ((), (LABEL,), ("Weight", LABEL), BOOKKEEPING)
 
 _TEXTS = (LABEL, "KaggleSet")
-_COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
+# By how a file begins, because its name may lack the suffix, or have one that isn't true.
+_COMPRESSION = {
+    b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\3\4": "zip",
+}  # fmt: skip
 _ROWS = 10_000  # parsed at a time
 # Names of local files that Hadoop can't open, because of a colon, or that Spark ignores.
 _UNREADABLE = re.compile(r"^[._]|:")
@@ -54,8 +58,8 @@ def read_events(path: str | os.PathLike[str]) -> pd.DataFrame:
     Parameters
     ----------
     path : str or path-like
-        A CSV file in UTF-8, plain or compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``, or a
-        ``.zip`` with one file), with the columns of CERN's file (35), Kaggle's training file (33),
+        A CSV file in UTF-8, plain or compressed (gzip, bzip2, xz, Zstandard, or a ZIP archive with
+        one file), with the columns of CERN's file (35), Kaggle's training file (33),
         Kaggle's test file (31, no classes) or `generate_events` (32), in any order.
 
     Returns
@@ -166,7 +170,7 @@ def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame
 
 def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
     """Yield the events in a file's content, `_ROWS` at a time."""
-    codec = _COMPRESSION.get(Path(path).suffix.lower())
+    codec = next((name for start, name in _COMPRESSION.items() if content.startswith(start)), None)
     if codec is None and b"\0" in content:  # where pandas would end a value
         raise _RefusedError(
             f"{path} has bytes that are zero, which text doesn't have, so a part of it is missing "
