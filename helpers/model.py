@@ -31,6 +31,9 @@ CLASS_COUNT = 2
 SEED = 39
 
 _TRIED = 32  # how many events a model and its copy must agree on
+_OPEN_SIZE = 8  # of the events that a model of any size is tried with
+
+_ROUNDING = 0.01  # how far probabilities may be off, such as with float16
 
 # Layers that leave a probability unchanged at the end of a network.
 _UNCHANGING = ("Dropout", "Flatten", "Identity", "Reshape")
@@ -281,18 +284,21 @@ class ServableModel(NamedTuple):
         The model, for `model_from_bytes`.
     interface : Interface
         Its input and output for one event.
+    gives_probabilities : bool
+        Whether the values of its classes are probabilities, for some events.
     """
 
     content: bytes
     interface: Interface
+    gives_probabilities: bool
 
 
 def servable_model(model: keras.Model) -> ServableModel:
     """Return a model ready to be sent to workers, after checking that they can use it.
 
     It is loaded here as a worker loads it, must return the same numbers as the model itself, and
-    scores three events. A model of a class that isn't
-    part of Keras is sent as the functional model of the layers that its `call` uses.
+    scores some events. A model of a class that isn't part of Keras is sent as the functional model
+    of the layers that its `call` uses.
 
     Parameters
     ----------
@@ -315,8 +321,11 @@ def servable_model(model: keras.Model) -> ServableModel:
     """
     content, network = worker_copy(model)
     interface = interface_of(network)
-    _try(network, interface)
-    return ServableModel(content, interface)
+    score = _try(network, interface)
+    events = np.empty((0, 0))  # if it is unknown how many features the network needs
+    if interface.features:
+        (events,) = _sample([(interface.features,)], [interface.dtype])
+    return ServableModel(content, interface, gives_probabilities(score, events))
 
 
 def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
@@ -371,20 +380,22 @@ def check_copy(network: keras.Model, copy: keras.Model) -> None:
     """
     import keras
 
-    random = np.random.default_rng(0)
-    shapes = [given.shape[1:] for given in network.inputs]
-    if any(None in shape for shape in shapes):
-        return  # unknown how many features the network needs
+    # A size that is open may be any, unless the network's layers say otherwise.
+    shapes = [
+        tuple(_OPEN_SIZE if size is None else size for size in given.shape[1:])
+        for given in network.inputs
+    ]
+    dtypes = [given.dtype for given in network.inputs]
     events = [
-        keras.ops.convert_to_tensor(random.normal(scale=2, size=(_TRIED, *shape)), given.dtype)
-        for given, shape in zip(network.inputs, shapes, strict=True)
+        keras.ops.convert_to_tensor(each, dtype)
+        for each, dtype in zip(_sample(shapes, dtypes), dtypes, strict=True)
     ]
     try:
         expected, found = (
             keras.tree.flatten(model(events if len(events) > 1 else events[0], training=False))
             for model in (network, copy)
         )
-    except Exception:  # such as an embedding's, for a number that it doesn't know
+    except Exception:  # such as for an open size that must be a certain one after all
         return
     if not all(
         np.allclose(keras.ops.cast(one, "float64"), keras.ops.cast(other, "float64"),
@@ -396,6 +407,40 @@ def check_copy(network: keras.Model, copy: keras.Model) -> None:
             "which was loaded in its place: write Keras' functions as strings, such as "
             'activation="gelu", and build others from keras.layers and keras.ops'
         )
+
+
+def gives_probabilities(score: Callable[[np.ndarray], np.ndarray], events: np.ndarray) -> bool:
+    """Return whether the values of all classes are probabilities, for some events.
+
+    Parameters
+    ----------
+    score : callable
+        A network's `scoring_function`.
+    events : numpy.ndarray
+        Features of shape (events, features).
+
+    Examples
+    --------
+    >>> gives_probabilities(scoring_function(build_model()), np.ones((3, 30)))
+    True
+    """
+    values = score(events)
+    values = values[np.isfinite(values).all(axis=1)]  # a layer may not be defined for all events
+    is_in_range = (values > -_ROUNDING).all() and (values < 1 + _ROUNDING).all()
+    return bool(is_in_range and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING))
+
+
+def _sample(shapes: list[tuple[int, ...]], dtypes: list[str]) -> list[np.ndarray]:
+    """Return random events for inputs: zeros and ones for integers, which may be few categories."""
+    import keras
+
+    random = np.random.default_rng(0)
+    sizes = [(_TRIED, *shape) for shape in shapes]
+    return [
+        random.normal(scale=2, size=size) if keras.backend.is_float_dtype(dtype)
+        else random.integers(0, 2, size).astype("float64")
+        for size, dtype in zip(sizes, dtypes, strict=True)
+    ]  # fmt: skip
 
 
 def compiled_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
@@ -446,8 +491,9 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     callable
         Takes float64 of shape (events, features), which are converted to the type of the model's
         input. Returns float64 of shape (events, classes): the model's output, or [1 - p, p] if that
-        is a single probability p. If the input takes integers and a feature is not one that it can
-        represent, the event's values are NaN.
+        is a single probability p. The values of an event are NaN if the input can't represent a
+        feature (such as an infinite one, or 2.5 as an integer), or if the model fails on the event
+        (such as an embedding on an unknown category).
 
     Examples
     --------
@@ -465,11 +511,9 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         shape = (len(features), *interface.event_shape(features.shape[1]))
         with np.errstate(invalid="ignore", over="ignore"):  # unfit values are found below
             typed = features.astype(dtype.as_numpy_dtype)
-        unfit = np.zeros(len(features), bool)
-        if not dtype.is_floating:
-            unfit = (typed != features).any(axis=1)
-            typed[unfit] = 0  # because a model, such as an embedding, could fail on them
-        values = predict(typed.reshape(shape)).astype("float64")
+        unfit = (np.isinf(typed) if dtype.is_floating else typed != features).any(axis=1)
+        typed[unfit] = 0  # because a model, such as an embedding, could fail on them
+        values = _predicted(predict, typed.reshape(shape), interface.outputs).astype("float64")
         if values.shape != (len(features), interface.outputs):
             raise _refusal(
                 f"it returns an array of shape {values.shape} for {len(features)} events: make it "
@@ -481,6 +525,30 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         return values
 
     return score
+
+
+def _predicted(
+    predict: Callable[[np.ndarray], np.ndarray], events: np.ndarray, outputs: int
+) -> np.ndarray:
+    """Return a network's output; NaN for events on which it fails, unless it fails on zeros."""
+    import tensorflow
+
+    failure = tensorflow.errors.InvalidArgumentError
+
+    def halved(events: np.ndarray) -> np.ndarray:
+        try:
+            return predict(events)
+        except failure:
+            if len(events) == 1:
+                return np.full((1, outputs), np.nan, "float32")
+            middle = len(events) // 2
+            return np.concatenate([halved(events[:middle]), halved(events[middle:])])
+
+    try:
+        return predict(events)
+    except failure:
+        predict(np.zeros_like(events[:1]))  # raises again if the network is at fault
+        return halved(events)
 
 
 def _fault(model: keras.Model) -> str | None:
@@ -591,13 +659,14 @@ def _is_shape(shape: object) -> bool:
     return isinstance(shape, tuple) and all(isinstance(size, int | None) for size in shape)
 
 
-def _try(network: keras.Model, interface: Interface) -> None:
-    """Raise `UnservableModelError` unless a network scores three events."""
+def _try(network: keras.Model, interface: Interface) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a network's scoring function; raise `UnservableModelError` if it can't score three."""
     try:
         score = scoring_function(network)
         if interface.features:  # otherwise, it is unknown how many the network needs
             numbers = np.linspace(0, 1, 3 * interface.features, endpoint=False)
             score(numbers.reshape(3, -1))
+        return score
     except UnservableModelError:
         raise
     except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 
 _SCORES = ArrayType(DoubleType())
 
+# In a column's metadata: whether its predictions are probabilities, as far as a model was tried.
+_ARE_PROBABILITIES = "probabilities"
+
 NO_PREDICTION = "the model has no finite prediction for its features"
 
 Network = TypeVar("Network")
@@ -120,8 +123,9 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
     Notes
     -----
     A prediction with a NaN or an infinite value is discarded: in a column of events, the record
-    becomes a bad one, with the reason; otherwise the output is null. Features such as 2.5 or 3e9
-    are treated in the same way if the model's input takes 32-bit integers.
+    becomes a bad one, with the reason; otherwise the output is null. The same holds for features
+    that the model's input can't represent, such as infinity, or 2.5 and 3e9 as 32-bit integers, and
+    for those on which the model fails, such as a category that an embedding doesn't know.
 
     With Spark's `predict_batch_udf` in its place, reading, parsing and scoring 150,000 events takes
     1.26 times as long (31.0 instead of 24.7 microseconds per event on 2 cores), because that
@@ -167,7 +171,8 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
         return _ModelPredictorReader(cls)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        context, (model, interface) = dataset.sparkSession.sparkContext, self._checked_model()
+        context, servable = dataset.sparkSession.sparkContext, self._checked_model()
+        model, interface, gives_probabilities = servable
         name, output = self.getFeaturesCol(), self.getOutputCol()
         names = self.getOrDefault(self.featureNames)
         if name in dataset.columns and _holds_events(dataset.schema[name].dataType):
@@ -182,7 +187,8 @@ class ModelPredictor(Transformer, HasFeaturesCol, HasOutputCol, MLWritable, MLRe
             features = _array_of(dataset, names) if names else _entries(dataset, name, interface)
             found = _network_function(context, model, _SCORES, _SCORES)(features)
             scored, scores = dataset.withColumn(output, found), named(output)
-        return scored.withColumn(output, _vector(scores, output, interface.classes))
+        vector = _vector(scores, output, interface.classes, gives_probabilities)
+        return scored.withColumn(output, vector)
 
     def _checked_model(self) -> ServableModel:
         if self._model is None:
@@ -218,8 +224,9 @@ class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, 
     """Add the index of the class chosen from a prediction.
 
     The first class whose value reaches `activation_threshold` is chosen; otherwise the class with
-    the largest value above 0; otherwise `default_index`. These rules are for probabilities: end a
-    network that returns logits with a softmax. Spark computes the index without Python.
+    the largest value above 0; otherwise `default_index`. These rules are for probabilities: a
+    `ModelPredictor` whose network returns others, such as logits, is rejected. Spark computes the
+    index without Python.
 
     Parameters
     ----------
@@ -287,6 +294,11 @@ class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, 
         found = _width_in_metadata(dataset, name)
         if found not in (None, classes):
             raise ValueError(_wrong_output_dim(found, classes))
+        if not dataset.schema[name].metadata.get(_ARE_PROBABILITIES, True):
+            raise ValueError(
+                f"the predictions in column {name!r} are not probabilities, so no class can be "
+                "chosen: end the network with a softmax over the classes, or with a single sigmoid."
+            )
         threshold = self.getOrDefault(self.activationThreshold)
         default = self.getOrDefault(self.defaultIndex)
         index = _index(dataset.sparkSession.sparkContext, name, classes, threshold, default)
@@ -410,10 +422,10 @@ def _load(model: Broadcast[bytes]) -> _Loaded:
     return _Loaded(scoring_function(network), interface_of(network).features)
 
 
-def _vector(scores: Column, name: str, width: int) -> Column:
+def _vector(scores: Column, name: str, width: int, are_probabilities: bool) -> Column:
     """Return lists as vectors, under a name; null stays null."""
-    # Spark ML's metadata for the number of entries.
-    metadata = {"ml_attr": {"num_attrs": width}}
+    # Spark ML's metadata for the number of entries, and the kit's own.
+    metadata = {"ml_attr": {"num_attrs": width}, _ARE_PROBABILITIES: are_probabilities}
     return F.when(scores.isNotNull(), array_to_vector(scores)).alias(name, metadata=metadata)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+import tensorflow
 
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import (
@@ -19,6 +20,7 @@ from helpers.model import (
     normalized_network,
     scoring_function,
     servable_model,
+    worker_copy,
 )
 from helpers.serving import (
     ServingModel,
@@ -96,6 +98,20 @@ def test_a_function_that_keras_would_replace_is_refused(serving_model, tmp_path,
         scaled_network(model, means, scales)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [keras.Input((None, 1)), keras.layers.GRU(4)],
+        [keras.Input((3,), dtype="int32"), keras.layers.Embedding(4, 4), keras.layers.Flatten()],
+    ],
+    ids=["any number of features", "few categories"],
+)
+def test_such_a_function_is_found_whatever_the_input(layers):
+    """Inputs of any size, and of integers that an embedding knows, are tried as well."""
+    with pytest.raises(UnservableModelError, match="saved copy returns other numbers"):
+        servable_model(keras.Sequential([*layers, keras.layers.Dense(1, sigmoid)]))
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_of_several_outputs_inside_the_used_one_counts(place):
     """A network inside another one may have outputs that are not used."""
@@ -132,13 +148,52 @@ def test_moderate_events_are_scaled_as_by_keras_alone(model, features):
     )
 
 
-@pytest.mark.parametrize("mean, scale", [(1.7e9, 1000.0), (0.0, 1e-6), (0.0, 1e17), (-5.0, 2.0)])
+@pytest.mark.parametrize(
+    "mean, scale",
+    [(1.7e9, 1000.0), (1_712_345_678.9, 60.0), (0.0, 1e-6), (0.0, 1e17), (-5.0, 2.0)],
+)
 def test_a_scale_of_any_size_is_served_as_it_was_trained(mean, scale):
-    """A time in seconds has a large mean beside a small scale."""
+    """A time in seconds has a large mean beside a small scale, also in a worker's copy."""
     network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2, "softmax")])
-    score = scoring_function(scaled_network(network, [mean], [scale]))
+    scaled = scaled_network(network, [mean], [scale])
     expected = network.predict(np.array([[0.3]]), verbose=0)
-    np.testing.assert_allclose(score(np.array([[mean + 0.3 * scale]])), expected, atol=1e-6)
+    for each in (scaled, worker_copy(scaled)[1]):
+        found = scoring_function(each)(np.array([[mean + 0.3 * scale]]))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_events_on_which_a_network_fails_have_no_prediction():
+    """An unknown category fails in an embedding; the other events have their predictions."""
+    network = keras.Sequential([
+        keras.Input((2,), dtype="int32"), keras.layers.Embedding(9, 4), keras.layers.Flatten(),
+        keras.layers.Dense(1, "sigmoid"),
+    ])  # fmt: skip
+    categories = np.random.default_rng(0).integers(0, 9, (1_000, 2))
+    expected = network.predict(categories, verbose=0)[:, 0]
+    unknown = [0, 7, 8, 999]
+    categories[unknown, 1] = 12
+    found = scoring_function(network)(categories.astype("float64"))[:, 1]
+    assert np.flatnonzero(np.isnan(found)).tolist() == unknown
+    np.testing.assert_allclose(np.delete(found, unknown), np.delete(expected, unknown), atol=1e-6)
+
+
+def test_a_network_that_fails_on_all_events_is_an_error():
+    """Its events are not bad records: the network has a fault."""
+    reshaped = keras.layers.Reshape((4, 2))  # of a number of features that it learns too late
+    network = keras.Sequential([keras.Input((None, 2)), reshaped, keras.layers.Flatten(),
+                                keras.layers.Dense(1, "sigmoid")])  # fmt: skip
+    score = scoring_function(network)
+    assert score(np.ones((3, 8))).shape == (3, 2)
+    with pytest.raises(tensorflow.errors.InvalidArgumentError):
+        score(np.ones((3, 6)))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e300])
+def test_a_feature_that_the_input_cannot_hold_gives_no_prediction(value):
+    """A sigmoid would turn infinity into a certain class."""
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, "sigmoid")])
+    found = scoring_function(network)(np.array([[1.0, 2.0], [1.0, value]]))
+    assert np.isfinite(found).tolist() == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-9, 1e20, float("nan")])

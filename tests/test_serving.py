@@ -146,6 +146,24 @@ def test_what_cannot_be_served_is_not_saved(serving_model, tmp_path):
         save_serving_model(replace(serving_model, network=network), path)
 
 
+def test_a_model_that_was_never_saved_is_checked_as_well(serving_model):
+    """Unscaled features, or a threshold in percent, would give wrong classes without an error."""
+    _, network = serving_model.network.layers
+    with pytest.raises(ServingModelError, match="doesn't scale its inputs with the contract's"):
+        ServingTransformer(replace(serving_model, network=network))
+    percent = replace(serving_model.contract, threshold=50)
+    with pytest.raises(ServingModelError, match="threshold is 50, not between 0 and 1"):
+        ServingTransformer(replace(serving_model, contract=percent))
+
+
+def test_another_threshold_is_another_version(serving_model, table, tmp_path):
+    """The version that results carry is that of the saved file, or would be its version."""
+    changed = replace(serving_model, contract=replace(serving_model.contract, threshold=0.8))
+    found = ServingTransformer(changed).transform(table).first()[MODEL_VERSION]
+    saved = save_serving_model(changed, tmp_path / "model.keras")
+    assert found == saved.version != serving_model.version
+
+
 def test_a_new_version_serves_from_the_next_batch_on(
     make_serving_model, serving_model, table, tmp_path, caplog
 ):

@@ -645,6 +645,13 @@ def test_where_a_stream_began_in_a_deleted_topic_says_nothing_of_a_new_one(spark
         assert sink.positions({"events": "id-2"}) == dict.fromkeys(begun, 0)
 
 
+@pytest.mark.parametrize("index", [2, -1])
+def test_a_signal_index_that_no_event_can_have_is_refused(spark, path, index):
+    """Its counts would be 0 in each batch, and the path would keep the wrong index."""
+    with pytest.raises(ValueError, match=f"signal_index is {index}: give 0 or 1"):
+        ParquetSink(spark, path, signal_index=index)
+
+
 def refuses(*_):
     """Fail as a file system does that can't set a file's time."""
     raise PermissionError("not allowed here")

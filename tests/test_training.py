@@ -627,6 +627,14 @@ def test_wrong_options_are_refused(spark, options, reason):
 
 
 @pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
+def test_a_loss_that_compares_classes_needs_more_than_one_output(spark, make):
+    """With one output, its value is always 0, so nothing would be learned."""
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, "sigmoid")])
+    with pytest.raises(ValueError, match="only one output: use loss='binary_crossentropy'"):
+        make(network).train(rows_of(spark, range(4)))
+
+
+@pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
 def test_options_are_named(make):
     """Options must be named, since Distributed Keras has them in another order."""
     with pytest.raises(TypeError, match="positional arguments"):

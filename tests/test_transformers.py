@@ -394,6 +394,16 @@ def test_another_number_of_classes_is_refused(spark, vectors):
         LabelIndexTransformer(output_dim=2).transform(unknown).collect()
 
 
+@pytest.mark.parametrize("activation", ["linear", "sigmoid", "log_softmax"])
+def test_no_class_is_chosen_by_what_is_no_probability(spark, activation):
+    """Of logits, the rules for probabilities would choose a wrong class without a word."""
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, activation)])
+    rows = spark.createDataFrame([(Vectors.dense([1.0, 2.0]),)], ["features"])
+    scored = ModelPredictor(keras_model=network).transform(rows)
+    with pytest.raises(ValueError, match=r"'prediction' are not probabilities.* with a softmax"):
+        LabelIndexTransformer(output_dim=2).transform(scored)
+
+
 def test_sparse_vectors_are_scored_too(spark, model):
     """Sparse vectors, which VectorAssembler makes of rows with many zeros, are scored."""
     dense = [0.0] * 29 + [1.0]

@@ -10,7 +10,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from helpers.model import (
     check_copy,
+    gives_probabilities,
     interface_of,
     model_on_worker,
     model_to_bytes,
@@ -33,7 +34,6 @@ CONTRACT = "contract.json"  # the contract's name in the .keras file, which is a
 _KERAS_FILES = ("metadata.json", "config.json", "model.weights.h5")  # contents of any .keras file
 
 _TRIED = 32  # on how many events a network must return probabilities
-_ROUNDING = 0.01  # how far these may be off, such as with float16
 
 _DIGEST_LENGTH = 12  # hexadecimal digits of a version
 
@@ -119,6 +119,36 @@ def load_serving_model(path: str | os.PathLike[str]) -> ServingModel:
         raise FileNotFoundError(f"there is no file {path}.")
     # Read the file once, because it may be replaced at any moment.
     return _serving_model_in(path.read_bytes(), path)
+
+
+def verified(model: ServingModel) -> ServingModel:
+    """Return a serving model with the version of its content, after checking that its parts agree.
+
+    A model that was loaded, and not changed since, has been checked.
+
+    Parameters
+    ----------
+    model : ServingModel
+        The network and its contract.
+
+    Raises
+    ------
+    ServingModelError
+        If network and contract disagree.
+
+    Examples
+    --------
+    >>> verified(serving_model).version == serving_model.version
+    True
+    """
+    files = _files_in(model_to_bytes(model.network), Path("the network"))
+    version = _digest(files, asdict(model.contract))[:_DIGEST_LENGTH]
+    if version == model.version:
+        return model
+    faults = model.contract.faults() or _disagreements(model.network, model.contract)
+    if faults:
+        raise ServingModelError(f"this model can't serve: {'; '.join(faults)}.")
+    return replace(model, version=version)
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
@@ -222,21 +252,14 @@ def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
         "helpers.serving.scaled_network)": _scales_with(network, contract),
     }  # fmt: skip
     faults = [fault for fault, holds in rules.items() if not holds]
-    if not faults and not _returns_probabilities(network, contract):
+    random = np.random.default_rng(0).normal(size=(_TRIED, len(contract.means)))
+    events = contract.means + np.multiply(contract.scales, 3 * random)
+    if not faults and not gives_probabilities(scoring_function(network), events):
         faults.append(
             "the network doesn't return probabilities: end it with a softmax over the classes, "
             "or with a single sigmoid"
         )
     return faults
-
-
-def _returns_probabilities(network: keras.Model, contract: Contract) -> bool:
-    """Return whether the values of both classes are probabilities for some events."""
-    random = np.random.default_rng(0).normal(size=(_TRIED, len(contract.means)))
-    values = scoring_function(network)(contract.means + np.multiply(contract.scales, 3 * random))
-    values = values[np.isfinite(values).all(axis=1)]  # a layer may not be defined for all events
-    is_in_range = (values > -_ROUNDING).all() and (values < 1 + _ROUNDING).all()
-    return is_in_range and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING)
 
 
 def _scales_with(network: keras.Model, contract: Contract) -> bool:

@@ -22,8 +22,8 @@ from helpers.records import name_faults, named
 if TYPE_CHECKING:
     import keras
 
-# Keras' Normalization divides by no less than the first. It loads its variance, the square of the
-# scale, as a 32-bit float.
+# Keras' Normalization divides by no less than the first. The square of the second is still a 32-bit
+# float, which the variance was in files of earlier versions.
 _SMALLEST_SCALE, _LARGEST_SCALE = 1e-7, 1e18
 
 _LIBRARIES = ("keras", "tensorflow-cpu", "tensorflow", "numpy", "pyspark")
@@ -140,7 +140,7 @@ class ServingModel:
         Describes the network's inputs and outputs.
     version : str
         The beginning of a digest of network and contract, so the same content always has the same
-        version. Empty if the model was never saved.
+        version. Empty before the model is saved.
     """
 
     network: keras.Model
@@ -189,11 +189,14 @@ def scaled_network(
             f"the scale {unfit[0]} is not between {_SMALLEST_SCALE} and {_LARGEST_SCALE}: give the "
             "feature in another unit, or leave it out if it is constant."
         )
-    # In 64-bit floats, because a small scale beside a large mean, as of a time, needs their digits.
+    # In 64-bit floats, because a small scale beside a large mean, as of a time, needs their digits;
+    # and as weights, because Keras loads the layer's arguments as 32-bit floats.
     features = keras.Input((len(means),), dtype="float64", name="features")
-    scaling = keras.layers.Normalization(
-        mean=np.array(means, "float64"), variance=np.square(scales), name="scaling", dtype="float64"
-    )
+    scaling = keras.layers.Normalization(name="scaling", dtype="float64")
+    scaling.build((None, len(means)))
+    scaling.adapt_mean.assign(np.array(means, "float64"))
+    scaling.adapt_variance.assign(np.square(np.array(scales, "float64")))
+    scaling.finalize_state()
     _, network = worker_copy(network)  # without an optimizer, if it has one
     return keras.Sequential([features, scaling, network])
 

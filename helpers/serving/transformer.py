@@ -7,6 +7,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from helpers.records import MODEL_VERSION, vector_entries
+from helpers.serving.archive import verified
 from helpers.serving.contract import ServingModel
 from helpers.transformers import ModelPredictor
 
@@ -16,7 +17,7 @@ class ServingTransformer(Transformer):
 
     The features are those of the column ``event``, which `helpers.records.parse_events` returns for
     the model's `schema`. Without such a column, each feature is read from the column of the same
-    name; if one is null or NaN, the prediction is null.
+    name; if one is null, NaN or infinite, the prediction is null.
 
     Parameters
     ----------
@@ -26,7 +27,12 @@ class ServingTransformer(Transformer):
     Attributes
     ----------
     model : ServingModel
-        The network and its contract.
+        The network and its contract, with the version of this content.
+
+    Raises
+    ------
+    ServingModelError
+        If network and contract disagree.
 
     Examples
     --------
@@ -36,9 +42,9 @@ class ServingTransformer(Transformer):
 
     def __init__(self, model: ServingModel) -> None:
         super().__init__()
-        self.model = model
         names = model.contract.feature_names
         self._predictor = ModelPredictor(model.network, features_col="event", feature_names=names)
+        self.model = verified(model)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
         scored = self._predictor.transform(dataset)

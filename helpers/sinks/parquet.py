@@ -76,7 +76,7 @@ class ParquetSink:
         The folder's path or URI, on any file system that Spark's Hadoop client supports. A sink
         continues the output of an earlier one there.
     signal_index : int
-        The index of the signal class.
+        The index of the signal class, 0 or 1.
     on_bad_record : str
         What to do with records that are not events. ``"stop"``: fail the batch and store nothing of
         it. ``"skip"``: store them separately, with their bytes and the reason. ``"dead-letter"``:
@@ -96,8 +96,8 @@ class ParquetSink:
         If another sink is open on the path, the results there have another `event_id` or
         `signal_index`, or a topic was recreated.
     ValueError
-        If `on_bad_record` is invalid, there are no settings for dead letters, `event_id` is the
-        name of another column, or Hadoop can't use the path.
+        If `signal_index` or `on_bad_record` is invalid, there are no settings for dead letters,
+        `event_id` is the name of another column, or Hadoop can't use the path.
 
     Examples
     --------
@@ -125,6 +125,8 @@ class ParquetSink:
     ) -> None:
         if faults := name_faults(event_id, ()):
             raise ValueError(f"{'; '.join(faults)}.")
+        if signal_index not in (0, 1):
+            raise ValueError(f"signal_index is {signal_index!r}: give 0 or 1, one of two classes.")
         self._spark, self.path = spark, exact_path(spark, path).rstrip("/")
         self._treat_bad_records = policy_for(on_bad_record, settings)
         self._on_bad_record = on_bad_record

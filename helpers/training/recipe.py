@@ -26,6 +26,8 @@ _PROBABILITIES = (
     "binary_crossentropy", "categorical_crossentropy", "binary_focal_crossentropy",
     "categorical_focal_crossentropy", "kl_divergence",
 )  # fmt: skip
+# Of one output, Keras takes the share in the sum of all, which is 1: nothing would be learned.
+_BETWEEN_CLASSES = ("categorical_crossentropy", "categorical_focal_crossentropy")
 _SIGNS = ("hinge", "squared_hinge", "categorical_hinge")
 
 
@@ -63,7 +65,8 @@ def format_of(model: keras.Model, loss: Any) -> Format:
     Raises
     ------
     ValueError
-        If the network doesn't take a table, or the loss isn't a mean over rows.
+        If the network doesn't take a table, or the loss isn't a mean over rows or needs several
+        outputs.
     """
     import keras
 
@@ -83,6 +86,13 @@ def format_of(model: keras.Model, loss: Any) -> Format:
                 f"the network's {name} have the shape {shape}: to train on a table, it must be "
                 f"(rows, {name})."
             )
+    if shapes["outputs"][1] == 1 and any(
+        _function_of(loss) is getattr(keras.losses, name) for name in _BETWEEN_CLASSES
+    ):
+        raise ValueError(
+            "the loss compares the outputs of all classes, but the network has only one output: "
+            "use loss='binary_crossentropy'."
+        )
     dtype = model.inputs[0].dtype
     if keras.backend.is_float_dtype(dtype) and dtype != "float64":
         dtype = "float32"  # the network rounds them to shorter ones
