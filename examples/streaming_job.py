@@ -98,11 +98,6 @@ def run_structured(
         RECORDS_PER_BATCH,
     )  # fmt: skip
     with query, monitor.follow(spark):
-        if any(positions.get(part, 0) < end for part, end in query.finished().items()):
-            raise SinkError(
-                f"{options.checkpoint} is ahead of {options.output}: give the --output that "
-                "belongs to it, or a new --checkpoint."
-            )
         score_stream(query, score, sink, monitor)
         interval = None if options.available_now else options.interval
         query.run(until=stopping.is_set, interval=interval)

@@ -19,7 +19,7 @@ from pyspark.sql import DataFrame
 
 from helpers.monitor import Batch, Monitor
 from helpers.records import keep_bad_records
-from helpers.sinks import ParquetSink, check_topics
+from helpers.sinks import ParquetSink, SinkError, check_topics
 from helpers.streaming import PlannedBatch, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
@@ -38,6 +38,9 @@ class Source(Protocol):
 
     def positions(self) -> Mapping[TopicAndPartition, int]:
         """Return where the next batch begins in each partition."""
+
+    def finished(self) -> Mapping[TopicAndPartition, int]:
+        """Return where the last finished batch ended, if the source itself keeps that."""
 
     def lag_after(self, batch_id: int) -> int:
         """Return how many offsets are left after a batch."""
@@ -120,7 +123,8 @@ def score_stream(
     Raises
     ------
     SinkError
-        If the sink already has a stream, or holds events of another topic with the same name.
+        If the sink already has a stream, or holds events of another topic with the same name; or
+        if a query's checkpoint has batches that the sink lacks, which would never be stored.
 
     Examples
     --------
@@ -138,7 +142,14 @@ def score_stream(
     ...     scoring.offsets_done
     100
     """
-    sink.begin(source.positions(), source.topic_ids())
+    topic_ids = source.topic_ids()
+    stored = sink.positions(topic_ids)
+    if any(stored.get(part, 0) < end for part, end in source.finished().items()):
+        raise SinkError(
+            f"the checkpoint is ahead of {sink.path}: give the output that belongs to it, or a new "
+            "checkpoint."
+        )
+    sink.begin(source.positions(), topic_ids)
     scoring = Scoring(source, score, sink, monitor)
     if monitor is not None:
         monitor.begin()

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 from processes import ROOT, beyond_loopback, dry_run_make, run_python, wait_until, watched
+from pyspark.java_gateway import ensure_callback_server_started
 
 from helpers.broker import free_port
-from helpers.spark import spark_home
+from helpers.spark import callbacks, spark_home
 
 JOB = str(ROOT / "examples" / "streaming_job.py")
 SECONDS = 300
@@ -66,6 +67,20 @@ def test_other_users_get_nothing_from_sparks_ports(spark):
         connection.sendall(message)
         answer = connection.recv(4_096)
     assert b"Expected SaslMessage" in answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, the users can't be told apart")
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_other_users_cannot_call_into_python(spark, monkeypatch, is_ours):
+    """Java calls Python's functions through a port, where nothing of other users is read."""
+    gateway = spark.sparkContext._gateway
+    ensure_callback_server_started(gateway)
+    if not is_ours:
+        monkeypatch.setattr(callbacks, "_USER", callbacks._USER + 1)
+    port = gateway._callback_server.server_socket.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"x\nno-object\n")  # a command that the server doesn't know
+        assert connection.recv(4_096)[:2] == (b"!x" if is_ours else b"")
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,21 @@ def test_a_path_that_was_removed_is_not_another_job(spark, path):
         write(sink, spark, 0, 10)
 
 
+def test_a_forgotten_job_does_not_write_to_the_path_of_a_new_one(spark, path):
+    """After a removal, a new sink begins with the same numbers; the old one must not take part."""
+    forgotten = Sink(spark, path)
+    with pytest.raises(SinkError, match="were removed while the sink was open"), forgotten:
+        write(forgotten, spark, 0, 10)
+        shutil.rmtree(path)
+        with Sink(spark, path) as new:
+            write(new, spark, 0, 5)
+            try:
+                write(forgotten, spark, 10, 20)
+            finally:
+                write(new, spark, 5, 8)
+    assert stored(spark, path) == list(range(8))
+
+
 def test_more_classes_than_two_are_refused(spark, path):
     """The results have columns for two probabilities, so none is dropped in silence."""
     network = keras.Sequential([keras.Input((30,)), keras.layers.Dense(3, "softmax")])

@@ -12,11 +12,15 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewPartitions
 from processes import wait_until
 
+from helpers.notebook import definitions
+from helpers.records import BadRecordError, keep_bad_records
+from helpers.sinks import ParquetSink
 from helpers.streaming import (
     KafkaQuery,
     KafkaUtils,
     OffsetPlanner,
     OffsetRange,
+    RangeReader,
     StreamError,
     TopicAndPartition,
     new_streaming_context,
@@ -59,6 +63,31 @@ def transactional_producer(kafka):
     ) as producer:
         producer.init_transactions()
         yield producer
+
+
+@pytest.fixture
+def distant(kafka, event_values):
+    """A topic with an event and a bad record, whose times are in microseconds, not milliseconds."""
+    name = f"distant-{uuid.uuid4()}"
+    kafka.create_topic(name, 1, {"message.timestamp.after.max.ms": str(2**63 - 1)})
+    with KafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+        for value in (event_values[0], b"rubbish"):
+            producer.send(name, value, timestamp_ms=time.time_ns() // 1_000).get(30)
+    return name
+
+
+def test_a_record_of_the_year_55000_is_read(spark, ssc, distant, settings, tmp_path):
+    """Python has no such date, but an element of a stream doesn't either."""
+    assert len(drain(ssc, distant, settings)) == 2
+    servers = {"bootstrap.servers": settings["bootstrap.servers"]}
+    ranges = [OffsetRange(distant, 0, 0, 2)]
+    assert KafkaUtils.createRDD(spark.sparkContext, servers, ranges).count() == 2
+    records = RangeReader(spark, settings).read(ranges)
+    sink = ParquetSink(spark, str(tmp_path / "scored"), signal_index=0)
+    score = definitions("1_walkthrough", "pipeline")["process_instances"]
+    with sink, pytest.raises(BadRecordError, match=f"{distant}, partition 0, offset 1 is not an"):
+        sink.begin({}, {distant: "id"})
+        sink.write(keep_bad_records(score(records)), ranges)
 
 
 @pytest.fixture
@@ -482,3 +511,14 @@ def test_plans_are_kept_while_a_stream_catches_up(
         assert kept_offsets(max(folder.glob("*.json"))) == (15, 20)
     finally:
         stop_streaming(context, gracefully=False)
+
+
+def test_a_long_interval_does_not_hold_up_a_graceful_stop(spark, topic, settings, tmp_path):
+    """Spark itself would wait for the next two intervals of a stream with a checkpoint."""
+    context = new_streaming_context(spark, 3_600)
+    context.checkpoint(str(tmp_path))
+    KafkaUtils.createDirectStream(context, [topic], settings).foreachRDD(print)
+    context.start()
+    began = time.monotonic()
+    assert stop_streaming(context, gracefully=True)
+    assert time.monotonic() - began < 300

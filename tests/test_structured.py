@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
+import shutil
 import threading
 import time
 import uuid
@@ -20,7 +21,7 @@ from helpers.higgs import FEATURES, generate_events
 from helpers.monitor import Monitor
 from helpers.records import parse_events
 from helpers.scoring import score_stream
-from helpers.sinks import ParquetSink, read_scored
+from helpers.sinks import ParquetSink, SinkError, read_scored
 from helpers.streaming import (
     KafkaQuery,
     OffsetRange,
@@ -332,11 +333,12 @@ def test_a_query_resumes_after_retention_and_reports_what_is_lost(
     assert "(offsets 10 to 29)" in losses[0]
 
 
+@pytest.mark.parametrize("reset", ["earliest", "latest"])
 def test_a_new_query_begins_at_what_retention_has_left(
-    spark, half_deleted, settings, tmp_path, caplog
+    spark, half_deleted, settings, tmp_path, caplog, reset
 ):
     """A sink whose positions were deleted does not stop a query with a new checkpoint."""
-    values = Values()
+    values, settings = Values(), {**settings, "auto.offset.reset": reset}
     positions = {TopicAndPartition(half_deleted, 0): 10}
     with KafkaQuery(spark, [half_deleted], settings, str(tmp_path / "new"), positions) as query:
         query.foreachBatch(values)
@@ -592,6 +594,37 @@ def test_a_broker_that_is_away_after_a_commit_changes_no_total(
     monkeypatch.setattr(KafkaQuery, "lag_after", lag_after)
     totals, stored = counted(spark, query_of, one, settings, str(tmp_path / "scored"))
     assert (totals["events"], stored) == (50, 50)
+
+
+def test_a_checkpoint_that_is_ahead_of_the_output_is_refused(
+    spark, query_of, one, produce, settings, tmp_path
+):
+    """Without the output, the finished batches would never be stored again."""
+    produce(one, events_of(20))
+    path = str(tmp_path / "scored")
+    assert counted(spark, query_of, one, settings, path)[1] == 20
+    shutil.rmtree(path)
+    produce(one, events_of(5))
+    with pytest.raises(SinkError, match="the checkpoint is ahead of"):
+        counted(spark, query_of, one, settings, path)
+
+
+@pytest.mark.long
+def test_a_broker_that_goes_away_during_a_batch_ends_the_query_in_time(
+    query_of, own_kafka, monkeypatch
+):
+    """It ends after the same time as between batches, and not after all tries of Spark's tasks."""
+    monkeypatch.setattr(structured, "AWAY_SECONDS", 1)
+    monkeypatch.setattr(structured, "ABANDON_SECONDS", 1)
+    monkeypatch.setattr(structured, "_ASK_SECONDS", 0.5)
+    released = threading.Event()
+    query = query_of(["events"], servers_of(own_kafka))
+    query.foreachBatch(lambda *_: (own_kafka.kill(), released.wait(600)))
+    try:
+        with pytest.raises(StreamError, match="the broker has been away for 1 s"):
+            query.run(timeout=300)
+    finally:
+        released.set()
 
 
 def test_a_query_can_be_closed_twice(query_of, one, settings):

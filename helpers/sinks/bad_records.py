@@ -51,10 +51,11 @@ def policy_for(on_bad_record: str, settings: Mapping[str, str] | None) -> Policy
 
 def _stop(bad: DataFrame, ranges: Iterable[OffsetRange]) -> int:
     """Fail the batch, naming the offset of its first bad record."""
-    first = bad.orderBy("topic", "partition", "offset").first()
+    place = ("topic", "partition", "offset")
+    first = bad.select(*place, "bad.reason").orderBy(*place).first()
     raise BadRecordError(
         f"{first.topic}, partition {first.partition}, offset {first.offset} is not an event: "
-        f"{first.bad.reason}. To continue without such records, set on_bad_record to dead-letter "
+        f"{first.reason}. To continue without such records, set on_bad_record to dead-letter "
         "or skip."
     )
 

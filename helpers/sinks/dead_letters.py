@@ -26,6 +26,7 @@ from helpers.spark import (
     cause_message,
     cause_name,
     changed_settings,
+    hide_secrets,
     summary,
 )
 from helpers.streaming import (
@@ -463,6 +464,7 @@ def _send(messages: DataFrame, settings: Mapping[str, str]) -> None:
     """Write records to Kafka with Spark's Kafka sink."""
     spark = messages.sparkSession
     use_added_jars(spark)
+    hide_secrets(spark)
     options = {f"kafka.{name}": value for name, value in _options(spark, settings).items()}
     messages.write.format("kafka").options(**options).save()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 
 from pyspark.sql import SparkSession
 
@@ -53,6 +54,7 @@ class Lease:
     def __init__(self, spark: SparkSession, path: str) -> None:
         self._path = path
         self._claims = JsonFolder(spark, f"{path}/writer")
+        self._id = str(uuid.uuid4())
         self._number = self._claim()
         self._check_times()
         self._closed = threading.Event()
@@ -62,7 +64,8 @@ class Lease:
     def check(self) -> None:
         """Raise `SinkError` if another sink has since claimed the path, or the path is gone."""
         numbers = self._numbers()
-        if not numbers:
+        # After a removal, the next sink begins with the same number.
+        if not numbers or (numbers[-1] == self._number and self._read(self._number) != self._id):
             raise SinkError(
                 f"the files of {self._path} were removed while the sink was open. Nothing of this "
                 "batch is committed: restore them, or begin with a new path and a new group or "
@@ -76,7 +79,7 @@ class Lease:
         self._closed.set()
         self._thread.join()
         try:
-            if self._numbers()[-1:] == [self._number]:
+            if self._numbers()[-1:] == [self._number] and self._read(self._number) == self._id:
                 self._claims.write(_name(self._number + 1), {"open": False})
                 self._claims.delete(_name(self._number))
         except Exception as error:  # must not hide the error that ends the sink
@@ -89,7 +92,7 @@ class Lease:
         """Write a claim above the last one, once that one is free, and return its number."""
         number = self._last_free() + 1
         try:
-            self._claims.write(_name(number), {"open": True})
+            self._claims.write(_name(number), {"open": True, "id": self._id})
         except FileExistsError:
             raise taken_over(self._path) from None
         *lower, highest = self._numbers()
@@ -141,6 +144,13 @@ class Lease:
             return self._claims.read(_name(number))["open"]
         except FileNotFoundError:  # removed in favour of a higher claim
             return True
+
+    def _read(self, number: int) -> str | None:
+        """Return the id in a claim; None if the claim is gone."""
+        try:
+            return self._claims.read(_name(number)).get("id")
+        except FileNotFoundError:
+            return None
 
     def _numbers(self) -> list[int]:
         return [int(name) for name in self._claims.names() if name.isdigit()]

@@ -3,10 +3,12 @@
 `get_spark` returns the existing session or starts one with the Kafka connector. `jars` fetches jars
 from Maven Central, `errors` finds the reason in Java's errors, `java_exit` says whether Java has
 exited, `files` reads and writes small files on any of Spark's file systems, `machine` finds the
-available cores and memory, and `scratch` provides the folder for temporary files and the log.
+available cores and memory, `callbacks` keeps other users out of Python, and `scratch` provides the
+folder for temporary files and the log.
 """
 
 from helpers.spark.arrow import arrow_function, arrow_table
+from helpers.spark.callbacks import guard_callbacks
 from helpers.spark.errors import JAVA_ERRORS, cause_message, cause_name, java_causes, summary
 from helpers.spark.files import (
     JsonFolder,
@@ -49,6 +51,7 @@ from helpers.spark.session import (
     check_running,
     fetch,
     get_spark,
+    hide_secrets,
     names_connector,
     spark_has_ended,
 )

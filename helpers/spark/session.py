@@ -23,6 +23,7 @@ from pyspark.sql.utils import is_remote
 
 import helpers
 from helpers.kafka_settings import SECRET_SETTINGS
+from helpers.spark.callbacks import guard_callbacks
 from helpers.spark.errors import JAVA_ERRORS, summary
 from helpers.spark.jars import (
     CONNECTOR,
@@ -136,7 +137,8 @@ def get_spark(
     if not _has_connector(spark):  # an existing session, or Java of an earlier one, may lack it
         _add_connector(spark)
     _refuse_another_connector(spark)
-    _hide_secrets(spark)
+    hide_secrets(spark)
+    guard_callbacks(spark)
     _ship_helpers(spark)
     return spark
 
@@ -339,8 +341,18 @@ def _swan_settings() -> dict[str, str]:
     return dict(conf.getAll()) if conf else {}
 
 
-def _hide_secrets(spark: SparkSession) -> None:
-    """Redact secrets in Kafka client options in query plans and the Spark UI."""
+def hide_secrets(spark: SparkSession) -> None:
+    """Redact secrets in Kafka client options in a session's query plans and the Spark UI.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session, which `get_spark` need not have made.
+
+    Examples
+    --------
+    >>> hide_secrets(spark)
+    """
     shown = spark.conf.get(_REDACTED_OPTIONS)
     if SECRET_SETTINGS not in shown:
         spark.conf.set(_REDACTED_OPTIONS, f"{shown}|{SECRET_SETTINGS}")

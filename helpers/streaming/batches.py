@@ -22,7 +22,7 @@ from helpers.streaming.errors import StreamError, insist, remedy, without_secret
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.listener import ContextListener
 from helpers.streaming.offsets import PlannedBatch
-from helpers.streaming.reader import few_tasks
+from helpers.streaming.reader import ELEMENT_COLUMNS, few_tasks
 from helpers.streaming.recovery import Recovery, StreamDefinition
 from helpers.streaming.source import Source
 
@@ -130,7 +130,8 @@ class Batches:
         if not ranges:
             return SparkContext._active_spark_context.emptyRDD()
         try:
-            return self.source.read(batch_id_of(batch_time), ranges).rdd.map(to_element)
+            records = self.source.read(batch_id_of(batch_time), ranges)
+            return records.select(*ELEMENT_COLUMNS).rdd.map(to_element)
         except Exception as error:
             self._fail(f"batch {batch_id_of(batch_time)} can't be read: {summary(error)}")
             raise

@@ -17,7 +17,7 @@ from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
 from helpers.kafka_settings import ANSWER_SECONDS
-from helpers.spark import JAVA_ERRORS, cause_name
+from helpers.spark import JAVA_ERRORS, cause_name, guard_callbacks, hide_secrets
 from helpers.streaming.errors import StreamError, TopicRecreatedError, explained
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import (
@@ -113,6 +113,8 @@ class KafkaClient:
 
     def __init__(self, spark: SparkSession, settings: Mapping[str, str]) -> None:
         self._spark, self._jvm = spark, spark._jvm
+        hide_secrets(spark)  # also in a session that `get_spark` has not seen
+        guard_callbacks(spark)
         self.settings = {"auto.offset.reset": "latest", **settings}
         self._java_partitions: dict[TopicAndPartition, Any] = {}
         self._last_set: tuple[set[TopicAndPartition], Any] | None = None
@@ -211,8 +213,10 @@ class KafkaClient:
                 kept.append(replace(part, fromOffset=start))
         return kept
 
-    def report_deleted(self, partition: TopicAndPartition, first: int, after: int) -> None:
-        """Warn about offsets that were deleted before they were read.
+    def report_deleted(
+        self, partition: TopicAndPartition, first: int, begin: int, after: int
+    ) -> None:
+        """Warn about offsets that are lost: deleted up to `begin`, and then skipped up to `after`.
 
         Raises
         ------
@@ -222,8 +226,11 @@ class KafkaClient:
         loss = (
             f"{after - first} events of {partition.topic}, partition {partition.partition} "
             f"(offsets {first} to {after - 1}) are lost: the topic's retention deleted them before "
-            "they were read."
+            "they were read"
         )
+        if after > begin:
+            loss += f" up to offset {begin - 1}, and auto.offset.reset=latest skips the others"
+        loss += "."
         if self.settings["auto.offset.reset"] == "none":
             raise StreamError(
                 f"{loss} Raise its retention.ms; to resume after the loss, set auto.offset.reset "

@@ -145,8 +145,11 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
         for stream in streams:
             stream.abandon()
     # Spark's own graceful stop waits for the next two intervals, however long they are. Only a
-    # checkpoint needs it, in which it notes that the last batch is done.
-    has_checkpoint = ssc._jssc.ssc().checkpointDir() is not None
+    # checkpoint needs it, in which it notes that the last batch is done; otherwise a restart
+    # repeats that batch.
+    java = ssc._jssc.ssc()
+    interval = java.graph().batchDuration().milliseconds() / 1000
+    has_checkpoint = java.checkpointDir() is not None and 2 * interval <= FINISH_SECONDS
     spark_waits = gracefully and (has_checkpoint or not streams)
     if gracefully and not spark_waits:
         _wait_for_outputs(ssc)

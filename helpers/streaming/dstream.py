@@ -185,6 +185,10 @@ class KafkaDirectStream(TransformedDStream):
         """
         return self._batches.source.planner.positions()
 
+    def finished(self) -> dict[TopicAndPartition, int]:
+        """Return nothing: a direct stream keeps plans, and leaves what is stored to the sink."""
+        return {}
+
     def lag(self) -> int:
         """Return how many of the offsets available at the last interval are not done yet.
 

@@ -17,7 +17,7 @@ from helpers.streaming.client import KafkaClient
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import BrokerAwayError, StreamError
 from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
-from helpers.streaming.reader import RangeReader
+from helpers.streaming.reader import ELEMENT_COLUMNS, RangeReader
 from helpers.streaming.recovery import StreamDefinition
 from helpers.streaming.settings import (
     NO_ZOOKEEPER,
@@ -261,9 +261,9 @@ class KafkaUtils:
         if not offsetRanges:
             return KafkaRDD(sc.emptyRDD(), [])
         _check_ranges(offsetRanges, settings)
-        records = RangeReader(spark, settings).read(offsetRanges).rdd
+        records = RangeReader(spark, settings).read(offsetRanges).select(*ELEMENT_COLUMNS)
         to_element = _element_maker(keyDecoder, valueDecoder, messageHandler)
-        return KafkaRDD(records.map(to_element), offsetRanges)
+        return KafkaRDD(records.rdd.map(to_element), offsetRanges)
 
 
 def _stream(

@@ -220,7 +220,7 @@ class OffsetPlanner:
         if position < begin:
             reset = self._settings["auto.offset.reset"]
             self._positions[partition] = end if reset == "latest" else begin
-            self._client.report_deleted(partition, position, self._positions[partition])
+            self._client.report_deleted(partition, position, begin, self._positions[partition])
 
     def _find_starts(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
         """Return where partitions begin that the stream has not read yet."""

@@ -37,6 +37,9 @@ _PACKAGE = "org.apache.spark.sql.kafka010"
 # How many records make a task worth starting.
 RECORDS_PER_TASK = 1_000
 
+# What a stream's elements are made of. Without the record's time, which Python's may not hold.
+ELEMENT_COLUMNS = ("key", "value", "topic", "partition", "offset")
+
 # How long a task waits for a broker that is away before it fails and is retried.
 POLL_SECONDS = 30
 

@@ -61,6 +61,8 @@ from helpers.streaming.settings import modern_settings, topic_names, without_gro
 
 _LOGGER = logging.getLogger(__name__)
 
+_ASK_SECONDS = 5  # between questions to the broker while a batch runs
+
 _SOURCE_LINE = 2  # of a checkpoint's offsets file: after the version and Spark's settings
 
 
@@ -196,6 +198,7 @@ class KafkaQuery:
         deadline = time.monotonic() + timeout
         with java_watched(), interrupt_noted() as interrupted:
             self._away_since, self._stopping = None, False
+            self._silent_since, self._asked_at = None, time.monotonic()
             goal = self._goal() if interval is None else {}
             with contextlib.suppress(BrokerAwayError):  # then the query waits for it
                 self._check_transactions()
@@ -208,6 +211,7 @@ class KafkaQuery:
                             f"the query was not done after {timeout:.0f} s and was stopped; "
                             "finished batches are kept. Give it more time, or look at Spark's log."
                         )
+                    self._check_broker(query)
                     try:
                         if query.awaitTermination(0.1):
                             is_done = interval is None and self._has_reached(goal)
@@ -383,14 +387,38 @@ class KafkaQuery:
         left = self._client.without_deleted(batch.ranges)
         try:
             self._function(batch)
-        except Exception:
-            if self._stopping or spark_has_ended():
+        except Exception as error:
+            # If the broker is away, another try would wait as long: the query waits for it instead.
+            if self._stopping or spark_has_ended() or is_away(str(error)):
                 raise
             _LOGGER.warning("batch %s failed and is retried", batch.batch_id, exc_info=True)
             self._function(batch)
         # The batch is done, so an error from Kafka must not repeat it.
         with contextlib.suppress(StreamError):
             self._client.report_deleted_meanwhile(left)
+
+    def _check_broker(self, query: StreamingQuery) -> None:
+        """Raise `StreamError` if the broker has been away for 60 s while a batch runs.
+
+        Spark's tasks would wait for it several times as long.
+        """
+        now = time.monotonic()
+        if now - self._asked_at < _ASK_SECONDS or not query.isActive:
+            return
+        self._asked_at = now
+        try:
+            if query.status["isTriggerActive"]:
+                self._client.topic_ids(self._topics)
+            self._silent_since = None
+        except BrokerAwayError as error:
+            if self._silent_since is None:
+                self._silent_since = now
+            elif now - self._silent_since > AWAY_SECONDS:
+                raise StreamError(
+                    f"the query stopped: the broker has been away for {AWAY_SECONDS} s. {error}"
+                ) from None
+        except StreamError:  # such as for a deleted topic: the batch has the reason
+            pass
 
     def _wait_for_the_broker(
         self, error: StreamingQueryException, interrupted: threading.Event
@@ -603,6 +631,9 @@ def _starts(
     positions: Mapping[TopicAndPartition, int] | None = None,
 ) -> dict[TopicAndPartition, int]:
     """Return where the topics' partitions begin; the planner's errors are clearer than Spark's."""
+    if positions and settings.get("auto.offset.reset") == "latest":
+        # What comes after deleted offsets is still to be read, as a running query would.
+        settings = {**settings, "auto.offset.reset": "earliest"}
     planner = OffsetPlanner(spark, topics, without_group(settings), positions=positions or None)
     with contextlib.closing(planner):
         return planner.positions()
