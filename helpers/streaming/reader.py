@@ -37,7 +37,8 @@ _PACKAGE = "org.apache.spark.sql.kafka010"
 # How many records make a task worth starting.
 RECORDS_PER_TASK = 1_000
 
-# What a stream's elements are made of. Without the record's time, which Python's may not hold.
+# The columns behind the elements of a stream. The record's time is not one of them: it may be a date
+# that Python does not have.
 ELEMENT_COLUMNS = ("key", "value", "topic", "partition", "offset")
 
 # How long a task waits for a broker that is away before it fails and is retried.

@@ -632,7 +632,7 @@ def _starts(
 ) -> dict[TopicAndPartition, int]:
     """Return where the topics' partitions begin; the planner's errors are clearer than Spark's."""
     if positions and settings.get("auto.offset.reset") == "latest":
-        # What comes after deleted offsets is still to be read, as a running query would.
+        # Records after the deleted ones are read, as by a running query.
         settings = {**settings, "auto.offset.reset": "earliest"}
     planner = OffsetPlanner(spark, topics, without_group(settings), positions=positions or None)
     with contextlib.closing(planner):
