@@ -52,9 +52,9 @@ MOST_PROCESSES = 3  # they wait half of the time; on 2 cores, a fourth doesn't h
 
 # Files that take minutes, in the order in which they begin, so that all processes end together.
 LONGEST = (
-    "4_experiments.ipynb", "test_training.py", "test_readme.py", "1_walkthrough.ipynb",
-    "3_train_and_serve.ipynb", "2_structured_streaming.ipynb", "test_streaming_api.py",
-    "test_outside_trouble.py", "test_structured.py", "test_streaming_job.py",
+    "4_experiments.ipynb", "3_train_and_serve.ipynb", "1_walkthrough.ipynb", "test_training.py",
+    "2_structured_streaming.ipynb", "test_readme.py", "test_kafka_producer.py",
+    "test_structured.py", "test_exactly_once.py", "test_transformers.py",
 )  # fmt: skip
 
 # The tests start about fifty JVMs that run for a minute or less. In that time, the second compiler
