@@ -37,8 +37,8 @@ _PACKAGE = "org.apache.spark.sql.kafka010"
 # How many records make a task worth starting.
 RECORDS_PER_TASK = 1_000
 
-# The columns behind the elements of a stream. The record's time is not one of them: it may be a date
-# that Python does not have.
+# The columns behind a stream's elements. The record's time isn't one of them: it may be a date that
+# Python lacks.
 ELEMENT_COLUMNS = ("key", "value", "topic", "partition", "offset")
 
 # How long a task waits for a broker that is away before it fails and is retried.
