@@ -535,20 +535,23 @@ def _predicted(
 
     failure = tensorflow.errors.InvalidArgumentError
 
-    def halved(events: np.ndarray) -> np.ndarray:
+    def split(events: np.ndarray) -> np.ndarray:
+        if len(events) == 1:
+            return np.full((1, outputs), np.nan, "float32")
+        middle = len(events) // 2
+        return np.concatenate([part_of(events[:middle]), part_of(events[middle:])])
+
+    def part_of(events: np.ndarray) -> np.ndarray:
         try:
             return predict(events)
         except failure:
-            if len(events) == 1:
-                return np.full((1, outputs), np.nan, "float32")
-            middle = len(events) // 2
-            return np.concatenate([halved(events[:middle]), halved(events[middle:])])
+            return split(events)
 
     try:
         return predict(events)
     except failure:
         predict(np.zeros_like(events[:1]))  # raises again if the network is at fault
-        return halved(events)
+        return split(events)
 
 
 def _fault(model: keras.Model) -> str | None:

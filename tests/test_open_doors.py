@@ -83,6 +83,39 @@ def test_other_users_cannot_call_into_python(spark, monkeypatch, is_ours):
         assert connection.recv(4_096)[:2] == (b"!x" if is_ours else b"")
 
 
+def test_a_connection_that_is_reset_does_not_keep_java_out(spark):
+    """Port scanners do that; the server for Java's calls must outlast them."""
+    gateway = spark.sparkContext._gateway
+    ensure_callback_server_started(gateway)
+    address = gateway._callback_server.server_socket.getsockname()[:2]
+    for _ in range(50):
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(b"x\nno-object\n")
+        assert connection.recv(4_096)[:2] == b"!x"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root is two users")
+def test_another_user_at_the_same_port_is_told_apart():
+    """Whoever takes Java's port at another address of loopback is not Java."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address) as java, server.accept()[0] as from_java:
+            assert callbacks._is_ours(from_java)
+            port = java.getsockname()[1]
+            other = os.fork()
+            if other == 0:
+                os.setuid(65_534)
+                with socket.create_connection(address, source_address=("127.0.0.2", port)) as end:
+                    end.recv(1)
+                os._exit(0)
+            with server.accept()[0] as from_other:
+                is_ours = callbacks._is_ours(from_other)
+            os.waitpid(other, 0)
+            assert not is_ours
+
+
 @pytest.mark.parametrize(
     "address", ["0.0.0.0", pytest.param("10.1.2.3", marks=pytest.mark.long)]
 )

@@ -156,6 +156,15 @@ def test_a_model_that_was_never_saved_is_checked_as_well(serving_model):
         ServingTransformer(replace(serving_model, contract=percent))
 
 
+def test_a_network_that_was_compiled_keeps_the_version_of_its_file(serving_model, tmp_path):
+    """Keras saves the optimizer as well, and loads the network without it."""
+    network = keras.models.clone_model(serving_model.network)
+    network.set_weights(serving_model.network.get_weights())
+    network.compile("adam", "sparse_categorical_crossentropy")
+    saved = save_serving_model(replace(serving_model, network=network), tmp_path / "model.keras")
+    assert ServingTransformer(saved).model is saved
+
+
 def test_another_threshold_is_another_version(serving_model, table, tmp_path):
     """The version that results carry is that of the saved file, or would be its version."""
     changed = replace(serving_model, contract=replace(serving_model.contract, threshold=0.8))

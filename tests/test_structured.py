@@ -596,6 +596,25 @@ def test_a_broker_that_is_away_after_a_commit_changes_no_total(
     assert (totals["events"], stored) == (50, 50)
 
 
+def test_a_batch_that_misses_its_broker_is_not_tried_at_once(
+    query_of, one, produce, settings, caplog
+):
+    """Another try would wait as long; the query waits for the broker, and repeats the batch."""
+    produce(one, [b"1"])
+    calls = []
+
+    def fail_once(df, batch_id):
+        calls.append(batch_id)
+        if len(calls) == 1:
+            raise BrokerAwayError("the broker gives no answer.")
+
+    query = query_of([one], settings)
+    query.foreachBatch(fail_once)
+    query.run(timeout=300)
+    assert calls == [0, 0] and query.finished()
+    assert "is retried" not in caplog.text
+
+
 def test_a_checkpoint_that_is_ahead_of_the_output_is_refused(
     spark, query_of, one, produce, settings, tmp_path
 ):

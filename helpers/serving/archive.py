@@ -141,14 +141,13 @@ def verified(model: ServingModel) -> ServingModel:
     >>> verified(serving_model).version == serving_model.version
     True
     """
-    files = _files_in(model_to_bytes(model.network), Path("the network"))
-    version = _digest(files, asdict(model.contract))[:_DIGEST_LENGTH]
-    if version == model.version:
+    digest = _digest_of(model.network, model.contract)
+    if digest == model._checked:
         return model
     faults = model.contract.faults() or _disagreements(model.network, model.contract)
     if faults:
         raise ServingModelError(f"this model can't serve: {'; '.join(faults)}.")
-    return replace(model, version=version)
+    return replace(model, version=digest[:_DIGEST_LENGTH], _checked=digest)
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
@@ -175,7 +174,8 @@ def _serving_model_in(content: bytes, path: Path) -> ServingModel:
         faults = _disagreements(network, contract)
     if faults:
         raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
-    return ServingModel(network, contract, digest[:_DIGEST_LENGTH])
+    # Keras may write a network that it has loaded in another way than it was written.
+    return ServingModel(network, contract, digest[:_DIGEST_LENGTH], _digest_of(network, contract))
 
 
 def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
@@ -278,6 +278,11 @@ def _scales_with(network: keras.Model, contract: Contract) -> bool:
     return np.allclose((mean - means) / scales, 0, atol=1e-5) and np.allclose(
         divisors, scales, rtol=1e-5, atol=0
     )
+
+
+def _digest_of(network: keras.Model, contract: Contract) -> str:
+    """Return the digest of a network, as Keras would save it, and its contract."""
+    return _digest(_files_in(model_to_bytes(network), Path("the network")), asdict(contract))
 
 
 def _digest(files: Mapping[str, bytes], contract: Mapping[str, object]) -> str:

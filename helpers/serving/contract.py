@@ -146,6 +146,7 @@ class ServingModel:
     network: keras.Model
     contract: Contract
     version: str = ""
+    _checked: str = field(default="", repr=False, compare=False)  # digest of what was loaded
 
     @property
     def schema(self) -> StructType:

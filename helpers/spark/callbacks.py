@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import os
 import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -19,12 +21,14 @@ from pyspark.sql import SparkSession
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _USER = os.getuid()
 
+Address = tuple[IPv4Address | IPv6Address, int]
+
 
 class _Row(NamedTuple):
     """A socket in Linux' list."""
 
-    port: int
-    peer_port: int
+    local: Address
+    peer: Address
     user: int
     inode: int  # 0 if its program has closed it
 
@@ -55,7 +59,11 @@ def _guarded(server: CallbackServer) -> CallbackServer:
     create = server._create_connection
 
     def create_connection(connection: socket.socket, stream: BinaryIO) -> JavaObject:
-        return create(connection, stream if _is_ours(connection) else io.BytesIO())
+        try:
+            is_ours = _is_ours(connection)
+        except Exception:  # such as for one that is closed already: the server must go on
+            is_ours = False
+        return create(connection, stream if is_ours else io.BytesIO())
 
     server._create_connection = create_connection
     return server
@@ -63,18 +71,20 @@ def _guarded(server: CallbackServer) -> CallbackServer:
 
 def _is_ours(connection: socket.socket) -> bool:
     """Return whether an accepted connection is one of this user's programs."""
-    port, (_, peer_port, *_) = connection.getsockname()[1], connection.getpeername()
-    rows = _rows()
-    if not any(row.port == port and row.peer_port == 0 for row in rows):
+    ours, peer = (
+        (ip_address(host), port)
+        for host, port, *_ in (connection.getsockname(), connection.getpeername())
+    )
+    rows = _rows({ours[1], peer[1]})
+    if not any(row.local[1] == ours[1] and row.peer[1] == 0 for row in rows):
         return True  # not even the server is listed: this system has no such list
     return any(
-        (row.port, row.peer_port, row.user) == (peer_port, port, _USER) and row.inode
-        for row in rows
+        (row.local, row.peer, row.user) == (peer, ours, _USER) and row.inode for row in rows
     )
 
 
-def _rows() -> list[_Row]:
-    """Return the sockets that Linux lists."""
+def _rows(ports: set[int]) -> list[_Row]:
+    """Return the sockets at some ports that Linux lists."""
     rows = []
     for table in _TABLES:
         try:
@@ -83,6 +93,14 @@ def _rows() -> list[_Row]:
             continue
         for line in lines:
             _, local, peer, *_, user, _, inode = line.split()[:10]
-            ports = (int(address.rpartition(":")[2], 16) for address in (local, peer))
-            rows.append(_Row(*ports, int(user), int(inode)))
+            if int(local.rpartition(":")[2], 16) in ports:
+                rows.append(_Row(_address(local), _address(peer), int(user), int(inode)))
     return rows
+
+
+def _address(text: str) -> Address:
+    """Return an address in Linux' list: words of four bytes, in the order of the machine."""
+    host, _, port = text.rpartition(":")
+    words = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
+    found = ip_address(struct.pack(f"={len(words)}I", *words))
+    return getattr(found, "ipv4_mapped", None) or found, int(port, 16)

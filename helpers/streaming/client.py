@@ -208,7 +208,7 @@ class KafkaClient:
         for partition, part in planned.items():
             start = min(max(part.fromOffset, begins[partition]), part.untilOffset)
             if start > part.fromOffset:
-                self.report_deleted(partition, part.fromOffset, start)
+                self.report_deleted(partition, part.fromOffset, start, start)
             if start < part.untilOffset:
                 kept.append(replace(part, fromOffset=start))
         return kept

@@ -129,7 +129,9 @@ def stop_streaming(ssc: StreamingContext, gracefully: bool) -> bool:
     ssc : pyspark.streaming.StreamingContext
         The context; it may have been stopped already.
     gracefully : bool
-        Whether planned batches are finished and committed first, within 60 s.
+        Whether planned batches are finished and committed first, within 60 s. A stream with a
+        checkpoint and an interval above 30 s repeats its last batch when it is started again, with
+        the same offsets.
 
     Returns
     -------

@@ -389,7 +389,8 @@ class KafkaQuery:
             self._function(batch)
         except Exception as error:
             # If the broker is away, another try would wait as long: the query waits for it instead.
-            if self._stopping or spark_has_ended() or is_away(str(error)):
+            is_silent = isinstance(error, BrokerAwayError) or is_away(str(error))
+            if self._stopping or spark_has_ended() or is_silent:
                 raise
             _LOGGER.warning("batch %s failed and is retried", batch.batch_id, exc_info=True)
             self._function(batch)
