@@ -166,7 +166,8 @@ def test_spark_submits_master_decides_what_is_restricted(monkeypatch):
     monkeypatch.setattr(session, "_start", lambda settings: asked.update(settings))
     monkeypatch.setattr(session, "_has_connector", lambda spark: True)
     monkeypatch.setattr(session, "_refuse_another_connector", lambda spark: None)
-    monkeypatch.setattr(session, "_hide_secrets", lambda spark: None)
+    monkeypatch.setattr(session, "hide_secrets", lambda spark: None)
+    monkeypatch.setattr(session, "guard_callbacks", lambda spark: None)
     monkeypatch.setattr(session, "_ship_helpers", lambda spark: None)
     get_spark()
     assert "spark.driver.host" not in asked
