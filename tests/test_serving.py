@@ -156,12 +156,11 @@ def test_a_model_that_was_never_saved_is_checked_as_well(serving_model):
         ServingTransformer(replace(serving_model, contract=percent))
 
 
-def test_a_network_that_was_compiled_keeps_the_version_of_its_file(serving_model, tmp_path):
+def test_a_network_that_was_compiled_keeps_the_version_of_its_file(make_serving_model, tmp_path):
     """Keras saves the optimizer as well, and loads the network without it."""
-    network = keras.models.clone_model(serving_model.network)
-    network.set_weights(serving_model.network.get_weights())
-    network.compile("adam", "sparse_categorical_crossentropy")
-    saved = save_serving_model(replace(serving_model, network=network), tmp_path / "model.keras")
+    model = make_serving_model(seed=3)
+    model.network.compile("adam", "sparse_categorical_crossentropy")
+    saved = save_serving_model(model, tmp_path / "model.keras")
     assert ServingTransformer(saved).model is saved
 
 
