@@ -6,11 +6,14 @@ of class 0. Their times leave out starting processes, imports and compiling the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
+import queue
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -230,6 +233,11 @@ def _in_processes(function: Callable, arguments: list[tuple]) -> tuple[list[tupl
     """Call a function in a process for each of its arguments, also with a barrier and a queue.
 
     Return what the processes put into the queue, and the seconds since all were at the barrier.
+
+    Raises
+    ------
+    RuntimeError
+        If a process fails, or isn't done within `DEADLINE_SECONDS`.
     """
     context = multiprocessing.get_context("spawn")
     results, ready = context.Queue(), context.Barrier(len(arguments) + 1)
@@ -242,7 +250,15 @@ def _in_processes(function: Callable, arguments: list[tuple]) -> tuple[list[tupl
     try:
         ready.wait(DEADLINE_SECONDS)
         began = time.perf_counter()
-        counts = [results.get(timeout=DEADLINE_SECONDS) for _ in processes]
+        counts = []
+        while len(counts) < len(processes):
+            with contextlib.suppress(queue.Empty):
+                counts.append(results.get(timeout=1))
+                continue
+            if any(process.exitcode for process in processes):
+                raise RuntimeError("a process failed; its error is printed above.")
+            if time.perf_counter() - began > DEADLINE_SECONDS:
+                raise RuntimeError(f"a process was not done after {DEADLINE_SECONDS} s.")
         return counts, time.perf_counter() - began
     finally:
         for process in processes:
@@ -283,14 +299,15 @@ def _score_in_quix(task: Task, group: str, ready, results) -> None:
             self.signal += _signal(_matrix([item.value for item in batch]), predict)
             self.last = time.time()
 
-    application = Application(
-        task.bootstrap_servers, consumer_group=group, auto_offset_reset="earliest",
-        commit_every=BATCH, loglevel="WARNING",
-    )  # fmt: skip
-    scores, topic = Scores(), application.topic(task.topic, value_deserializer="bytes")
-    application.dataframe(topic).sink(scores)
-    ready.wait(DEADLINE_SECONDS)
-    application.run(timeout=QUIET_SECONDS, collect=False)
+    with tempfile.TemporaryDirectory() as folder:  # of each process, because two can't create one
+        application = Application(
+            task.bootstrap_servers, consumer_group=group, auto_offset_reset="earliest",
+            commit_every=BATCH, loglevel="WARNING", state_dir=folder,
+        )  # fmt: skip
+        scores, topic = Scores(), application.topic(task.topic, value_deserializer="bytes")
+        application.dataframe(topic).sink(scores)
+        ready.wait(DEADLINE_SECONDS)
+        application.run(timeout=QUIET_SECONDS, collect=False)
     results.put((scores.events, scores.signal, scores.first, scores.last))
 
 
