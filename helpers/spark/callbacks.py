@@ -13,9 +13,9 @@ import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from py4j.java_gateway import CallbackServer, JavaGateway, JavaObject
+from py4j.java_gateway import CallbackServer, JavaGateway
 from pyspark.sql import SparkSession
 
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
@@ -58,7 +58,7 @@ def _guarded(server: CallbackServer) -> CallbackServer:
     """Return a server that reads nothing of the connections of other users."""
     create = server._create_connection
 
-    def create_connection(connection: socket.socket, stream: BinaryIO) -> JavaObject:
+    def create_connection(connection: socket.socket, stream: BinaryIO) -> Any:
         try:
             is_ours = _is_ours(connection)
         except Exception:  # such as for one that is closed already: the server must go on
