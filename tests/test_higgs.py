@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import zstandard
 
 from helpers import higgs
 
@@ -405,6 +406,12 @@ def test_numbers_are_read_exactly(tmp_path):
     assert higgs.read_events(path)["PRI_met"].tolist() == [1.5, 0.30000000000000004]
 
 
+def zstandard_block(text):
+    """Return the first block of a compressed text, which more could follow."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return compressor.compress(text.encode()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+
+
 REFUSED = {
     "nothing": ("events.csv", "", "is empty: download it again from CERN Open Data"),
     "blank lines": ("events.csv", "\n \n\n", "is empty: download it again"),
@@ -413,7 +420,11 @@ REFUSED = {
     "another column": ("events.csv", f"{HEADER},speed\n{ROW},1\n", "the unknown column 'speed'"),
     "a column twice": ("events.csv", f"{HEADER},Label\n{ROW},s\n", "unknown column 'Label.1'"),
     "too few values": ("events.csv", f"{TEXT}1,2,3\n", "not numbers in the column 'DER_mass_vis'"),
-    "too many values": ("events.csv", f"{TEXT}{ROW},1\n", r"can't be read as CSV \(.*saw 33\)"),
+    "too many values": ("events.csv", f"{TEXT}{ROW},1\n", "rows with more values than columns"),
+    "far too many": ("events.csv", f"{TEXT}{ROW},1,1,1\n", r"can't be read as CSV \(.*saw 35\)"),
+    "a chunk that begins too long": (
+        "events.csv", f"{HEADER}\n" + f"{ROW}\n" * 10_000 + f"{ROW},497\n", "rows with more values",
+    ),
     "all too long": ("events.csv", f"{HEADER}\n{ROW},1\n", "rows with more values than columns"),
     "a word": ("events.csv", with_value("PRI_met", "high"), "not numbers in the column 'PRI_met'"),
     "true": ("events.csv", f"{HEADER}\n{ROW.replace('0.1', 'True')}\n", "not numbers in the"),
@@ -427,6 +438,8 @@ REFUSED = {
     "two in a zip": ("events.zip", zipped(TEXT, TEXT), "Only one file per ZIP"),
     "half a zip": ("events.zip", zipped(TEXT)[:-9], r"can't be read as CSV \(File is not a zip"),
     "half a gzip": ("events.csv.gz", gzip.compress(TEXT.encode())[:-9], "can't be read as CSV"),
+    "half a zstd": ("events.csv", zstandard.compress(TEXT.encode())[:-9], "data has no end"),
+    "one block of a zstd": ("events.csv", zstandard_block(TEXT), "data has no end"),
     "UTF-16": ("events.csv", TEXT.encode("utf-16"), "has bytes that are zero, which text doesn't"),
     "a hole": ("events.csv", with_value("PRI_met", "1.5\0" "7"), "has bytes that are zero"),
 }
@@ -476,6 +489,8 @@ def test_significance_is_the_challenges(tmp_path):
         ([0.9, 0.1], ["s", "b"], [1, 1], "is_signal has <U1: give it as booleans"),
         ([0.9, 0.1], [True, True], [1, 1], "one class has no weight"),
         ([], np.zeros(0, bool), [], "one class has no weight"),
+        ([0.9, 0.1, 0.2], [True, False, False], [1, 1, -0.5], "a weight is negative"),
+        ([0.9, 0.1], [True, False], [1, 1, 1], r"\(2,\), \(2,\) and \(3,\): give one score"),
     ],
 )
 def test_a_significance_needs_scores_and_both_classes(scores, is_signal, weights, reason):

@@ -5,11 +5,16 @@ Both use pandas' parser, so they accept the same files and return the same value
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import re
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -40,12 +45,8 @@ from helpers.spark import exact_path, exact_reader, file_size, full_path
 _LAYOUTS = ((), (LABEL,), ("Weight", LABEL), BOOKKEEPING)
 
 _TEXTS = (LABEL, "KaggleSet")
-# By how a file begins, because its name may lack the suffix, or have one that isn't true.
-_COMPRESSION = {
-    b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\3\4": "zip",
-}  # fmt: skip
 _ROWS = 10_000  # parsed at a time
+_SURPLUS = "surplus"  # a column for values that no column has
 # Names of local files that Hadoop can't open, because of a colon, or that Spark ignores.
 _UNREADABLE = re.compile(r"^[._]|:")
 _CONTENT = StructType().add("content", BinaryType())
@@ -170,29 +171,67 @@ def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame
 
 def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
     """Yield the events in a file's content, `_ROWS` at a time."""
-    codec = next((name for start, name in _COMPRESSION.items() if content.startswith(start)), None)
-    if codec is None and b"\0" in content:  # where pandas would end a value
+    begins = (start for start in _COMPRESSION if content.startswith(start))
+    decompressed = _COMPRESSION.get(next(begins, b""))
+    if decompressed is None and b"\0" in content:  # where pandas would end a value
         raise _RefusedError(
             f"{path} has bytes that are zero, which text doesn't have, so a part of it is missing "
             f"or damaged: download it again from {SOURCE}."
         )
     try:
-        with pd.read_csv(
-            io.BytesIO(content), compression=codec,
-            dtype=dict.fromkeys(_TEXTS, str), float_precision="round_trip", low_memory=False,
-            chunksize=_ROWS,
-        ) as chunks:  # fmt: skip
+        file = io.BytesIO(content) if decompressed is None else decompressed(content)
+        with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
+            header = next((line for line in lines if line.strip()), None)
+            if header is None:
+                raise _empty(path)
+            columns = pd.read_csv(io.StringIO(header)).columns
+            _layout_of(columns, path)
+            chunks = pd.read_csv(
+                lines, header=None, names=[*columns, _SURPLUS],
+                dtype=dict.fromkeys((*_TEXTS, _SURPLUS), str), float_precision="round_trip",
+                low_memory=False, chunksize=_ROWS,
+            )  # fmt: skip
             for chunk in chunks:
                 yield _checked(chunk, path)
     except _RefusedError:
         raise
-    except pd.errors.EmptyDataError as error:
-        raise _empty(path) from error
     except Exception as error:  # pandas and the codecs raise errors of many kinds
         reason = str(error).strip().rstrip(".")
         raise ValueError(
             f"{path} can't be read as CSV ({reason}): download it again from {SOURCE}."
         ) from error
+
+
+def _from_zip(content: bytes) -> IO[bytes]:
+    """Return the file in a ZIP archive."""
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    if len(archive.namelist()) != 1:
+        raise ValueError(f"Only one file per ZIP archive, not {len(archive.namelist())}")
+    return archive.open(archive.namelist()[0])
+
+
+def _from_zstandard(content: bytes) -> IO[bytes]:
+    """Return the text of a Zstandard file; its own reader takes an incomplete one without error."""
+    import zstandard  # here, because workers that read no such file may lack it
+
+    parts = []
+    while content:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(content))
+        if not frame.eof:
+            raise EOFError("the compressed data has no end")
+        content = frame.unused_data
+    return io.BytesIO(b"".join(parts))
+
+
+# By how a file begins, because its name may lack the suffix, or have one that isn't true.
+_COMPRESSION: dict[bytes, Callable[[bytes], IO[bytes]]] = {
+    b"\x1f\x8b": lambda content: gzip.GzipFile(fileobj=io.BytesIO(content)),
+    b"BZh": lambda content: bz2.BZ2File(io.BytesIO(content)),
+    b"\xfd7zXZ\0": lambda content: io.BytesIO(lzma.decompress(content)),
+    b"\x28\xb5\x2f\xfd": _from_zstandard,
+    b"PK\3\4": _from_zip,
+}
 
 
 class _RefusedError(ValueError):
@@ -201,8 +240,9 @@ class _RefusedError(ValueError):
 
 def _checked(events: pd.DataFrame, path: str) -> pd.DataFrame:
     """Return events with their types and in the published order; refuse invalid values."""
-    layout = _layout_of(events.columns, path)
-    if not isinstance(events.index, pd.RangeIndex):  # pandas takes surplus values for names of rows
+    layout = _layout_of(events.columns.drop(_SURPLUS), path)
+    # pandas takes two surplus values for names of rows, unless a chunk begins with them.
+    if not isinstance(events.index, pd.RangeIndex) or events[_SURPLUS].notna().any():
         raise _RefusedError(f"{path} has rows with more values than columns: remove the surplus.")
     for column in layout:
         if column not in _TEXTS:
@@ -260,7 +300,7 @@ def _numbers(values: pd.Series, path: str) -> pd.Series:
 
 
 def _empty(path: str) -> ValueError:
-    return ValueError(f"{path} is empty: download it again from {SOURCE}.")
+    return _RefusedError(f"{path} is empty: download it again from {SOURCE}.")
 
 
 def _no_file(path: str | os.PathLike[str]) -> FileNotFoundError:

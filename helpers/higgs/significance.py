@@ -60,7 +60,8 @@ def significance_curve(
     Raises
     ------
     ValueError
-        If a score or a weight is not finite, `is_signal` is not boolean, or a class has no weight.
+        If a score or a weight is not finite, a weight is negative, `is_signal` is not boolean, the
+        lengths differ, or a class has no weight.
 
     Examples
     --------
@@ -74,6 +75,13 @@ def significance_curve(
     is_signal = np.asarray(is_signal)
     if is_signal.dtype != bool:
         raise ValueError(f"is_signal has {is_signal.dtype}: give it as booleans, as labels == 's'.")
+    if not scores.shape == is_signal.shape == weights.shape == (scores.size,):
+        raise ValueError(
+            f"the shapes are {scores.shape}, {is_signal.shape} and {weights.shape}: give one "
+            "score, one boolean and one weight per event."
+        )
+    if (weights < 0).any():
+        raise ValueError("a weight is negative, for which the AMS has no meaning: leave it out.")
     order = np.argsort(scores)[::-1]
     scores, is_signal, weights = scores[order], is_signal[order], weights[order]
     selected = []
