@@ -30,7 +30,9 @@ CLASS_COUNT = 2
 # anything from none to all. With this seed it is about half, so there is something to see.
 SEED = 39
 
-_TRIED = 32  # how many events a model and its copy must agree on
+_TRIED = 32  # random events, on which a model and its copy must agree
+_ALONE = 4  # of them, scored one by one
+_EPSILON = 1e-7  # Keras' default
 _OPEN_SIZE = 8  # of the events that a model of any size is tried with
 
 _ROUNDING = 0.01  # how far probabilities may be off, such as with float16
@@ -185,7 +187,7 @@ def model_on_worker(content: bytes) -> keras.Model:
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(model_from_bytes, content).result()
         except Exception as error:  # Keras may raise anything for a class that it doesn't know
-            raise _needs_code(error) from None
+            raise needs_code(error) from None
         finally:
             registered.update(hidden)
 
@@ -320,12 +322,7 @@ def servable_model(model: keras.Model) -> ServableModel:
     probability: end it with a sigmoid, or with a softmax over the classes.
     """
     content, network = worker_copy(model)
-    interface = interface_of(network)
-    score = _try(network, interface)
-    events = np.empty((0, 0))  # if it is unknown how many features the network needs
-    if interface.features:
-        (events,) = _sample([(interface.features,)], [interface.dtype])
-    return ServableModel(content, interface, gives_probabilities(score, events))
+    return ServableModel(content, interface_of(network), _gives_probabilities(network))
 
 
 def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
@@ -339,7 +336,8 @@ def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
     Raises
     ------
     UnservableModelError
-        If the workers can't load the model, or their model returns other numbers.
+        If the workers can't load the model, their model returns other numbers, or the numbers for
+        an event depend on the other events.
 
     Examples
     --------
@@ -351,9 +349,16 @@ def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
     try:
         content = model_to_bytes(network)
     except Exception as error:  # a layer's configuration may raise anything
-        raise _needs_code(error) from None
+        raise needs_code(error) from None
     copy = model_on_worker(content)
     check_copy(network, copy)
+    if network is not model and not _agree(model, copy):
+        raise _refusal(
+            "its call returns other numbers than the functional model of its layers, such as for a "
+            "layer that it calls with training=True: leave `training` to Keras"
+        )
+    _check_environment(copy)
+    _try(copy)
     return content, copy
 
 
@@ -378,30 +383,7 @@ def check_copy(network: keras.Model, copy: keras.Model) -> None:
     helpers.model.UnservableModelError: this model can't be served: its saved copy returns other
     numbers. ...
     """
-    import keras
-
-    # A size that is open may be any, unless the network's layers say otherwise.
-    shapes = [
-        tuple(_OPEN_SIZE if size is None else size for size in given.shape[1:])
-        for given in network.inputs
-    ]
-    dtypes = [given.dtype for given in network.inputs]
-    events = [
-        keras.ops.convert_to_tensor(each, dtype)
-        for each, dtype in zip(_sample(shapes, dtypes), dtypes, strict=True)
-    ]
-    try:
-        expected, found = (
-            keras.tree.flatten(model(events if len(events) > 1 else events[0], training=False))
-            for model in (network, copy)
-        )
-    except Exception:  # such as for an open size that must be a certain one after all
-        return
-    if not all(
-        np.allclose(keras.ops.cast(one, "float64"), keras.ops.cast(other, "float64"),
-                    rtol=1e-5, atol=1e-6, equal_nan=True)
-        for one, other in zip(expected, found, strict=True)
-    ):  # fmt: skip
+    if not _agree(network, copy):
         raise _refusal(
             "its saved copy returns other numbers. A function in it has the name of one of Keras, "
             "which was loaded in its place: write Keras' functions as strings, such as "
@@ -409,25 +391,70 @@ def check_copy(network: keras.Model, copy: keras.Model) -> None:
         )
 
 
-def gives_probabilities(score: Callable[[np.ndarray], np.ndarray], events: np.ndarray) -> bool:
-    """Return whether the values of all classes are probabilities, for some events.
+def _agree(model: keras.Model, copy: keras.Model) -> bool:
+    """Return whether two models return the same numbers for some events, as far as they can."""
+    import keras
+
+    # A size that is open may be any, unless the network's layers say otherwise.
+    shapes = [
+        tuple(_OPEN_SIZE if size is None else size for size in given.shape[1:])
+        for given in copy.inputs
+    ]
+    dtypes = [given.dtype for given in copy.inputs]
+    events = [
+        keras.ops.convert_to_tensor(each, dtype)
+        for each, dtype in zip(_sample(shapes, dtypes), dtypes, strict=True)
+    ]
+    try:
+        expected, found = (
+            keras.tree.flatten(each(events if len(events) > 1 else events[0], training=False))
+            for each in (model, copy)
+        )
+    except Exception:  # such as for an open size that must be a certain one after all
+        return True
+    return all(
+        np.allclose(keras.ops.cast(one, "float64"), keras.ops.cast(other, "float64"),
+                    rtol=1e-5, atol=1e-6, equal_nan=True)
+        for one, other in zip(expected, found, strict=True)
+    )  # fmt: skip
+
+
+def are_probabilities(values: np.ndarray) -> bool:
+    """Return whether the values of all classes are probabilities, for events that have any.
 
     Parameters
     ----------
-    score : callable
-        A network's `scoring_function`.
-    events : numpy.ndarray
-        Features of shape (events, features).
+    values : numpy.ndarray
+        What `scoring_function` returned, of shape (events, classes).
 
     Examples
     --------
-    >>> gives_probabilities(scoring_function(build_model()), np.ones((3, 30)))
+    >>> are_probabilities(np.array([[0.25, 0.75], [np.nan, np.nan]]))
     True
+    >>> are_probabilities(np.array([[0.6, 5.0]]))
+    False
     """
-    values = score(events)
     values = values[np.isfinite(values).all(axis=1)]  # a layer may not be defined for all events
     is_in_range = (values > -_ROUNDING).all() and (values < 1 + _ROUNDING).all()
     return bool(is_in_range and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING))
+
+
+def _gives_probabilities(network: keras.Model) -> bool:
+    """Return whether a network returns probabilities: for random events, or by its last layer."""
+    try:
+        values = scoring_function(network)(_events_for(network))
+    except Exception:  # such as for an open size that must be a certain one after all
+        return _is_probability(network.outputs[0])
+    is_judged = np.isfinite(values).all(axis=1).any()
+    return are_probabilities(values) if is_judged else _is_probability(network.outputs[0])
+
+
+def _events_for(network: keras.Model) -> np.ndarray:
+    """Return random features for a network, of any sign and positive ones."""
+    interface = interface_of(network)
+    shape = [_OPEN_SIZE if size is None else size for size in interface.shape]
+    (events,) = _sample([(math.prod(shape),)], [interface.dtype])
+    return np.concatenate([events, np.abs(events)])
 
 
 def _sample(shapes: list[tuple[int, ...]], dtypes: list[str]) -> list[np.ndarray]:
@@ -530,7 +557,7 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 def _predicted(
     predict: Callable[[np.ndarray], np.ndarray], events: np.ndarray, outputs: int
 ) -> np.ndarray:
-    """Return a network's output; NaN for events on which it fails, unless it fails on zeros."""
+    """Return a network's output; NaN for events on which it fails, unless it fails on all."""
     import tensorflow
 
     failure = tensorflow.errors.InvalidArgumentError
@@ -550,14 +577,19 @@ def _predicted(
     try:
         return predict(events)
     except failure:
-        predict(np.zeros_like(events[:1]))  # raises again if the network is at fault
-        return split(events)
+        values = split(events)
+        if np.isnan(values).all():
+            predict(np.zeros_like(events[:1]))  # raises again if the network is at fault
+        return values
 
 
 def _fault(model: keras.Model) -> str | None:
     """Return the fault in a model's inputs or outputs, with the remedy; None if there is none."""
     import keras
 
+    if keras.config.backend() != "tensorflow":
+        found = keras.config.backend()
+        return f"KERAS_BACKEND is {found}: unset it, because workers use TensorFlow"
     if not isinstance(model, keras.Model):
         return f"it is a {type(model).__name__}, not a keras.Model: load or build one"
     try:
@@ -620,7 +652,7 @@ def _is_numeric(dtype: str) -> bool:
 
 
 def _is_probability(tensor: keras.KerasTensor) -> bool:
-    """Return whether a tensor is the output of a sigmoid."""
+    """Return whether a tensor is the output of a sigmoid, or of a softmax over several classes."""
     import keras
 
     operation, _, place = tensor._keras_history
@@ -631,7 +663,7 @@ def _is_probability(tensor: keras.KerasTensor) -> bool:
     passes_on = isinstance(operation, keras.layers.Activation) and name == "linear"
     if passes_on or name in _UNCHANGING:
         return _is_probability(operation.input)
-    return name.lower() in ("sigmoid", "hard_sigmoid")
+    return name.lower() in (("softmax",) if tensor.shape[-1] > 1 else ("sigmoid", "hard_sigmoid"))
 
 
 def _functional(model: keras.Model) -> keras.Model:
@@ -654,7 +686,7 @@ def _functional(model: keras.Model) -> keras.Model:
         outputs = model.call(inputs, **({"training": False} if takes_training else {}))
         return keras.Model(inputs, outputs, name=model.name)
     except Exception as error:  # user code may raise anything
-        raise _needs_code(error) from None
+        raise needs_code(error) from None
 
 
 def _is_shape(shape: object) -> bool:
@@ -662,14 +694,34 @@ def _is_shape(shape: object) -> bool:
     return isinstance(shape, tuple) and all(isinstance(size, int | None) for size in shape)
 
 
-def _try(network: keras.Model, interface: Interface) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a network's scoring function; raise `UnservableModelError` if it can't score three."""
+def _check_environment(network: keras.Model) -> None:
+    """Raise `UnservableModelError` if Keras computes otherwise here than on workers, or nothing."""
+    import keras
+
+    if keras.config.epsilon() != _EPSILON:
+        raise _refusal(
+            f"keras.config.epsilon() is {keras.config.epsilon()} here, and {_EPSILON} on the "
+            f"workers: call keras.config.set_epsilon({_EPSILON})"
+        )
+    if not all(np.isfinite(weight).all() for weight in network.get_weights()):
+        raise _refusal("its weights are not finite numbers: train it again, at a lower rate")
+
+
+def _try(network: keras.Model) -> None:
+    """Raise `UnservableModelError` if a network can't score events, or not each by itself."""
     try:
-        score = scoring_function(network)
-        if interface.features:  # otherwise, it is unknown how many the network needs
-            numbers = np.linspace(0, 1, 3 * interface.features, endpoint=False)
-            score(numbers.reshape(3, -1))
-        return score
+        score, features = scoring_function(network), interface_of(network).features
+        if not features:  # it is unknown how many the network needs
+            return
+        numbers = np.linspace(0, 1, 3 * features, endpoint=False)
+        score(numbers.reshape(3, -1))
+        events = _events_for(network)
+        alone = [score(event[None])[0] for event in events[:_ALONE]]
+        if not np.allclose(score(events)[:_ALONE], alone, _ROUNDING, _ROUNDING, equal_nan=True):
+            raise _refusal(
+                "an event's numbers depend on the other events of its batch, or change from call "
+                "to call: let layers and functions use each event alone (such as axis=-1)"
+            )
     except UnservableModelError:
         raise
     except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
@@ -679,8 +731,21 @@ def _try(network: keras.Model, interface: Interface) -> Callable[[np.ndarray], n
         ) from None
 
 
-def _needs_code(error: Exception) -> UnservableModelError:
-    """Return the error for a model that Keras can't restore without code."""
+def needs_code(error: Exception) -> UnservableModelError | OSError:
+    """Return the error for a model that Keras can't copy without code.
+
+    Parameters
+    ----------
+    error : Exception
+        What Keras raised. An error of this machine, such as a full disk, is returned as it is.
+
+    Examples
+    --------
+    >>> needs_code(TypeError("Could not locate class 'Mine'."))
+    UnservableModelError("this model can't be served: the class 'Mine' is not part of Keras: ...
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error
     text = str(error)
     unknown = re.search(r"Could not locate (\w+ '[^']+')", text)
     if unknown:

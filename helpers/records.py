@@ -72,7 +72,7 @@ _BESIDE_THE_ID = frozenset((
 _HIGGS_JSON = SCHEMA.json()
 _DENSE = 1  # how VectorUDT marks a dense vector
 _NUMBERS = frozenset((int, float))  # not bool, which Python treats as an int
-_LARGEST = float(np.finfo("float32").max)
+LARGEST = float(np.finfo("float32").max)  # that a feature may be
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _FLOATS = ("float", "double")
 EXACT = 2**53  # below this integer, each number has a 64-bit float of its own
@@ -563,7 +563,7 @@ class _Parser:
         if type(event_id) is not int:
             raise BadRecordError(f"{self._names[0]} is {event_id}, not an integer")
         for name in self._names[1:]:
-            if abs(event[name]) > _LARGEST:
+            if abs(event[name]) > LARGEST:
                 raise BadRecordError(f"{name} is {event[name]}, too large for a 32-bit float")
         return _Event(self._numbers_of(event), sorted(event.keys() - self._integers.keys()))
 
@@ -626,7 +626,7 @@ class _Parser:
         ids = np.frombuffer(table, dtype="<i8").reshape(len(reasons), -1)[:, 0]
         features = np.frombuffer(table, dtype="<f8").reshape(len(reasons), -1)[:, 1:]
         # All events at once, because checking each number separately takes as long as parsing.
-        for index in np.flatnonzero((np.abs(features) > _LARGEST).any(axis=1)):
+        for index in np.flatnonzero((np.abs(features) > LARGEST).any(axis=1)):
             reasons[index] = self._reason(values[index].as_py())
         bad = np.array([reason is not None for reason in reasons], dtype=bool)
         if self._narrow:

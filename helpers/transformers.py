@@ -50,7 +50,7 @@ from helpers.model import (
     scoring_function,
     servable_model,
 )
-from helpers.records import EXACT, list_array, matrix_of, named, vector_entries
+from helpers.records import EXACT, LARGEST, list_array, matrix_of, named, vector_entries
 from helpers.spark import arrow_function, exact_path, exact_reader
 
 if TYPE_CHECKING:
@@ -495,7 +495,8 @@ def _array_of(dataset: DataFrame, names: Sequence[str]) -> Column:
                 f"column {name!r} must hold numbers, not {found.simpleString()}: cast it."
             )
     columns = [named(name).cast("double") for name in names]
-    known = [column.isNotNull() & ~F.isnan(column) for column in columns]
+    # A sigmoid would make a class of what is infinite as a 32-bit float.
+    known = [column.isNotNull() & (F.abs(column) <= LARGEST) for column in columns]
     # As with records: 64-bit floats don't represent all larger integers.
     known += [
         named(name).between(1 - EXACT, EXACT - 1)

@@ -177,6 +177,33 @@ def test_events_on_which_a_network_fails_have_no_prediction():
     np.testing.assert_allclose(np.delete(found, unknown), np.delete(expected, unknown), atol=1e-6)
 
 
+def test_another_epsilon_or_backend_than_that_of_the_workers_is_refused(model, monkeypatch):
+    """Workers compute with Keras' defaults on TensorFlow, which a setting here doesn't reach."""
+    keras.config.set_epsilon(1e-3)
+    try:
+        with pytest.raises(UnservableModelError, match=r"call keras.config.set_epsilon\(1e-07\)"):
+            servable_model(model)
+    finally:
+        keras.config.set_epsilon(1e-7)
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    with pytest.raises(UnservableModelError, match="KERAS_BACKEND is jax: unset it, because work"):
+        servable_model(model)
+
+
+@pytest.mark.parametrize("activation", [None, "softmax"])
+@pytest.mark.parametrize("kind", ["positive numbers", "beyond the tried numbers", "any size"])
+def test_probabilities_are_told_from_logits_whatever_the_network_takes(kind, activation):
+    """So that logits never get a class, also where most trial events have no prediction."""
+    features = keras.Input((None, 1) if kind == "any size" else (8,))
+    found = {
+        "positive numbers": lambda: keras.ops.log(features),
+        "beyond the tried numbers": lambda: keras.ops.log(features - 1_000),
+        "any size": lambda: keras.layers.GRU(4)(features),
+    }[kind]()
+    network = keras.Model(features, keras.layers.Dense(2, activation)(found))
+    assert servable_model(network).gives_probabilities == (activation == "softmax")
+
+
 def test_a_network_that_fails_on_all_events_is_an_error():
     """Its events are not bad records: the network has a fault."""
     reshaped = keras.layers.Reshape((4, 2))  # of a number of features that it learns too late
@@ -368,6 +395,28 @@ def test_what_is_no_network_is_refused(serving_model, tmp_path, network):
     rewritten(path, CONTRACT, json.dumps(contract))
     with pytest.raises(ServingModelError, match="has no network that can be loaded"):
         load_serving_model(path)
+
+
+@pytest.mark.parametrize(
+    "layers, fault",
+    [
+        ([keras.layers.Embedding(2, 2), keras.layers.Flatten()], "fails on all events around the"),
+        ([keras.layers.Rescaling(float("nan"))], "returns no finite number for events around the"),
+    ],
+    ids=["categories", "nothing"],
+)
+def test_a_network_without_a_score_around_the_means_is_refused(
+    serving_model, tmp_path, layers, fault
+):
+    """The served file stays as it is: no event would have a prediction."""
+    means, scales = (-100.0,) * 30, (1.0,) * 30
+    scaling = keras.layers.Normalization(mean=means, variance=scales)
+    layers = [keras.Input((30,)), scaling, *layers, keras.layers.Dense(2, "softmax")]
+    network = keras.Sequential(layers)
+    contract = replace(serving_model.contract, means=means, scales=scales)
+    with pytest.raises(ServingModelError, match=fault):
+        save_serving_model(ServingModel(network, contract), tmp_path / "model.keras")
+    assert not (tmp_path / "model.keras").exists()
 
 
 def test_a_network_that_scales_otherwise_is_refused(serving_model, tmp_path):

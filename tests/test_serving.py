@@ -1,6 +1,7 @@
 """Serving: columns by name, the threshold, and replacing the model of a running stream."""
 
 import logging
+import tempfile
 from dataclasses import replace
 
 import keras
@@ -219,6 +220,22 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(
             file.current()
     assert caplog.text.count("keeps serving: there is no file") == 1
     (tmp_path / "second.keras").rename(path)
+    file.current()
+    assert file.model.version == second.version
+
+
+def test_a_file_that_cannot_be_loaded_for_a_moment_is_tried_again(
+    make_serving_model, serving_model, tmp_path, caplog, monkeypatch
+):
+    """A machine without space for temporary files says nothing about the model."""
+    path = tmp_path / "model.keras"
+    save_serving_model(serving_model, path)
+    file = ModelFile(path)
+    second = save_serving_model(make_serving_model(seed=2), path)
+    with monkeypatch.context() as context, caplog.at_level(logging.WARNING):
+        context.setattr(tempfile, "tempdir", "/nowhere")
+        file.current()
+    assert "keeps serving: [Errno 2] No such file or directory" in caplog.text
     file.current()
     assert file.model.version == second.version
 

@@ -260,6 +260,24 @@ def test_integers_reach_the_model_as_integers(spark, dtype, number):
     assert [row.predicted_index for row in scored.collect()] == [1, 0, None, None, None]
 
 
+def lost(model):
+    """Return a model whose training failed."""
+    model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
+    return model
+
+
+class Normalizing(keras.Model):
+    """A model that uses the batch's own means and variances, in use as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalization, self.out = keras.layers.BatchNormalization(), dense(2)
+
+    def call(self, x):
+        """Return the probabilities."""
+        return self.out(self.normalization(x, training=True))
+
+
 def two_inputs():
     """A model with two inputs."""
     first, second = keras.Input((10,)), keras.Input((20,))
@@ -313,6 +331,14 @@ REFUSED = {
     ),
     "a Lambda layer": (
         lambda: sequential(keras.layers.Lambda(lambda x: x), dense(2)), "it has a Python lambda"
+    ),
+    "weights without a number": (lambda: lost(sequential(dense(2))), "its weights are not finite"),
+    "a batch's maximum": (
+        lambda: functional(lambda x: dense(2)(x / keras.ops.max(keras.ops.abs(x)))),
+        "an event's numbers depend on the other events of its batch",
+    ),
+    "an own call with training": (
+        lambda: called(Normalizing()), "its call returns other numbers than the functional model"
     ),
     "no model": (lambda: "model.keras", r"it is a str, not a keras\.Model: load or build one"),
     "a layer": (lambda: dense(2), r"it is a Dense, not a keras\.Model"),

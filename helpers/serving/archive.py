@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from helpers.model import (
+    are_probabilities,
     check_copy,
-    gives_probabilities,
     interface_of,
     model_on_worker,
     model_to_bytes,
@@ -234,6 +234,8 @@ def _network_in(content: bytes, path: Path) -> keras.Model:
         network = model_on_worker(content)
         interface_of(network)
     except Exception as error:  # Keras may raise anything for a file from elsewhere
+        if isinstance(error, OSError) and error.errno:  # of this machine, such as a full disk
+            raise
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
     return network
@@ -251,15 +253,28 @@ def _disagreements(network: keras.Model, contract: Contract) -> list[str]:
         "the network doesn't scale its inputs with the contract's means and scales (make it with "
         "helpers.serving.scaled_network)": _scales_with(network, contract),
     }  # fmt: skip
-    faults = [fault for fault, holds in rules.items() if not holds]
+    return [fault for fault, holds in rules.items() if not holds] or _faults_in_scores(
+        network, contract
+    )
+
+
+def _faults_in_scores(network: keras.Model, contract: Contract) -> list[str]:
+    """Return what is wrong with a network's output for random events around the means."""
     random = np.random.default_rng(0).normal(size=(_TRIED, len(contract.means)))
     events = contract.means + np.multiply(contract.scales, 3 * random)
-    if not faults and not gives_probabilities(scoring_function(network), events):
-        faults.append(
+    try:
+        values = scoring_function(network)(events)
+    except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
+        (reason, *_) = [*str(error).strip().splitlines(), type(error).__name__]
+        return [f"the network fails on all events around the contract's means ({reason})"]
+    if not np.isfinite(values).all(axis=1).any():
+        return ["the network returns no finite number for events around the contract's means"]
+    if not are_probabilities(values):
+        return [
             "the network doesn't return probabilities: end it with a softmax over the classes, "
             "or with a single sigmoid"
-        )
-    return faults
+        ]
+    return []
 
 
 def _scales_with(network: keras.Model, contract: Contract) -> bool:
@@ -273,7 +288,7 @@ def _scales_with(network: keras.Model, contract: Contract) -> bool:
     means, scales = np.array(contract.means), np.array(contract.scales)
     if not len(mean) == len(variance) == len(means):
         return False
-    # Files of earlier versions have 32-bit floats. A mean counts in units of its scale.
+    # A mean counts in units of its scale.
     divisors = np.maximum(np.sqrt(variance), keras.config.epsilon())
     return np.allclose((mean - means) / scales, 0, atol=1e-5) and np.allclose(
         divisors, scales, rtol=1e-5, atol=0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import keras
 
 # Keras' Normalization divides by no less than the first. The square of the second is still a 32-bit
-# float, which the variance was in files of earlier versions.
+# float, in case that Keras casts the variance.
 _SMALLEST_SCALE, _LARGEST_SCALE = 1e-7, 1e18
 
 _LIBRARIES = ("keras", "tensorflow-cpu", "tensorflow", "numpy", "pyspark")
