@@ -178,6 +178,21 @@ def test_a_round_has_the_updates_that_were_asked_for(spark, monkeypatch, window,
     assert sum(sizes) == 400
 
 
+def test_equal_rows_are_spread_over_workers_and_rounds(spark, monkeypatch):
+    """Categories and flags make many equal rows; each worker learns from a part of them."""
+    sizes, average = [], trainers._average
+
+    def note(results):
+        sizes.append([int(result["totals"][0]) for result in results])
+        return average(results)
+
+    monkeypatch.setattr(trainers, "_average", note)
+    recipe = by_number(num_workers=2, batch_size=80, communication_window=2)
+    AveragingTrainer(tiny(), **recipe).train(rows_of(spark, [1] * 400))
+    assert len(sizes) == 3 and all(len(workers) == 2 for workers in sizes)
+    assert min(map(min, sizes)) > 30
+
+
 # A loss, the number of outputs, and a label.
 LOSSES = [
     (keras.losses.CategoricalCrossentropy(), 2, [1.0, 0.0]),
@@ -524,6 +539,16 @@ def without_decay_of_biases():
     return optimizer
 
 
+def with_own_layer():
+    """Return a network with a layer that workers don't know."""
+
+    class Own(keras.layers.Layer):
+        def call(self, x):
+            return x
+
+    return keras.Sequential([keras.Input((2,)), Own(), keras.layers.Dense(2)])
+
+
 def with_one_frozen_weight():
     """Return a network with a weight that is frozen, in a layer that isn't."""
     model = tiny()
@@ -538,6 +563,7 @@ def with_one_frozen_weight():
         ({"worker_optimizer": Adam()}, "the optimizer 'Adam' has the name of one of Keras'"),
         ({"worker_optimizer": without_decay_of_biases()}, "forget exclude_from_weight_decay"),
         ({"keras_model": with_one_frozen_weight()}, "would train other weights than the network"),
+        ({"keras_model": with_own_layer()}, "the class 'Own' is not part of Keras: build it from"),
     ],
 )
 def test_what_a_copy_would_lose_is_refused(spark, options, reason):
@@ -545,6 +571,17 @@ def test_what_a_copy_would_lose_is_refused(spark, options, reason):
     df = rows_of(spark, range(4)).selectExpr("features", "features AS label")
     with pytest.raises(ValueError, match=reason):
         SingleTrainer(**{"keras_model": tiny(), "loss": "mse", **options}).train(df)
+
+
+@pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])
+def test_a_row_on_which_the_network_fails_is_one_sentence(spark, make):
+    """An embedding doesn't know the category 12."""
+    layers = [keras.layers.Embedding(9, 2), keras.layers.Flatten(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((1,)), *layers])
+    df = spark.createDataFrame([([3.0], 0.0), ([12.0], 1.0)], ["features", "label"])
+    with pytest.raises(TrainingError, match=r"indices.* = 12 is not in \[0, 9\)") as failed:
+        make(model, loss="mse").train(df)
+    assert "\n" not in str(failed.value)
 
 
 @pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])

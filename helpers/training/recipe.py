@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyspark.sql.types import ArrayType, DataType, NumericType
 
-from helpers.model import check_copy, model_from_bytes, model_to_bytes
+from helpers.model import check_copy, model_from_bytes, model_to_bytes, needs_code
 
 if TYPE_CHECKING:
     import keras
@@ -121,8 +121,11 @@ def recipe_of(model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: A
     ValueError
         If a copy would be another network, optimizer or loss; the message says what is lost.
     """
-    content = model_to_bytes(model)
-    copy = model_from_bytes(content)
+    try:
+        content = model_to_bytes(model)
+        copy = model_from_bytes(content)
+    except Exception as error:  # Keras may raise anything for a class that it doesn't know
+        raise needs_code(error) from None
     check_copy(model, copy)
     if _frozen(model) != _frozen(copy):
         raise ValueError(

@@ -18,7 +18,7 @@ import pyarrow.compute
 from py4j.protocol import Py4JError
 from pyspark import StorageLevel, inheritable_thread_target
 from pyspark.ml.linalg import VectorUDT
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, NumericType
 
@@ -128,6 +128,8 @@ class Trainer(ABC):
         helpers.model.UnservableModelError
             If a saved copy of the network returns other numbers than the network.
         """
+        import tensorflow
+
         if others:
             raise TypeError(f"train takes no {', '.join(others)}: {_ALWAYS_SHUFFLED}")
         began, self._history = time.monotonic(), []
@@ -141,6 +143,9 @@ class Trainer(ABC):
             if not java_has_exited(END_SECONDS):
                 raise
             raise TrainingError(how_java_exited()) from None
+        except tensorflow.errors.OpError as error:
+            reason = error.message.strip().splitlines()[0]
+            raise TrainingError(f"the network fails on a row ({reason}): leave it out") from None
         self._seconds = time.monotonic() - began
         return model
 
@@ -353,8 +358,12 @@ def _in_order(rows: DataFrame, parts: int) -> DataFrame:
     """Return rows in `parts` partitions, partitioned and sorted by a hash of their content.
 
     The result doesn't depend on how Spark partitioned them, and a recomputed partition is the same.
+    Equal rows are numbered, so that they are spread over partitions and rounds like all others.
     """
-    keyed = rows.withColumn("key", F.xxhash64("label", "features"))
+    equal = Window.partitionBy("validates", "label", "features").orderBy("label")
+    content, number = F.xxhash64("label", "features"), F.row_number().over(equal)
+    key = F.when(number == 1, content).otherwise(F.xxhash64(content, number))
+    keyed = rows.withColumn("key", key)
     return keyed.repartition(parts, "key").sortWithinPartitions("key", "label", "features")
 
 
