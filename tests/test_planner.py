@@ -216,6 +216,21 @@ def test_a_checkpoint_that_was_moved_is_not_begun_anew(spark, one, produce, sett
         Batches(kept)._open()
 
 
+def test_a_clock_that_was_set_back_is_said(spark, one, produce, settings, tmp_path):
+    """A batch that was planned later than now would be passed over, and its records be lost."""
+    ssc = new_streaming_context(spark, 0.5)
+    stream, values = collected(ssc, one, {**settings, "auto.offset.reset": "earliest"})
+    ssc.checkpoint(str(tmp_path))
+    produce(one, [b"x"] * 3)
+    run_stream(ssc, until=lambda: len(values) == 3, timeout=300)
+    kept = stream._batches._recovery.definition()
+    *_, plan = sorted(tmp_path.glob("kafka-plans/*/*.json"))
+    later = round(time.time() * 1000) + 3_600_000
+    plan.rename(plan.with_name(f"{later:0{len(plan.stem)}}.json"))
+    with pytest.raises(StreamError, match=r"is planned 3\d{3} s in the future: the clock was set"):
+        Batches(kept)._open()
+
+
 def planned(folder):
     """Return how many records the plans of a checkpoint have, all of them after the old ones."""
     plans = [json.loads(file.read_text()) for file in folder.glob("kafka-plans/*/*.json")]

@@ -104,6 +104,14 @@ def test_rdd(spark, words, old_settings):
     assert rdd.map(lambda pair: pair[1]).collect() == WORDS
 
 
+def test_an_rdd_may_have_several_ranges_of_a_partition(spark, words, old_settings):
+    """Each range is read, also if ranges overlap."""
+    ranges = [OffsetRange(words, 0, *part) for part in ((0, 4), (10, 18), (2, 6))]
+    rdd = KafkaUtils.createRDD(spark.sparkContext, old_settings, ranges)
+    expected = [word for part in ranges for word in WORDS[part.fromOffset : part.untilOffset]]
+    assert sorted(rdd.map(lambda pair: pair[1]).collect()) == sorted(expected)
+
+
 def test_rdd_with_leaders(spark, kafka, words, old_settings):
     """Calls that name the leading brokers run."""
     host, port = kafka.bootstrap_servers.split(":")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pyspark import SparkContext, StorageLevel
-from pyspark.sql import Row
+from pyspark.sql import DataFrame, Row
 from pyspark.streaming import StreamingContext
 
 from helpers.spark import get_spark
@@ -261,7 +262,9 @@ class KafkaUtils:
         if not offsetRanges:
             return KafkaRDD(sc.emptyRDD(), [])
         _check_ranges(offsetRanges, settings)
-        records = RangeReader(spark, settings).read(offsetRanges).select(*ELEMENT_COLUMNS)
+        reader = RangeReader(spark, settings)
+        parts = [reader.read(ranges) for ranges in _one_per_partition(offsetRanges)]
+        records = functools.reduce(DataFrame.union, parts).select(*ELEMENT_COLUMNS)
         to_element = _element_maker(keyDecoder, valueDecoder, messageHandler)
         return KafkaRDD(records.rdd.map(to_element), offsetRanges)
 
@@ -342,13 +345,25 @@ def _applied(function: Callable[[Any], Any], name: str, row: Row, given: Any) ->
         ) from error
 
 
+def _one_per_partition(ranges: list[OffsetRange]) -> list[list[OffsetRange]]:
+    """Return ranges in lists in which each partition has one at most."""
+    lists: list[dict[TopicAndPartition, OffsetRange]] = []
+    for part in ranges:
+        partition = part.topicAndPartition()
+        if all(partition in taken for taken in lists):
+            lists.append({})
+        next(taken for taken in lists if partition not in taken)[partition] = part
+    return [list(taken.values()) for taken in lists]
+
+
 def _check_ranges(ranges: list[OffsetRange], settings: Mapping[str, str]) -> None:
     """Raise `StreamError` for a range that its partition doesn't have."""
     # Without a group, and with an error instead of a warning if records were deleted.
     client = KafkaClient(get_spark(), {**without_group(settings), "auto.offset.reset": "none"})
     with contextlib.closing(client):
         client.topics({part.topic for part in ranges})  # raises if one is missing
-        client.without_deleted(ranges)
+        for apart in _one_per_partition(ranges):
+            client.without_deleted(apart)
         ends = client.ends({part.topicAndPartition() for part in ranges})
     for part in ranges:
         end = ends[part.topicAndPartition()]

@@ -116,7 +116,7 @@ class Recovery:
         Raises
         ------
         StreamError
-            If there were plans, but the folder has none.
+            If there were plans, but the folder has none; or if the last one is of the future.
         """
         if self._definition.plans is None:
             return None
@@ -127,7 +127,16 @@ class Recovery:
                 f"{self._definition.plans} is empty. If the checkpoint was moved or copied, put it "
                 "back where it was; otherwise begin with a new checkpoint."
             )
-        return self._read(self._intervals[-1]) if self._intervals else None
+        if not self._intervals:
+            return None
+        # Spark asks for it only when its time has come, and the stream would be past it by then.
+        ahead = self._intervals[-1] / 1000 - time.time()
+        if ahead > max(self._definition.interval, 1):
+            raise StreamError(
+                f"the last batch of the checkpoint is planned {ahead:.0f} s in the future: the "
+                "clock was set back. Set it right, wait that long, or begin with a new checkpoint."
+            )
+        return self._read(self._intervals[-1])
 
     def remembered(self) -> int | None:
         """Return how long Spark remembers intervals, in ms; None until the context is known."""
@@ -187,7 +196,7 @@ class Recovery:
             TopicAndPartition(topic, partition): offset
             for topic, partition, offset in content["positions"]
         }
-        return Plan(ranges, positions, content.get("topic_ids", {}))
+        return Plan(ranges, positions, content["topic_ids"])
 
     def _write(self, interval: int, plan: Plan) -> None:
         """Write a plan, unless the same one has already been written, as on a retry."""
