@@ -529,6 +529,29 @@ def test_a_broker_that_stays_away_is_an_error_in_time(query_of, own_kafka, monke
         query.run(until=kill, timeout=300, interval=0.5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("ending", ["until", "timeout"])
+def test_a_query_that_waits_for_its_broker_can_be_ended(query_of, own_kafka, caplog, ending):
+    """A job is stopped at once by SIGTERM, and a deadline holds, also while the broker is away."""
+    query = query_of(["events"], servers_of(own_kafka))
+    values, killed, waited = Values(), [], []
+    query.foreachBatch(values)
+
+    def is_over():
+        if values.all() and not killed:
+            killed.append(own_kafka.kill())
+        if "The query waits for" in caplog.text and not waited:
+            waited.append(time.monotonic())
+        return ending == "until" and bool(waited)
+
+    if ending == "until":
+        query.run(until=is_over, timeout=300, interval=0.5)
+    else:
+        with pytest.raises(TimeoutError, match="was not done after 30 s"):
+            query.run(until=is_over, timeout=30, interval=0.5)
+    assert waited and time.monotonic() - waited[0] < 50  # not the 60 s of the wait
+
+
 def counted(spark, query_of, topic, settings, path, fail=lambda: None):
     """Run a query into a sink with a monitor; return the totals and the number of stored events."""
     monitor = Monitor()

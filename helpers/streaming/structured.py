@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -202,6 +201,11 @@ class KafkaQuery:
             goal = self._goal() if interval is None else {}
             with contextlib.suppress(BrokerAwayError):  # then the query waits for it
                 self._check_transactions()
+
+            def is_over() -> bool:
+                is_late = time.monotonic() > deadline
+                return is_late or interrupted.is_set() or _is_true(until)
+
             query = self._start(interval)
             try:
                 self._commit(self._done)
@@ -221,8 +225,9 @@ class KafkaQuery:
                         if self._away_since is not None and _is_idle(query):
                             self._away_since = None  # the broker is back, with nothing new
                     except StreamingQueryException as error:
-                        self._wait_for_the_broker(error, interrupted)
-                        query = self._start(interval)
+                        self._wait_for_the_broker(error, is_over)
+                        if not is_over():
+                            query = self._start(interval)
                 self._finish_batch(query)
             finally:
                 self._stopping = True
@@ -422,14 +427,14 @@ class KafkaQuery:
             pass
 
     def _wait_for_the_broker(
-        self, error: StreamingQueryException, interrupted: threading.Event
+        self, error: StreamingQueryException, is_over: Callable[[], bool]
     ) -> None:
-        """Return when the broker answers again; raise if it stays away or wasn't the cause."""
+        """Return when the broker answers again, or it is over; raise if it wasn't the cause."""
         reason = without_secrets(summary(error), self._settings)
         was_away = is_away(str(error))
         if self._away_since is None:  # otherwise no batch has finished since the last outage
             self._away_since = time.monotonic()
-        while not interrupted.is_set():
+        while not is_over():
             if time.monotonic() - self._away_since > AWAY_SECONDS:
                 raise StreamError(
                     f"the query stopped: the broker has been away for {AWAY_SECONDS} s. {reason}"
