@@ -12,38 +12,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection
 
 from pyspark.sql import DataFrame
 
 from helpers.monitor import Batch, Monitor
 from helpers.records import keep_bad_records
 from helpers.sinks import ParquetSink, SinkError, check_topics
-from helpers.streaming import PlannedBatch, TopicAndPartition
+from helpers.streaming import KafkaDirectStream, KafkaQuery, PlannedBatch
 
 _LOGGER = logging.getLogger(__name__)
 
 Score = Callable[[DataFrame], DataFrame]
-
-
-class Source(Protocol):
-    """A source of batches: a `KafkaDirectStream` or a `KafkaQuery`."""
-
-    def for_each_planned_batch(self, function: Callable[[PlannedBatch], None]) -> None:
-        """Call a function for each batch."""
-
-    def topic_ids(self) -> Mapping[str, str]:
-        """Return the current Kafka ids of the topics, by topic name."""
-
-    def positions(self) -> Mapping[TopicAndPartition, int]:
-        """Return where the next batch begins in each partition."""
-
-    def finished(self) -> Mapping[TopicAndPartition, int]:
-        """Return where the last finished batch ended, if the source itself keeps that."""
-
-    def lag_after(self, batch_id: int) -> int:
-        """Return how many offsets are left after a batch."""
+Source = KafkaDirectStream | KafkaQuery
 
 
 class Scoring:
@@ -125,6 +106,8 @@ def score_stream(
     SinkError
         If the sink already has a stream, or holds events of another topic with the same name; or
         if a query's checkpoint has batches that the sink lacks, which would never be stored.
+    ValueError
+        If the monitor shows another running stream.
 
     Examples
     --------
@@ -152,6 +135,6 @@ def score_stream(
     sink.begin(source.positions(), topic_ids)
     scoring = Scoring(source, score, sink, monitor)
     if monitor is not None:
-        monitor.begin()
+        monitor.begin(lambda: sink.is_open)
     source.for_each_planned_batch(scoring.process)
     return scoring

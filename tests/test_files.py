@@ -1,8 +1,10 @@
 """Paths mean what they say; JSON files are written once, and are either complete or absent."""
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 import threading
 from pathlib import Path
 
@@ -136,6 +138,20 @@ def test_what_a_crash_leaves_half_written_is_no_file(folder, tmp_path):
     assert folder.names() == []
     with pytest.raises(FileNotFoundError):
         folder.read("0")
+
+
+def test_a_folder_that_cannot_be_flushed_is_used(folder, monkeypatch):
+    """Some file systems flush files only."""
+    flush = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    folder.write("1", {})
+    assert folder.names() == ["1"]
 
 
 def test_names_are_sorted_and_a_file_can_go(folder):

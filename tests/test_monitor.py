@@ -238,6 +238,16 @@ def test_begin_forgets_earlier_batches(capsys):
     assert capsys.readouterr().out.count("time (UTC)") == 2
 
 
+def test_a_monitor_shows_one_running_stream():
+    """Batches of two streams have the same ids, so one would replace the other."""
+    monitor, running = Monitor(), [True]
+    monitor.begin(lambda: bool(running))
+    with pytest.raises(ValueError, match="shows another running stream: use one per stream"):
+        monitor.begin(lambda: True)
+    running.clear()
+    monitor.begin(lambda: True)
+
+
 def test_each_unused_field_is_warned_of_once():
     """Each unused field is warned about once, even after `begin`."""
     monitor, batch = Monitor(), Batch(NOON, 5, 0, 0, 1.0)

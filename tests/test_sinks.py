@@ -411,6 +411,9 @@ def test_a_folder_that_is_no_sink_is_refused(spark, tmp_path):
     """A folder without a sink is refused, not read as an empty one."""
     with pytest.raises(SinkError, match="is not the folder of a ParquetSink: check the path"):
         read_scored(spark, str(tmp_path))
+    (tmp_path / "commits").mkdir()  # as in the checkpoint of a query
+    with pytest.raises(SinkError, match="is not the folder of a ParquetSink: check the path"):
+        read_scored(spark, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -489,7 +492,7 @@ def test_a_new_topic_can_be_stored_from_its_beginning(spark, path):
 
 
 def test_results_without_topic_ids_are_continued(spark, path):
-    """Results of an older kit, without topic ids, are continued; the next batch adds the ids."""
+    """Results without topic ids are continued; the next batch adds the ids."""
     old = Stream()
     old.ids = {}
     with Sink(spark, path, stream=old) as sink:
@@ -690,7 +693,7 @@ def test_a_file_system_without_times_is_refused(spark, path, monkeypatch, touch,
         assert set(JsonFolder(spark, f"{path}/writer").names()) == {f"{0:020d}"}
 
 
-@pytest.mark.parametrize("topic", ["_events", ".events", "topic-", "e" * 240])
+@pytest.mark.parametrize("topic", ["_events", ".events", "topic-", "e" * 249])
 def test_where_a_stream_begins_is_kept_whatever_its_topic_is_called(spark, path, topic):
     """Starting offsets are kept for any topic name, however often the sink is opened."""
     partition = TopicAndPartition(topic, 0)

@@ -1,6 +1,5 @@
 """After many batches, a sink has few files and few manifests, and each event once."""
 
-import json
 import statistics
 import threading
 import time
@@ -183,30 +182,6 @@ def test_a_late_sink_removes_nothing_of_the_one_that_took_over(spark, path, ofte
     write(late, spark, 0, 10)
     assert stored(spark, path) == list(range(60))
     assert not (Path(path) / "data" / "interrupted").exists()
-
-
-def test_the_results_of_an_older_kit_are_continued(spark, path, tmp_path, often):
-    """Results of an older kit, whose manifests list only their own files, are continued."""
-    with Sink(spark, path) as sink:
-        for start in range(0, 20, 10):
-            write(sink, spark, start, start + 10)
-    parts = CommitLog(spark, path).last().parts
-    for number, part in enumerate(parts):
-        (tmp_path / "scored" / "data" / part.folder).rename(
-            tmp_path / "scored" / "data" / f"{number:020d}-old"
-        )
-        (tmp_path / "scored" / "commits" / f"{number:020d}.json").write_text(json.dumps({
-            "batch": number, "event_id": "EventId", "folder": f"{number:020d}-old",
-            "files": part.files, "ranges": [["events", 0, 10 * number, 10 * number + 10]],
-            "positions": [["events", 0, 10 * number + 10]], "events": 10, "bad": 0,
-        }))  # fmt: skip
-    assert stored(spark, path) == list(range(20))
-    with Sink(spark, path) as sink:
-        assert sink.positions() == {PARTITION: 20}
-        assert all(part.size for part in sink._state.parts)  # or they would be merged for ever
-        for start in range(20, 60, 10):
-            write(sink, spark, start, start + 10)
-    assert stored(spark, path) == list(range(60))
 
 
 def after_long_run(one, batches):

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -58,6 +58,7 @@ class Monitor:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # guards everything below
+        self._is_used: Callable[[], bool] = lambda: False
         self._batches: dict[int, Batch] = {}  # the last ones
         self._totals: Counter[str] = Counter()  # over all batches
         self._listener: QueryListener | None = None  # within `follow`
@@ -65,9 +66,23 @@ class Monitor:
         self._unused: set[str] = set()  # since `begin`
         self._warned: set[str] = set()  # already named in a warning, also before `begin`
 
-    def begin(self) -> None:
-        """Discard earlier batches, and open a new table."""
+    def begin(self, is_used: Callable[[], bool] = lambda: False) -> None:
+        """Discard earlier batches, and open a new table.
+
+        Parameters
+        ----------
+        is_used : callable
+            Returns whether the stream that begins is still running.
+
+        Raises
+        ------
+        ValueError
+            If another stream that uses this monitor is still running.
+        """
         with self._lock:
+            if self._is_used():
+                raise ValueError("the monitor shows another running stream: use one per stream.")
+            self._is_used = is_used
             self._batches, self._totals, self._unused = {}, Counter(), set()
             self._display = open_display()
 

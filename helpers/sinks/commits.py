@@ -186,15 +186,14 @@ class CommitLog:
         if not names:
             return State()
         content = self._files.read(names[-1])
-        meaning = {name: content[name] for name in _MEANING if name in content}
+        meaning = {name: content[name] for name in _MEANING}
         positions = {
             TopicAndPartition(topic, partition): offset
             for topic, partition, offset in content["positions"]
         }
-        # Older versions wrote no topic ids: each topic's next batch adds its id.
-        progress = Progress(positions, content.get("topic_ids", {}))
-        parts = [Part(*part) for part in content["parts"]] if "parts" in content else self._old()
-        replaced = [tuple(entry) for entry in content.get("replaced", [])]
+        progress = Progress(positions, content["topic_ids"])
+        parts = [Part(*part) for part in content["parts"]]
+        replaced = [tuple(entry) for entry in content["replaced"]]
         return State(content["batch"], meaning, progress, parts, replaced)
 
     def write(self, state: State, batch: Mapping[str, Any] | None = None) -> None:
@@ -241,13 +240,6 @@ class CommitLog:
         if self._files.names()[-1:] != [name]:
             return False
         return [Part(*part) for part in self._files.read(name)["parts"]] == state.parts
-
-    def _old(self) -> list[Part]:
-        """Return the files in manifests of older versions, each of which lists a single batch."""
-        return [
-            Part(old["batch"], 0, old["folder"], old["files"], old["events"] + old["bad"], size=0)
-            for old in map(self._files.read, self._files.names())
-        ]
 
 
 def _longest_run(group: list[Part]) -> list[Part]:

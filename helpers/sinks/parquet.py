@@ -160,6 +160,11 @@ class ParquetSink:
         lease, self._lease = self._lease, None
         lease.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the sink is in use, within its ``with`` block."""
+        return self._lease is not None
+
     def begin(
         self, positions: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]
     ) -> None:
@@ -289,19 +294,18 @@ class ParquetSink:
         self._starts = StartLog(self._spark, self.path)
         last = self._commits.last()
         for name, value in self._meaning.items():
-            if last.meaning.get(name, value) != value:  # older versions wrote no signal_index
+            if last.meaning.get(name, value) != value:
                 raise SinkError(
                     f"{self.path} has results with {name} {last.meaning[name]!r}, not {value!r}: "
                     "choose another path, or the model that produced those results."
                 )
-        parts = list(map(self._files.with_size, last.parts))
-        self._state = replace(last, meaning=self._meaning, parts=parts)
+        self._state = replace(last, meaning=self._meaning)
         self._topic_ids, self._unsure, self._unmerged = None, None, {}
         # Listed now, because later folders may belong to a sink that takes over.
         self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
 
     def _check_open(self) -> None:
-        if self._lease is None:
+        if not self.is_open:
             raise SinkError(f"the sink {self.path} is not open: use it in a `with` block.")
 
     def _progress_in(self, topic_ids: Mapping[str, str]) -> Progress:
@@ -482,7 +486,7 @@ def read_bad_records(spark: SparkSession, path: str | os.PathLike[str]) -> DataF
 def _read_committed(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
     """Return the records in the files that the last manifest lists."""
     path = exact_path(spark, path).rstrip("/")
-    if "commits" not in folder_names(spark, path):
+    if not {"commits", "writer"} <= set(folder_names(spark, path)):  # a checkpoint has one of them
         raise SinkError(f"{path} is not the folder of a ParquetSink: check the path.")
     state = CommitLog(spark, path).last()
     return PartFiles(spark, path, state.meaning.get("event_id", EVENT_ID)).read(state.parts)

@@ -99,12 +99,6 @@ class PartFiles:
         flush_folder(self._spark, folder, inside=self._path)  # including the entry of `data`
         return Part(first, 0, name, files, rows, folder_size(self._spark, folder))
 
-    def with_size(self, part: Part) -> Part:
-        """Return a part with its size, which older versions didn't record."""
-        if part.size:
-            return part
-        return replace(part, size=folder_size(self._spark, self.folder(part.folder)))
-
     def merge(self, group: list[Part]) -> Part:
         """Merge several parts of the same level into one, and return it."""
         first, level = group[0].first, group[0].level + 1

@@ -21,7 +21,7 @@ class Progress:
     positions : dict of TopicAndPartition to int
         The next offset of each partition.
     topic_ids : dict of str to str
-        Kafka's topic ids by topic name. Topics whose batches were written by an older version are
+        Kafka's topic ids by topic name. Topics for which Kafka gave none are
         missing until their next batch.
 
     Examples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 from pyspark.sql import SparkSession
@@ -11,6 +12,7 @@ from helpers.streaming import TopicAndPartition
 
 # Kafka allows topic names that begin with "_" or ".", which mark files to ignore.
 _PREFIX = "topic-"
+_LONGEST = 200  # characters of a topic in a file's name, which may have 255 with the rest
 
 
 class StartLog:
@@ -38,9 +40,10 @@ class StartLog:
 
     def __init__(self, spark: SparkSession, path: str) -> None:
         self._files = JsonFolder(spark, f"{path}/starts")
-        self._kept = {
-            name.removeprefix(_PREFIX): self._files.read(name) for name in self._files.names()
-        }
+        self._kept = {}
+        for name in self._files.names():
+            start = self._files.read(name)
+            self._kept[start["topic"]] = start
 
     def starts(self, topic_ids: Mapping[str, str]) -> dict[TopicAndPartition, int]:
         """Return where streams began; 0 in topics whose ids have changed."""
@@ -70,8 +73,9 @@ class StartLog:
             if kept and kept["topic_id"] == topic_id:
                 continue
             if kept:
-                self._files.delete(_PREFIX + topic)
+                self._files.delete(_file_of(topic))
             start = {
+                "topic": topic,
                 "topic_id": topic_id,
                 "offsets": {
                     str(part.partition): offset
@@ -79,5 +83,11 @@ class StartLog:
                     if part.topic == topic
                 },
             }
-            self._files.write(_PREFIX + topic, start)
+            self._files.write(_file_of(topic), start)
             self._kept[topic] = start
+
+
+def _file_of(topic: str) -> str:
+    """Return the name of a topic's file; a hash stands for the end of a long name."""
+    end = topic[_LONGEST:] and hashlib.sha256(topic.encode()).hexdigest()[:32]
+    return _PREFIX + topic[:_LONGEST] + end

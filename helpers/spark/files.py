@@ -8,6 +8,7 @@ survive a power cut.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -502,5 +503,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some file systems don't flush folders, which need it less there
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
