@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import ConfigResource
@@ -197,6 +198,21 @@ def test_the_command_runs_until_it_is_told_to_stop(ending):
         assert process.wait(60) == 0
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_stop_that_is_interrupted_leaves_no_broker(monkeypatch):
+    """A second Ctrl-C comes while the broker shuts down; nothing else would end it later."""
+    kafka = LocalKafka().start()
+    broker = psutil.Process(kafka.pid)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kafka._process, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        kafka.stop()
+    psutil.wait_procs([broker], timeout=60)
+    assert not broker.is_running() or broker.status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_command_refuses_an_impossible_port_in_one_line():

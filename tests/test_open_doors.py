@@ -69,6 +69,11 @@ def test_other_users_get_nothing_from_sparks_ports(spark):
     assert b"Expected SaslMessage" in answer
 
 
+def test_sparks_page_ends_no_job(spark):
+    """It asks for no password, and any web site can make a browser open an address."""
+    assert spark.sparkContext.getConf().get("spark.ui.killEnabled") == "false"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, the users can't be told apart")
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_other_users_cannot_call_into_python(spark, monkeypatch, is_ours):

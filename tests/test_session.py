@@ -138,6 +138,18 @@ def test_logs_stay_out_of_the_output_and_nothing_is_left(tmp_path):
     )
 
 
+def test_nothing_is_left_if_all_processes_of_a_service_get_a_signal(tmp_path):
+    """A service manager sends SIGTERM also to the process that removes the folder at the end."""
+    program = (
+        "import os, signal; from helpers.spark import scratch; print(scratch.scratch_folder());"
+        "os.kill(scratch._WATCHERS[0].pid, signal.SIGTERM)"
+    )
+    run = run_python("-c", program, env={**os.environ, "TMPDIR": str(tmp_path)})
+    folder = Path(run.stdout.strip())
+    assert folder.parent == tmp_path, run.stderr
+    wait_until(lambda: not folder.exists())
+
+
 def test_spark_home_names_the_spark_that_is_used(tmp_path):
     """The Spark in SPARK_HOME is used instead of the one from PyPI."""
     arrange_spark(Path(pyspark.__file__).parent, tmp_path)

@@ -27,11 +27,13 @@ LOCK_SECONDS = 5
 # The shell becomes the broker (`exec` keeps the process id, $$) and leaves a watcher that reads
 # from a pipe held by this Python process. A line in the pipe dismisses the watcher. End of file
 # means that this process has ended, for whatever reason: the watcher then kills the broker and
-# removes its temporary folder ($1, empty if the folder is to stay).
+# removes its temporary folder ($1, empty if the folder is to stay). A service manager sends signals
+# to all processes of a service, also to the watcher.
 _START_BROKER_WATCHED = """
 temporary_folder=$1; shift
 exec 3<&0
 (
+    trap '' TERM INT HUP
     read -r line <&3 && exit 0
     kill -9 $$
     test -z "$temporary_folder" && exit 0
@@ -278,6 +280,9 @@ class LocalKafka(BrokerAdmin):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(STOP_SECONDS)
+        except BaseException:  # a second Ctrl-C: nothing else would end the process
+            process.kill()
+            raise
 
     def _last_log_lines(self) -> str:
         lines = server.last_lines(self.log_file.read_text(errors="replace"))

@@ -22,8 +22,10 @@ _CHECKPOINT_FILES = (
     r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
 )
 
-# Repeated, because Java may still be shutting down and write more files.
+# Repeated, because Java may still be shutting down and write more files. A service manager sends
+# signals to all processes of a service, also to this one.
 _REMOVE_AT_THE_END = """
+trap '' TERM INT HUP
 cat
 for attempt in 1 2 3 4 5; do rm -rf "$1" && sleep 1 && test ! -e "$1" && exit; done
 """

@@ -242,6 +242,8 @@ def _settings(
         "spark.master": master,
         "spark.serializer": "org.apache.spark.serializer.KryoSerializer",
         "spark.ui.showConsoleProgress": "false",
+        # The page asks for no password, and any web site could make the browser send the request.
+        "spark.ui.killEnabled": "false",
         # Transfer columns to pandas as Arrow batches, not row by row.
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         # Batches of 4,096 events fit in the processor's caches: 5 to 10 % faster than 10,000.
