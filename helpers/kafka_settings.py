@@ -72,6 +72,13 @@ class ClientSettings(dict[str, str]):
     def __or__(self, others: Mapping[str, str]) -> ClientSettings:
         return ClientSettings({**self, **others})
 
+    def __ror__(self, others: Mapping[str, str]) -> ClientSettings:
+        return ClientSettings({**others, **self})
+
+    def copy(self) -> ClientSettings:
+        """Return a copy, which also hides secrets."""
+        return ClientSettings(self)
+
     def __repr__(self) -> str:
         return repr({name: _shown(name, value) for name, value in self.items()})
 
@@ -130,13 +137,7 @@ def connection_settings(bootstrap_servers: str, kafka_config: str = "") -> Clien
             "addresses, as bootstrap_servers."
         )
     check_address(bootstrap_servers)
-    try:
-        given = read_config(kafka_config) if kafka_config else {}
-    except OSError as error:
-        raise ValueError(
-            f"{kafka_config} can't be read ({error.strerror}): give the absolute path of a file "
-            "with settings for Kafka clients."
-        ) from None
+    given = read_config(kafka_config) if kafka_config else {}
     return ClientSettings({**given, "bootstrap.servers": bootstrap_servers})
 
 
@@ -171,6 +172,11 @@ def read_config(path: str | Path) -> dict[str, str]:
     file = Path(path)
     try:
         lines = list(_properties(file.read_text("latin-1", errors="strict")))
+    except OSError as error:
+        raise ValueError(
+            f"{file} can't be read ({error.strerror}): give the absolute path of a file with "
+            "settings for Kafka clients."
+        ) from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     for number, name, _ in lines:
@@ -200,8 +206,6 @@ def config_option(text: str) -> dict[str, str]:
     """
     try:
         return read_config(text) if text else {}
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -350,7 +350,7 @@ def test_a_secured_broker_is_written_to_with_settings_from_a_file(tmp_path):
         ("no.such=1", "kafka-python has no setting 'no.such': leave it out."),
         ("acks=1", "the settings for Kafka don't fit: "),
         ("linger.ms=soon", "Kafka's setting 'linger.ms' is 'soon': it must be a whole number."),
-        (None, "nowhere.properties: No such file or directory"),
+        (None, "nowhere.properties can't be read (No such file or directory)"),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line(kafka, tmp_path, text, reason):

@@ -205,7 +205,7 @@ REQUIRED = ["--bootstrap-servers", "127.0.0.1:9092", "--topic", "events", "--out
         (["--kafka-option", "group.id"], "group.id is not of the form K=V"),
         (["--on-bad-record", "ignore"], "invalid choice: 'ignore'"),
         (["--kafka-option", "ssl.key.password=x"], "name the file with --kafka-config"),
-        (["--kafka-config", "nowhere"], "nowhere: No such file or directory"),
+        (["--kafka-config", "nowhere"], "nowhere can't be read (No such file or directory)"),
     ],
 )
 def test_wrong_options_are_refused_with_the_reason(arguments, reason, capsys, example):

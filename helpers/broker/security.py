@@ -20,7 +20,7 @@ from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 
-from helpers.kafka_settings import JAAS_VALUE, check_protocol
+from helpers.kafka_settings import JAAS_VALUE, ClientSettings, check_protocol
 from helpers.spark import JarsError, java_command
 
 PROTOCOL = "SASL_SSL"
@@ -140,7 +140,7 @@ def broker_settings(
 
 def client_settings(
     bootstrap_servers: str, certificate: Path, user: str, password: str
-) -> dict[str, str]:
+) -> ClientSettings:
     """Return a client's settings, by Kafka's names.
 
     Parameters
@@ -158,14 +158,14 @@ def client_settings(
     >>> settings["sasl.mechanism"]
     'SCRAM-SHA-512'
     """
-    return {
+    return ClientSettings({
         "bootstrap.servers": bootstrap_servers,
         "security.protocol": PROTOCOL,
         "sasl.mechanism": MECHANISM,
         "sasl.jaas.config": jaas(user, password),
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": str(certificate),
-    }
+    })
 
 
 def jaas(user: str, password: str) -> str:
