@@ -404,10 +404,11 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
 
 def repaired(
     letters: Iterable[ConsumerRecord], repair: Repair | None
-) -> dict[Place, bytes | None]:
+) -> dict[Place, bytes]:
     """Return the values to send, by the dead letters' partitions and offsets."""
     if repair is None:
-        return {place_of(letter): letter.value for letter in letters}
+        # Not tombstones: in a compacted topic, they would delete newer records with their keys.
+        return {place_of(letter): letter.value for letter in letters if letter.value is not None}
     values = {}
     for letter in letters:
         try:

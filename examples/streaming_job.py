@@ -67,7 +67,8 @@ def run_dstream(
     stopping: threading.Event,
 ) -> None:
     """Score with a DStream, which resumes at the end of the output and needs no checkpoint."""
-    ssc = new_streaming_context(spark, options.interval)
+    interval = min(options.interval, 1.0) if options.available_now else options.interval
+    ssc = new_streaming_context(spark, interval)
     stream = KafkaUtils.createDirectStream(
         ssc, [options.topic], kafka_settings(options), positions=ends(spark, options, sink)
     )

@@ -119,6 +119,14 @@ def test_a_repair_function_repairs_what_it_can(kafka, topic, letters, replay, tm
     assert values(kafka, topic) == [(b"1", b"repaired")]
 
 
+def test_a_tombstone_is_sent_back_only_with_a_value(kafka, topic, letters, replay):
+    """In a compacted topic, it would delete newer records with its key."""
+    letters(0, value=None)
+    letters(1)
+    assert replay()[1].startswith(f"1 dead letters sent back to {topic}; 1 could not be repaired")
+    assert values(kafka, topic) == [(b"1", b"rubbish")]
+
+
 def test_a_repair_that_fails_sends_nothing(kafka, topic, letters, replay, tmp_path):
     """If the repair function raises, nothing is sent, and a later run can send everything."""
     (tmp_path / "repairs.py").write_text("def repair(value):\n    return value[100]\n")
