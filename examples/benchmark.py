@@ -73,7 +73,13 @@ from helpers.records import to_columns
 from helpers.scoring import Score, score_stream
 from helpers.sinks import ParquetSink, read_scored
 from helpers.spark import available_cores, get_spark, scratch_folder
-from helpers.streaming import KafkaQuery, KafkaUtils, new_streaming_context, run_stream
+from helpers.streaming import (
+    KafkaQuery,
+    KafkaUtils,
+    new_streaming_context,
+    run_stream,
+    spark_options,
+)
 from helpers.training import AveragingTrainer, SingleTrainer, Trainer
 from helpers.transformers import ModelPredictor
 
@@ -90,6 +96,8 @@ WORKERS = 2
 TRAINING_SHARE = 6  # of ten
 ENGINES = ("dstream", "structured")
 PARTITIONS = 4
+LEAST_SECONDS = 5  # of a steady run, whose second half needs some samples
+WARM_UP_EVENTS = 1_000  # before a steady run, which would otherwise queue behind its first batch
 SAMPLE_SECONDS = 1.0  # between samples of the processor time, which take some themselves
 SMALL_RATE = 500  # events per second
 LATENCY_RATE = 2_000
@@ -215,7 +223,7 @@ def measure(engine: str, events: int, runs: int) -> dict[str, Any]:
     walkthrough = definitions("1_walkthrough", "pipeline")
     score, model = walkthrough["process_instances"], walkthrough["model"]
     with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
-        _produce(kafka.bootstrap_servers, events)
+        _produce(kafka.bootstrap_servers, TOPIC, events, sys.stderr)
         for _ in range(WARM_UPS):
             drain(spark, kafka.bootstrap_servers, score, engine)
         limits, speeds = [limit_events_per_s(model)], []
@@ -257,7 +265,7 @@ def compare(names: list[str], events: int, rounds: int) -> Iterator[dict[str, An
     model = normalized_network(definitions("1_walkthrough", "pipeline")["model"])
     speeds: dict[str, list[float]] = {name: [] for name in names}
     with LocalKafka() as kafka, _stopped_at_the_end(get_spark()) as spark:
-        _produce(kafka.bootstrap_servers, events)
+        _produce(kafka.bootstrap_servers, TOPIC, events, sys.stderr)
         file = f"{scratch_folder()}/compared.keras"
         model.save(file)
         ends = count_records(kafka.bootstrap_servers, TOPIC)
@@ -435,7 +443,7 @@ class SteadyRun:
 def run_steadily(
     spark: SparkSession, kafka: LocalKafka, engine: str, rate: int, interval: float, seconds: float
 ) -> SteadyRun:
-    """Score a topic while events are written to it at a steady rate.
+    """Score a topic while events are written to it at a steady rate, after some at once.
 
     Parameters
     ----------
@@ -456,6 +464,10 @@ def run_steadily(
     topic, folder = f"steady-{uuid.uuid4()}", f"{scratch_folder()}/steady-{uuid.uuid4()}"
     settings = {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
     kafka.create_topic(topic, partitions=PARTITIONS)
+    _produce(kafka.bootstrap_servers, topic, WARM_UP_EVENTS, subprocess.DEVNULL)
+    records = spark.read.format("kafka").option("subscribe", topic)
+    records = records.options(**spark_options(settings)).load()
+    score(records).write.format("noop").mode("overwrite").save()  # gives the workers the model
     monitor, sink = StoredTimes(), ParquetSink(spark, f"{folder}/scored", signal_index=0)
     with sink, contextlib.ExitStack() as at_the_end:
         if engine == "dstream":
@@ -476,7 +488,7 @@ def run_steadily(
             if producer.returncode:
                 raise subprocess.CalledProcessError(producer.returncode, producer.args)
             # Not the lag, which is that of the last interval: more events may have come since.
-            return scoring.offsets_done >= events
+            return scoring.offsets_done >= WARM_UP_EVENTS + events
 
         if engine == "dstream":
             run_stream(ssc, until=is_done, timeout=DRAIN_SECONDS)
@@ -654,9 +666,9 @@ def _stopped_at_the_end(spark: SparkSession) -> Iterator[SparkSession]:
         spark.stop()
 
 
-def _produce(bootstrap_servers: str, events: int) -> None:
-    """Fill the topic with the producer from the README."""
-    producer = _start_producer(bootstrap_servers, TOPIC, events, output=sys.stderr)
+def _produce(bootstrap_servers: str, topic: str, events: int, output: int | TextIO) -> None:
+    """Write events to a topic with the producer from the README."""
+    producer = _start_producer(bootstrap_servers, topic, events, output=output)
     if producer.wait():
         raise subprocess.CalledProcessError(producer.returncode, producer.args)
 
@@ -701,9 +713,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     unknown = set(getattr(options, "entry", ())) - set(ENTRIES)
     if unknown:
         parser.error(f"no entry {', '.join(sorted(unknown))}: choose from {', '.join(ENTRIES)}")
-    for name in ("events", "rounds", "runs", "seconds"):
+    for name in ("events", "rounds", "runs"):
         if not 0 < getattr(options, name, 1) < math.inf:
             parser.error(f"--{name} must be a number above 0.")
+    if not LEAST_SECONDS <= getattr(options, "seconds", LEAST_SECONDS) < math.inf:
+        parser.error(f"--seconds must be a number of at least {LEAST_SECONDS}.")
     return options
 
 

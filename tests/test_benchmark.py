@@ -70,7 +70,7 @@ def test_training_is_judged_on_events_that_it_did_not_see():
     [
         (["fill"], "invalid choice: 'fill'"),
         (["drain", "--events", "0"], "--events must be a number above 0."),
-        (["latency", "--seconds", "inf"], "--seconds must be a number above 0."),
+        (["latency", "--seconds", "inf"], "--seconds must be a number of at least 5."),
     ],
 )
 def test_bad_options_are_refused(arguments, message, capsys, example):
