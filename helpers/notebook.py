@@ -350,11 +350,12 @@ def _over_sockets(folder: str) -> Config:
 def _store_outputs(executed: nbformat.NotebookNode, path: Path) -> None:
     """Store the outputs of a run in the notebook, and change nothing else in it."""
     notebook = nbformat.read(path, as_version=4)
-    results = {cell.id: cell for cell in executed.cells}
-    for cell in notebook.cells:
+    # By position, because cells of older formats have no ids; papermill adds one with parameters.
+    cells = executed.cells
+    results = [c for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for cell, result in zip(notebook.cells, results, strict=True):
         if cell.cell_type == "code":
-            cell.outputs = results[cell.id].outputs
-            cell.execution_count = results[cell.id].execution_count
+            cell.outputs, cell.execution_count = result.outputs, result.execution_count
     nbformat.write(notebook, path)
 
 

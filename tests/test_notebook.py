@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -160,6 +161,17 @@ def test_stored_outputs_are_those_of_the_run(make_notebook):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     assert stored == before
+
+
+def test_outputs_are_also_stored_in_a_notebook_without_ids(make_notebook):
+    """Cells have ids since format 4.5; older notebooks are as welcome."""
+    path = make_notebook("{'events': events}")
+    older = json.loads(path.read_text()) | {"nbformat_minor": 4}
+    for cell in older["cells"]:
+        del cell["id"]
+    path.write_text(json.dumps(older))
+    assert run_notebook(path, "EVENTS=21", "--store").returncode == 0
+    assert recorded(nbformat.read(path, as_version=4)) == {"events": 21}
 
 
 @pytest.mark.parametrize(
