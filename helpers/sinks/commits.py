@@ -186,7 +186,7 @@ class CommitLog:
         if not names:
             return State()
         content = self._files.read(names[-1])
-        meaning = {name: content[name] for name in _MEANING}
+        meaning = {name: content[name] for name in _MEANING if name in content}
         positions = {
             TopicAndPartition(topic, partition): offset
             for topic, partition, offset in content["positions"]
