@@ -125,7 +125,9 @@ def read_records(consumer: KafkaConsumer, topic: str) -> Iterator[ConsumerRecord
             yield from (record for record in records if record.offset < end)
 
 
-def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
+def new_letters(
+    consumer: KafkaConsumer, topic: str, topic_id: str, are_repaired: bool
+) -> Letters:
     """Return a topic's dead letters that no earlier run has handled.
 
     Parameters
@@ -137,6 +139,9 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
     topic_id : str
         The Kafka id of the dead-letter topic; '' if the topic doesn't exist. Progress recorded for
         another id refers to other letters.
+    are_repaired : bool
+        Whether a repair may give a letter without a value one. Otherwise such letters are left: in
+        a compacted topic, they would delete newer records with their keys.
     """
     letters, seen, empty = Letters(), set(), set()
     handled = handled_up_to(consumer, topic + DEAD_LETTERS, topic_id)
@@ -145,7 +150,7 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
             seen.add(source_of(letter))
             continue
         letters.new[place_of(letter)] = source_of(letter)
-        if letter.key is None and letter.value is None:
+        if letter.value is None and (letter.key is None or not are_repaired):
             empty.add(place_of(letter))
     # Only after reading everything, because a partition that is read later may have a handled copy.
     for place, source in letters.new.items():
@@ -154,7 +159,7 @@ def new_letters(consumer: KafkaConsumer, topic: str, topic_id: str) -> Letters:
         elif source[0] != topic:
             letters.leave(place, f"of another topic, {printable(source[0])!r}")
         elif place in empty:
-            letters.leave(place, "without key and value")
+            letters.leave(place, "without a value")
         elif source not in seen:
             letters.originals.add(place)
         seen.add(source)
@@ -382,7 +387,7 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
             "isolation_level": "read_committed",
         }  # fmt: skip
         with KafkaConsumer(**given) as consumer:
-            letters = new_letters(consumer, topic, topic_id)
+            letters = new_letters(consumer, topic, topic_id, options.repair is not None)
             if options.repair:
                 for letter in read_again(consumer, topic, letters.originals):
                     repaired([letter], options.repair)
@@ -404,11 +409,10 @@ def replay(options: argparse.Namespace, settings: dict[str, str]) -> tuple[int, 
 
 def repaired(
     letters: Iterable[ConsumerRecord], repair: Repair | None
-) -> dict[Place, bytes]:
+) -> dict[Place, bytes | None]:
     """Return the values to send, by the dead letters' partitions and offsets."""
     if repair is None:
-        # Not tombstones: in a compacted topic, they would delete newer records with their keys.
-        return {place_of(letter): letter.value for letter in letters if letter.value is not None}
+        return {place_of(letter): letter.value for letter in letters}
     values = {}
     for letter in letters:
         try:

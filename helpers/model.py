@@ -32,8 +32,8 @@ SEED = 39
 
 _TRIED = 32  # random events, on which a model and its copy must agree
 _ALONE = 4  # of them, scored one by one
-_EPSILON = 1e-7  # Keras' default
-_OPEN_SIZE = 8  # of the events that a model of any size is tried with
+EPSILON = 1e-7  # Keras' default, with which workers compute
+_OPEN_SIZES = (8, 64, 512)  # of the events that a model of any size is tried with
 
 _ROUNDING = 0.01  # how far probabilities may be off, such as with float16
 
@@ -322,7 +322,11 @@ def servable_model(model: keras.Model) -> ServableModel:
     probability: end it with a sigmoid, or with a softmax over the classes.
     """
     content, network = worker_copy(model)
-    return ServableModel(content, interface_of(network), _gives_probabilities(network))
+    _check_numbers(network)
+    values = _tried(network)
+    is_known = np.isfinite(values).all(axis=1).any()
+    fits = are_probabilities(values) if is_known else not _is_unbounded(network.outputs[0])
+    return ServableModel(content, interface_of(network), fits)
 
 
 def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
@@ -336,8 +340,7 @@ def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
     Raises
     ------
     UnservableModelError
-        If the workers can't load the model, their model returns other numbers, or the numbers for
-        an event depend on the other events.
+        If the workers can't load the model, or their model returns other numbers.
 
     Examples
     --------
@@ -357,8 +360,6 @@ def worker_copy(model: keras.Model) -> tuple[bytes, keras.Model]:
             "its call returns other numbers than the functional model of its layers, such as for a "
             "layer that it calls with training=True: leave `training` to Keras"
         )
-    _check_environment(copy)
-    _try(copy)
     return content, copy
 
 
@@ -397,7 +398,7 @@ def _agree(model: keras.Model, copy: keras.Model) -> bool:
 
     # A size that is open may be any, unless the network's layers say otherwise.
     shapes = [
-        tuple(_OPEN_SIZE if size is None else size for size in given.shape[1:])
+        tuple(_OPEN_SIZES[0] if size is None else size for size in given.shape[1:])
         for given in copy.inputs
     ]
     dtypes = [given.dtype for given in copy.inputs]
@@ -406,10 +407,11 @@ def _agree(model: keras.Model, copy: keras.Model) -> bool:
         for each, dtype in zip(_sample(shapes, dtypes), dtypes, strict=True)
     ]
     try:
-        expected, found = (
-            keras.tree.flatten(each(events if len(events) > 1 else events[0], training=False))
-            for each in (model, copy)
-        )
+        with keras.StatelessScope():  # a call with training=True would change the model
+            expected, found = (
+                keras.tree.flatten(each(events if len(events) > 1 else events[0], training=False))
+                for each in (model, copy)
+            )
     except Exception:  # such as for an open size that must be a certain one after all
         return True
     return all(
@@ -437,24 +439,6 @@ def are_probabilities(values: np.ndarray) -> bool:
     values = values[np.isfinite(values).all(axis=1)]  # a layer may not be defined for all events
     is_in_range = (values > -_ROUNDING).all() and (values < 1 + _ROUNDING).all()
     return bool(is_in_range and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING))
-
-
-def _gives_probabilities(network: keras.Model) -> bool:
-    """Return whether a network returns probabilities: for random events, or by its last layer."""
-    try:
-        values = scoring_function(network)(_events_for(network))
-    except Exception:  # such as for an open size that must be a certain one after all
-        return _is_probability(network.outputs[0])
-    is_judged = np.isfinite(values).all(axis=1).any()
-    return are_probabilities(values) if is_judged else _is_probability(network.outputs[0])
-
-
-def _events_for(network: keras.Model) -> np.ndarray:
-    """Return random features for a network, of any sign and positive ones."""
-    interface = interface_of(network)
-    shape = [_OPEN_SIZE if size is None else size for size in interface.shape]
-    (events,) = _sample([(math.prod(shape),)], [interface.dtype])
-    return np.concatenate([events, np.abs(events)])
 
 
 def _sample(shapes: list[tuple[int, ...]], dtypes: list[str]) -> list[np.ndarray]:
@@ -538,7 +522,9 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         shape = (len(features), *interface.event_shape(features.shape[1]))
         with np.errstate(invalid="ignore", over="ignore"):  # unfit values are found below
             typed = features.astype(dtype.as_numpy_dtype)
-        unfit = (np.isinf(typed) if dtype.is_floating else typed != features).any(axis=1)
+        is_large = np.abs(features) > np.finfo("float32").max  # a later layer would be infinite
+        unfit = is_large | (np.isinf(typed) if dtype.is_floating else typed != features)
+        unfit = unfit.any(axis=1)
         typed[unfit] = 0  # because a model, such as an embedding, could fail on them
         values = _predicted(predict, typed.reshape(shape), interface.outputs).astype("float64")
         if values.shape != (len(features), interface.outputs):
@@ -589,7 +575,7 @@ def _fault(model: keras.Model) -> str | None:
 
     if keras.config.backend() != "tensorflow":
         found = keras.config.backend()
-        return f"KERAS_BACKEND is {found}: unset it, because workers use TensorFlow"
+        return f"Keras' backend is {found}: set KERAS_BACKEND=tensorflow before Keras is imported"
     if not isinstance(model, keras.Model):
         return f"it is a {type(model).__name__}, not a keras.Model: load or build one"
     try:
@@ -652,18 +638,28 @@ def _is_numeric(dtype: str) -> bool:
 
 
 def _is_probability(tensor: keras.KerasTensor) -> bool:
-    """Return whether a tensor is the output of a sigmoid, or of a softmax over several classes."""
+    """Return whether a tensor is the output of a sigmoid."""
+    return _last_function(tensor).lower() in ("sigmoid", "hard_sigmoid")
+
+
+def _is_unbounded(tensor: keras.KerasTensor) -> bool:
+    """Return whether a tensor is the output of a layer without activation."""
+    return _last_function(tensor) == "linear"
+
+
+def _last_function(tensor: keras.KerasTensor) -> str:
+    """Return the name of the function, or of the layer, that a network ends with."""
     import keras
 
     operation, _, place = tensor._keras_history
     if isinstance(operation, keras.Model):
-        return _is_probability(operation.outputs[place])
+        return _last_function(operation.outputs[place])
     function = getattr(operation, "activation", None)
     name = getattr(function, "__name__", type(operation).__name__)
     passes_on = isinstance(operation, keras.layers.Activation) and name == "linear"
     if passes_on or name in _UNCHANGING:
-        return _is_probability(operation.input)
-    return name.lower() in (("softmax",) if tensor.shape[-1] > 1 else ("sigmoid", "hard_sigmoid"))
+        return _last_function(operation.input)
+    return name
 
 
 def _functional(model: keras.Model) -> keras.Model:
@@ -694,41 +690,67 @@ def _is_shape(shape: object) -> bool:
     return isinstance(shape, tuple) and all(isinstance(size, int | None) for size in shape)
 
 
-def _check_environment(network: keras.Model) -> None:
+def _check_numbers(network: keras.Model) -> None:
     """Raise `UnservableModelError` if Keras computes otherwise here than on workers, or nothing."""
     import keras
 
-    if keras.config.epsilon() != _EPSILON:
+    if keras.config.epsilon() != EPSILON:
         raise _refusal(
-            f"keras.config.epsilon() is {keras.config.epsilon()} here, and {_EPSILON} on the "
-            f"workers: call keras.config.set_epsilon({_EPSILON})"
+            f"keras.config.epsilon() is {keras.config.epsilon()} here, and {EPSILON} on the "
+            f"workers: call keras.config.set_epsilon({EPSILON})"
         )
     if not all(np.isfinite(weight).all() for weight in network.get_weights()):
         raise _refusal("its weights are not finite numbers: train it again, at a lower rate")
 
 
-def _try(network: keras.Model) -> None:
-    """Raise `UnservableModelError` if a network can't score events, or not each by itself."""
+def _tried(network: keras.Model) -> np.ndarray:
+    """Return what a network returns for random events; NaN if none of the tried sizes fits it.
+
+    Raises
+    ------
+    UnservableModelError
+        If it can't score them, or not each by itself.
+    """
+    shape = interface_of(network).shape
     try:
-        score, features = scoring_function(network), interface_of(network).features
-        if not features:  # it is unknown how many the network needs
-            return
-        numbers = np.linspace(0, 1, 3 * features, endpoint=False)
-        score(numbers.reshape(3, -1))
-        events = _events_for(network)
-        alone = [score(event[None])[0] for event in events[:_ALONE]]
-        if not np.allclose(score(events)[:_ALONE], alone, _ROUNDING, _ROUNDING, equal_nan=True):
+        score = scoring_function(network)
+    except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
+        raise _not_callable(error) from None
+    for size in _OPEN_SIZES if None in shape else (0,):
+        features = math.prod(size if known is None else known for known in shape)
+        try:
+            values, alone = _scores(score, features, interface_of(network).dtype)
+        except UnservableModelError:
+            raise
+        except Exception as error:  # such as for an open size that must be a certain one after all
+            if size:
+                continue
+            raise _not_callable(error) from None
+        if not np.allclose(values[: len(alone)], alone, _ROUNDING, _ROUNDING, equal_nan=True):
             raise _refusal(
                 "an event's numbers depend on the other events of its batch, or change from call "
                 "to call: let layers and functions use each event alone (such as axis=-1)"
             )
-    except UnservableModelError:
-        raise
-    except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
-        raise _refusal(
-            f"Keras can't call it on three events, because {_first_line(error)}: make it "
-            "accept any number of events"
-        ) from None
+        return values
+    return np.full((1, 2), np.nan)
+
+
+def _scores(
+    score: Callable[[np.ndarray], np.ndarray], features: int, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores of random events, and those of the first ones, scored one by one."""
+    score(np.linspace(0, 1, 3 * features, endpoint=False).reshape(3, -1))
+    (events,) = _sample([(features,)], [dtype])
+    events = np.concatenate([events, np.abs(events)])  # a layer may be defined for positive ones
+    return score(events), np.vstack([score(event[None]) for event in events[:_ALONE]])
+
+
+def _not_callable(error: Exception) -> UnservableModelError:
+    """Return the error for a network that can't be called with events."""
+    return _refusal(
+        f"Keras can't call it on some events, because {_first_line(error)}: make it accept any "
+        "number of events"
+    )
 
 
 def needs_code(error: Exception) -> UnservableModelError | OSError:

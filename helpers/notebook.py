@@ -350,11 +350,13 @@ def _over_sockets(folder: str) -> Config:
 def _store_outputs(executed: nbformat.NotebookNode, path: Path) -> None:
     """Store the outputs of a run in the notebook, and change nothing else in it."""
     notebook = nbformat.read(path, as_version=4)
-    # By position, because cells of older formats have no ids; papermill adds one with parameters.
+    # Cells of older formats have no ids, but a position; papermill adds a cell with parameters.
     cells = executed.cells
     results = [c for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    for cell, result in zip(notebook.cells, results, strict=True):
+    by_id = {cell.id: cell for cell in results}
+    for cell, result in zip(notebook.cells, results, strict=False):
         if cell.cell_type == "code":
+            result = by_id.get(cell.get("id"), result)
             cell.outputs, cell.execution_count = result.outputs, result.execution_count
     nbformat.write(notebook, path)
 

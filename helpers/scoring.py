@@ -132,9 +132,9 @@ def score_stream(
             f"the checkpoint is ahead of {sink.path}: give the output that belongs to it, or a new "
             "checkpoint."
         )
+    if monitor is not None:
+        monitor.begin(sink.while_open())
     sink.begin(source.positions(), topic_ids)
     scoring = Scoring(source, score, sink, monitor)
-    if monitor is not None:
-        monitor.begin(lambda: sink.is_open)
     source.for_each_planned_batch(scoring.process)
     return scoring

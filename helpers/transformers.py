@@ -43,6 +43,7 @@ from pyspark.sql.types import (
 )
 
 from helpers.model import (
+    EPSILON,
     Interface,
     ServableModel,
     interface_of,
@@ -418,6 +419,9 @@ def _predict_lists(
 
 def _load(model: Broadcast[bytes]) -> _Loaded:
     """Load the network, on a worker's first batch."""
+    import keras
+
+    keras.config.set_epsilon(EPSILON)
     network = model_from_bytes(model.value)
     return _Loaded(scoring_function(network), interface_of(network).features)
 

@@ -186,7 +186,7 @@ def test_another_epsilon_or_backend_than_that_of_the_workers_is_refused(model, m
     finally:
         keras.config.set_epsilon(1e-7)
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    with pytest.raises(UnservableModelError, match="KERAS_BACKEND is jax: unset it, because work"):
+    with pytest.raises(UnservableModelError, match="backend is jax: set KERAS_BACKEND=tensorflow"):
         servable_model(model)
 
 

@@ -141,8 +141,10 @@ def test_logs_stay_out_of_the_output_and_nothing_is_left(tmp_path):
 def test_nothing_is_left_if_all_processes_of_a_service_get_a_signal(tmp_path):
     """A service manager sends SIGTERM also to the process that removes the folder at the end."""
     program = (
-        "import os, signal; from helpers.spark import scratch; print(scratch.scratch_folder());"
-        "os.kill(scratch._WATCHERS[0].pid, signal.SIGTERM)"
+        "import psutil; from helpers.spark import scratch; print(scratch.scratch_folder())\n"
+        "watcher = psutil.Process(scratch._WATCHERS[0].pid)\n"
+        "while not watcher.children(): pass\n"  # it has begun to wait
+        "watcher.terminate()"
     )
     run = run_python("-c", program, env={**os.environ, "TMPDIR": str(tmp_path)})
     folder = Path(run.stdout.strip())

@@ -1,6 +1,7 @@
 """The Parquet sink: each event is stored once, despite retries, crashes and late writers."""
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -648,6 +649,19 @@ def test_where_a_stream_begins_is_kept_before_its_first_batch(spark, path):
         write(sink, spark, 0, 10)  # an earlier start is allowed while nothing is stored
         assert sink.positions() == {PARTITION: 10}
     assert stored(spark, path) == list(range(10))
+
+
+def test_where_an_earlier_kit_noted_a_start_is_read(spark, path):
+    """A path stays in use when the kit is updated."""
+    with Sink(spark, path, stream=Stream({PARTITION: 7})):
+        pass
+    (file,) = Path(path).glob("starts/*.json")
+    start = json.loads(file.read_text())
+    del start["topic"]
+    file.write_text(json.dumps(start))
+    file.with_name(f".{file.name}.crc").unlink(missing_ok=True)
+    with Sink(spark, path, stream=Stream({PARTITION: 90})) as sink:
+        assert sink.positions() == {PARTITION: 7}
 
 
 def test_where_a_stream_began_in_a_deleted_topic_says_nothing_of_a_new_one(spark, path):

@@ -579,7 +579,8 @@ def test_a_row_on_which_the_network_fails_is_one_sentence(spark, make):
     layers = [keras.layers.Embedding(9, 2), keras.layers.Flatten(), keras.layers.Dense(1)]
     model = keras.Sequential([keras.Input((1,)), *layers])
     df = spark.createDataFrame([([3.0], 0.0), ([12.0], 1.0)], ["features", "label"])
-    with pytest.raises(TrainingError, match=r"indices.* = 12 is not in \[0, 9\)") as failed:
+    reason = r"the network fails on a row \(indices.* = 12 is not in \[0, 9\)\): leave such rows"
+    with pytest.raises(ValueError, match=reason) as failed:
         make(model, loss="mse").train(df)
     assert "\n" not in str(failed.value)
 

@@ -257,6 +257,16 @@ class _Reason(logging.Handler):
         error = sys.exc_info()[1]  # clients log in an `except` block
         if isinstance(error, _REFUSALS) or "[SSL" in str(error) or _is_of_kerberos(error):
             self.error = error
+        elif isinstance(error, KafkaConnectionError) and _was_closed(self.error or error):
+            self.error = error  # unless a later attempt is told more
+
+
+def _was_closed(error: BaseException) -> bool:
+    """Return whether the broker has closed a connection, for a reason that kafka-python loses.
+
+    It drops a broker's answer if the end of the connection comes with it.
+    """
+    return isinstance(error, KafkaConnectionError) and "socket disconnected" in str(error)
 
 
 def _is_of_kerberos(error: BaseException | None) -> bool:
@@ -286,6 +296,11 @@ def _refusal(error: Exception, servers: str) -> str:
         return (
             f"Kafka at {servers} wants a client's certificate that it trusts: set "
             "ssl.keystore.location to a file with your key and certificate."
+        )
+    if _was_closed(error):
+        return (
+            f"Kafka at {servers} closes the connection: check the address and security.protocol; "
+            "with a login, check sasl.mechanism, and user and password in sasl.jaas.config."
         )
     if isinstance(error, KafkaTimeoutError | KafkaConnectionError):
         return (

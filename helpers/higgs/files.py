@@ -46,7 +46,7 @@ _LAYOUTS = ((), (LABEL,), ("Weight", LABEL), BOOKKEEPING)
 
 _TEXTS = (LABEL, "KaggleSet")
 _ROWS = 10_000  # parsed at a time
-_SURPLUS = "surplus"  # a column for values that no column has
+_SURPLUS = ["surplus 1", "surplus 2", "surplus 3"]  # for values that are in no column
 # Names of local files that Hadoop can't open, because of a colon, or that Spark ignores.
 _UNREADABLE = re.compile(r"^[._]|:")
 _CONTENT = StructType().add("content", BinaryType())
@@ -187,8 +187,8 @@ def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
             columns = pd.read_csv(io.StringIO(header)).columns
             _layout_of(columns, path)
             chunks = pd.read_csv(
-                lines, header=None, names=[*columns, _SURPLUS],
-                dtype=dict.fromkeys((*_TEXTS, _SURPLUS), str), float_precision="round_trip",
+                lines, header=None, names=[*columns, *_SURPLUS],
+                dtype=dict.fromkeys((*_TEXTS, *_SURPLUS), str), float_precision="round_trip",
                 low_memory=False, chunksize=_ROWS,
             )  # fmt: skip
             for chunk in chunks:
@@ -241,8 +241,8 @@ class _RefusedError(ValueError):
 def _checked(events: pd.DataFrame, path: str) -> pd.DataFrame:
     """Return events with their types and in the published order; refuse invalid values."""
     layout = _layout_of(events.columns.drop(_SURPLUS), path)
-    # pandas takes two surplus values for names of rows, unless a chunk begins with them.
-    if not isinstance(events.index, pd.RangeIndex) or events[_SURPLUS].notna().any():
+    # pandas takes more surplus values for names of rows.
+    if not isinstance(events.index, pd.RangeIndex) or events[_SURPLUS].notna().any(axis=None):
         raise _RefusedError(f"{path} has rows with more values than columns: remove the surplus.")
     for column in layout:
         if column not in _TEXTS:

@@ -60,8 +60,8 @@ def significance_curve(
     Raises
     ------
     ValueError
-        If a score or a weight is not finite, a weight is negative, `is_signal` is not boolean, the
-        lengths differ, or a class has no weight.
+        If a score or a weight is not finite, `is_signal` is not boolean, the lengths differ, a
+        class has no weight, or the selected weights of one have a negative sum at some threshold.
 
     Examples
     --------
@@ -80,16 +80,19 @@ def significance_curve(
             f"the shapes are {scores.shape}, {is_signal.shape} and {weights.shape}: give one "
             "score, one boolean and one weight per event."
         )
-    if (weights < 0).any():
-        raise ValueError("a weight is negative, for which the AMS has no meaning: leave it out.")
     order = np.argsort(scores)[::-1]
     scores, is_signal, weights = scores[order], is_signal[order], weights[order]
+    # Events with equal scores are selected together.
+    last = np.append(np.diff(scores) != 0, True)
     selected = []
     for chosen, expected in ((is_signal, EXPECTED_SIGNAL), (~is_signal, EXPECTED_BACKGROUND)):
         sums = np.cumsum(np.where(chosen, weights, 0))
         if not sums.size or not sums[-1]:
             raise ValueError("one class has no weight: the AMS needs events of both.")
-        selected.append(expected * sums / sums[-1])
-    # Events with equal scores are selected together.
-    last = np.append(np.diff(scores) != 0, True)
-    return scores[last], significance(*selected)[last]
+        if (sums[last] < 0).any():
+            raise ValueError(
+                "the weights selected at some threshold have a negative sum, for which the AMS has "
+                "no meaning: take more events, so that positive weights outweigh negative ones."
+            )
+        selected.append(expected * sums[last] / sums[-1])
+    return scores[last], significance(*selected)

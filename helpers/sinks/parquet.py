@@ -160,10 +160,10 @@ class ParquetSink:
         lease, self._lease = self._lease, None
         lease.close()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the sink is in use, within its ``with`` block."""
-        return self._lease is not None
+    def while_open(self) -> Callable[[], bool]:
+        """Return a function that returns whether the sink's ``with`` block has not ended yet."""
+        lease = self._lease
+        return lambda: lease is not None and self._lease is lease
 
     def begin(
         self, positions: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]
@@ -305,7 +305,7 @@ class ParquetSink:
         self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
 
     def _check_open(self) -> None:
-        if not self.is_open:
+        if self._lease is None:
             raise SinkError(f"the sink {self.path} is not open: use it in a `with` block.")
 
     def _progress_in(self, topic_ids: Mapping[str, str]) -> Progress:

@@ -43,7 +43,8 @@ class StartLog:
         self._kept = {}
         for name in self._files.names():
             start = self._files.read(name)
-            self._kept[start["topic"]] = start
+            # Earlier versions of the kit had the topic only in the name.
+            self._kept[start.get("topic", name.removeprefix(_PREFIX))] = start
 
     def starts(self, topic_ids: Mapping[str, str]) -> dict[TopicAndPartition, int]:
         """Return where streams began; 0 in topics whose ids have changed."""

@@ -114,7 +114,7 @@ class ContextListener(StreamingListener):
         # Spark drops events when its queue is full. One batch runs at a time, so the earlier ones
         # have ended, and if one had failed, the context would know.
         missed = self._batches.ledger.unreported(before=batch_id)
-        if missed:
+        if missed and _one_at_a_time():
             failure = self._failure()
             for earlier in missed:
                 self._batches.completed(earlier, failure)
@@ -133,6 +133,12 @@ class ContextListener(StreamingListener):
         active = contexts.StreamingContext.getActive()
         if active.isDefined():  # otherwise it failed to start
             self.join(active.get())
+
+
+def _one_at_a_time() -> bool:
+    """Return whether Spark runs one batch at a time, as it does by default."""
+    settings = SparkContext._active_spark_context.getConf()
+    return settings.get("spark.streaming.concurrentJobs", "1") == "1"
 
 
 def _as_list(scala_sequence: JavaObject) -> list[JavaObject]:

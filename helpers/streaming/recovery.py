@@ -131,7 +131,7 @@ class Recovery:
             return None
         # Spark asks for it only when its time has come, and the stream would be past it by then.
         ahead = self._intervals[-1] / 1000 - time.time()
-        if ahead > max(self._definition.interval, 1):
+        if ahead > self._definition.interval:
             raise StreamError(
                 f"the last batch of the checkpoint is planned {ahead:.0f} s in the future: the "
                 "clock was set back. Set it right, wait that long, or begin with a new checkpoint."

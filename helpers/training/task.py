@@ -171,10 +171,18 @@ class Replica:
 
     def _totals(self, step: Callable, rows: Rows, order: np.ndarray, size: int) -> np.ndarray:
         """Return the number of rows, and the sums of loss and accuracy over them."""
+        import tensorflow
+
         totals = np.zeros(3)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            means = step(rows.features[chosen], rows.labels[chosen], return_dict=True)
+            try:
+                means = step(rows.features[chosen], rows.labels[chosen], return_dict=True)
+            except tensorflow.errors.InvalidArgumentError as error:
+                *_, reason = error.message.partition("[[{{node")[0].strip().splitlines()
+                raise InvalidRowsError(
+                    f"the network fails on a row ({reason}): leave such rows out."
+                ) from None
             totals += len(chosen) * np.array([1, means["loss"], means["accuracy"]])
         return totals
 

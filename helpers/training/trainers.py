@@ -128,8 +128,6 @@ class Trainer(ABC):
         helpers.model.UnservableModelError
             If a saved copy of the network returns other numbers than the network.
         """
-        import tensorflow
-
         if others:
             raise TypeError(f"train takes no {', '.join(others)}: {_ALWAYS_SHUFFLED}")
         began, self._history = time.monotonic(), []
@@ -143,9 +141,6 @@ class Trainer(ABC):
             if not java_has_exited(END_SECONDS):
                 raise
             raise TrainingError(how_java_exited()) from None
-        except tensorflow.errors.OpError as error:
-            reason = error.message.strip().splitlines()[0]
-            raise TrainingError(f"the network fails on a row ({reason}): leave it out") from None
         self._seconds = time.monotonic() - began
         return model
 
