@@ -711,15 +711,15 @@ def _tried(network: keras.Model) -> np.ndarray:
     UnservableModelError
         If it can't score them, or not each by itself.
     """
-    shape = interface_of(network).shape
+    interface = interface_of(network)
     try:
         score = scoring_function(network)
     except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
         raise _not_callable(error) from None
-    for size in _OPEN_SIZES if None in shape else (0,):
-        features = math.prod(size if known is None else known for known in shape)
+    for size in _OPEN_SIZES if None in interface.shape else (0,):
+        features = math.prod(size if known is None else known for known in interface.shape)
         try:
-            values, alone = _scores(score, features, interface_of(network).dtype)
+            values, alone = _scores(score, features, interface.dtype)
         except UnservableModelError:
             raise
         except Exception as error:  # such as for an open size that must be a certain one after all
@@ -748,7 +748,7 @@ def _scores(
 def _not_callable(error: Exception) -> UnservableModelError:
     """Return the error for a network that can't be called with events."""
     return _refusal(
-        f"Keras can't call it on some events, because {_first_line(error)}: make it accept any "
+        f"Keras can't call it on some events, because {first_line(error)}: make it accept any "
         "number of events"
     )
 
@@ -775,7 +775,7 @@ def needs_code(error: Exception) -> UnservableModelError | OSError:
     elif "lambda" in text.lower():
         cause = "it has a Python lambda"
     else:
-        cause = f"Keras can't copy it ({_first_line(error)})"
+        cause = f"Keras can't copy it ({first_line(error)})"
     return _refusal(
         f"{cause}: build it from keras.layers and keras.ops, because workers have no other code"
     )
@@ -786,6 +786,17 @@ def _refusal(fault: str) -> UnservableModelError:
     return UnservableModelError(f"this model can't be served: {fault}.")
 
 
-def _first_line(error: Exception) -> str:
-    """Return the beginning of an error's message."""
+def first_line(error: Exception) -> str:
+    """Return the beginning of an error's message, without a full stop.
+
+    Parameters
+    ----------
+    error : Exception
+        An error whose message may have many lines, or none.
+
+    Examples
+    --------
+    >>> first_line(ValueError("The shapes differ."))
+    'The shapes differ'
+    """
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -171,28 +171,27 @@ def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame
 
 def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
     """Yield the events in a file's content, `_ROWS` at a time."""
-    begins = (start for start in _COMPRESSION if content.startswith(start))
-    decompressed = _COMPRESSION.get(next(begins, b""))
-    if decompressed is None and b"\0" in content:  # where pandas would end a value
+    kinds = (kind for start, kind in _COMPRESSION.items() if content.startswith(start))
+    opened = next(kinds, io.BytesIO)
+    if opened is io.BytesIO and b"\0" in content:  # where pandas would end a value
         raise _RefusedError(
             f"{path} has bytes that are zero, which text doesn't have, so a part of it is missing "
             f"or damaged: download it again from {SOURCE}."
         )
     try:
-        file = io.BytesIO(content) if decompressed is None else decompressed(content)
-        with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
+        with io.TextIOWrapper(opened(content), "utf-8-sig", newline="") as lines:
             header = next((line for line in lines if line.strip()), None)
             if header is None:
                 raise _empty(path)
             columns = pd.read_csv(io.StringIO(header)).columns
-            _layout_of(columns, path)
+            layout = _layout_of(columns, path)
             chunks = pd.read_csv(
                 lines, header=None, names=[*columns, *_SURPLUS],
                 dtype=dict.fromkeys((*_TEXTS, *_SURPLUS), str), float_precision="round_trip",
                 low_memory=False, chunksize=_ROWS,
             )  # fmt: skip
             for chunk in chunks:
-                yield _checked(chunk, path)
+                yield _checked(chunk, layout, path)
     except _RefusedError:
         raise
     except Exception as error:  # pandas and the codecs raise errors of many kinds
@@ -238,9 +237,8 @@ class _RefusedError(ValueError):
     """A file's columns or values are not those of the challenge."""
 
 
-def _checked(events: pd.DataFrame, path: str) -> pd.DataFrame:
+def _checked(events: pd.DataFrame, layout: list[str], path: str) -> pd.DataFrame:
     """Return events with their types and in the published order; refuse invalid values."""
-    layout = _layout_of(events.columns.drop(_SURPLUS), path)
     # pandas takes more surplus values for names of rows.
     if not isinstance(events.index, pd.RangeIndex) or events[_SURPLUS].notna().any(axis=None):
         raise _RefusedError(f"{path} has rows with more values than columns: remove the surplus.")

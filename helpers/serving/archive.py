@@ -19,6 +19,7 @@ import numpy as np
 from helpers.model import (
     are_probabilities,
     check_copy,
+    first_line,
     interface_of,
     model_on_worker,
     model_to_bytes,
@@ -233,11 +234,12 @@ def _network_in(content: bytes, path: Path) -> keras.Model:
     try:
         network = model_on_worker(content)
         interface_of(network)
+    except OSError:  # of this machine, such as a full disk
+        raise
     except Exception as error:  # Keras may raise anything for a file from elsewhere
-        if isinstance(error, OSError) and error.errno:  # of this machine, such as a full disk
-            raise
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        raise ServingModelError(f"{path} has no network that can be loaded: {reason}") from error
+        raise ServingModelError(
+            f"{path} has no network that can be loaded: {first_line(error)}."
+        ) from error
     return network
 
 
@@ -265,7 +267,7 @@ def _faults_in_scores(network: keras.Model, contract: Contract) -> list[str]:
     try:
         values = scoring_function(network)(events)
     except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
-        (reason, *_) = [*str(error).strip().splitlines(), type(error).__name__]
+        reason = first_line(error)
         return [f"the network fails on all events around the contract's means ({reason})"]
     if not np.isfinite(values).all(axis=1).any():
         return ["the network returns no finite number for events around the contract's means"]
