@@ -9,10 +9,8 @@ NAME = "4_experiments"
 @pytest.fixture(scope="module")
 def notebook_names():
     """The names of the notebook that the exercises use, with its events."""
-    names = run_cells(NAME, ["parameters", "imports"], {}) | {"events": 5_000}
-    names["network"] = names["normalized_network"](names["build_model"]())
-    names |= {"network_batches": []}  # their measurement takes seconds
-    names = run_cells(NAME, ["values", "then", "from-json", "network-run"], names)
+    names = run_cells(NAME, ["parameters", "process-instances"], {}) | {"events": 5_000}
+    names = run_cells(NAME, ["values", "send", "then", "from-json", "network-run"], names)
     size = sum(map(len, names["values"])) / len(names["values"])
     return names | {"sizes": {"JSON": size}}
 

@@ -2,10 +2,13 @@
 
 import pandas as pd
 import pytest
+from kafka import KafkaProducer
 from notebook_cells import run_cells, solution
 
+from helpers.broker import python_settings
 from helpers.higgs import EVENT_ID, FEATURES, LABEL, MISSING
 from helpers.model import build_model, normalized_network
+from helpers.sinks import read_scored
 
 NAME = "2_structured_streaming"
 COUNT = 160  # events, in eight parts of 20
@@ -15,8 +18,10 @@ COUNT = 160  # events, in eight parts of 20
 def notebook_names(spark, kafka, produce):
     """The names of the notebook that the exercises use, with a small topic that is scored."""
     kafka.create_topic("structured-notebook", partitions=1)
-    names = run_cells(NAME, ["parameters", "imports", "new-events"], {"spark": spark})
+    names = run_cells(NAME, ["parameters", "new-events", "produce"], {"spark": spark})
     settings = {"bootstrap.servers": kafka.bootstrap_servers}
+    names |= {"read_scored": read_scored, "KafkaProducer": KafkaProducer}
+    names |= {"python_settings": python_settings}
     names |= {"kafka_settings": settings, "topic": "structured-notebook"}
     events = names["new_events"](COUNT, 100_000)
     values = events[[EVENT_ID, *FEATURES]].to_json(orient="records", lines=True).splitlines()
@@ -31,7 +36,7 @@ def notebook_names(spark, kafka, produce):
 @pytest.fixture(scope="module")
 def new_events():
     """The notebook's generator of events whose share of signal changes."""
-    return run_cells(NAME, ["imports", "new-events"], {})["new_events"]
+    return run_cells(NAME, ["new-events"], {})["new_events"]
 
 
 def test_the_share_of_class_0_follows_the_mix(new_events):

@@ -14,7 +14,7 @@ def sources():
     parts = [], []
     streams = False
     for cell in nbformat.read(find_notebook(NOTEBOOK), as_version=4).cells:
-        streams |= "## The stream" in cell.source.splitlines()
+        streams |= "## Usage: the stream" in cell.source.splitlines()
         if cell.cell_type == "code" and "plt.show" not in cell.source:
             parts[streams].append(cell.source)
     return parts
