@@ -8,19 +8,24 @@ the import takes seconds, and a program that only parses its options does not ne
 from __future__ import annotations
 
 import inspect
+import io
+import json
 import math
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     import keras
+
+Made = TypeVar("Made")
 
 FEATURE_COUNT = 30
 
@@ -30,8 +35,8 @@ CLASS_COUNT = 2
 # anything from none to all. With this seed it is about half, so there is something to see.
 SEED = 39
 
-_TRIED = 32  # random events, on which a model and its copy must agree
-_ALONE = 4  # of them, scored one by one
+_TRIED = 32  # random events per kind, on which a model and its copy must agree
+_ALONE = 8  # of all of them, scored one by one
 EPSILON = 1e-7  # Keras' default, with which workers compute
 _OPEN_SIZES = (8, 64, 512)  # of the events that a model of any size is tried with
 
@@ -42,6 +47,12 @@ _UNCHANGING = ("Dropout", "Flatten", "Identity", "Reshape")
 
 # Numbers between these have squares that are normal 32-bit floats.
 _SMALL, _LARGE = 1e-3, 1e15
+
+# How Keras says that it doesn't know something: its kind, and its name.
+_UNKNOWN = re.compile(
+    r"Could not locate (\w+) '([^']+)'|object of (type) `([^`]+)`"
+    r"|Could not interpret (\w+) identifier: (\S+)"
+)
 
 _REGISTRY = threading.Lock()  # held while the classes that are registered with Keras are hidden
 
@@ -151,15 +162,35 @@ def model_from_bytes(content: bytes) -> keras.Model:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
-        path.write_bytes(content)
+        path.write_bytes(_without_training(content))
         return keras.saving.load_model(path, compile=False)
+
+
+def _without_training(content: bytes) -> bytes:
+    """Return a ``.keras`` file without the losses and metrics of its parts, which may need code.
+
+    Keras leaves out those of the outermost model only.
+    """
+    rest = io.BytesIO()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as found, zipfile.ZipFile(rest, "w") as kept:
+            for name in found.namelist():
+                part = found.read(name)
+                if name == "config.json":
+                    part = json.dumps(json.loads(part, object_hook=_uncompiled)).encode()
+                kept.writestr(name, part)
+    except (zipfile.BadZipFile, ValueError, RecursionError):
+        return content  # Keras says what is wrong with it
+    return rest.getvalue()
+
+
+def _uncompiled(part: dict[str, object]) -> dict[str, object]:
+    """Return a part of a model's config without its loss, metrics and optimizer."""
+    return {name: value for name, value in part.items() if name != "compile_config"}
 
 
 def model_on_worker(content: bytes) -> keras.Model:
     """Return a model as a worker loads it from bytes, with Keras' classes only.
-
-    Meanwhile, classes and functions that were registered with Keras in this process are hidden,
-    because workers don't have them.
 
     Parameters
     ----------
@@ -176,6 +207,33 @@ def model_on_worker(content: bytes) -> keras.Model:
     >>> model_on_worker(model_to_bytes(build_model())).name
     'higgs'
     """
+    return as_on_worker(model_from_bytes, content)
+
+
+def as_on_worker(function: Callable[..., Made], *arguments: object) -> Made:
+    """Call a function that loads something of Keras, as a worker would: with Keras' classes only.
+
+    Meanwhile, classes and functions that were registered with Keras in this process are hidden,
+    because workers don't have them.
+
+    Parameters
+    ----------
+    function : callable
+        Loads something.
+    *arguments
+        What it is called with.
+
+    Raises
+    ------
+    UnservableModelError
+        If it needs classes or functions that are not part of Keras.
+
+    Examples
+    --------
+    >>> import keras
+    >>> as_on_worker(keras.losses.deserialize, "mean_squared_error").__name__
+    'mean_squared_error'
+    """
     import keras
 
     registered = keras.saving.get_custom_objects()
@@ -185,7 +243,7 @@ def model_on_worker(content: bytes) -> keras.Model:
         try:
             # Keras' scopes of custom objects, and of loading code, belong to a thread.
             with ThreadPoolExecutor(1) as thread:
-                return thread.submit(model_from_bytes, content).result()
+                return thread.submit(function, *arguments).result()
         except Exception as error:  # Keras may raise anything for a class that it doesn't know
             raise needs_code(error) from None
         finally:
@@ -404,7 +462,7 @@ def _agree(model: keras.Model, copy: keras.Model) -> bool:
     dtypes = [given.dtype for given in copy.inputs]
     events = [
         keras.ops.convert_to_tensor(each, dtype)
-        for each, dtype in zip(_sample(shapes, dtypes), dtypes, strict=True)
+        for each, dtype in zip(_sample(copy, shapes, dtypes), dtypes, strict=True)
     ]
     try:
         with keras.StatelessScope():  # a call with training=True would change the model
@@ -441,17 +499,84 @@ def are_probabilities(values: np.ndarray) -> bool:
     return bool(is_in_range and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING))
 
 
-def _sample(shapes: list[tuple[int, ...]], dtypes: list[str]) -> list[np.ndarray]:
-    """Return random events for inputs: zeros and ones for integers, which may be few categories."""
+def dependence(score: Callable[[np.ndarray], np.ndarray], events: np.ndarray) -> str | None:
+    """Return what is wrong with scores that depend on the other events; None if they don't.
+
+    Parameters
+    ----------
+    score : callable
+        What `scoring_function` returned.
+    events : numpy.ndarray
+        Features of events, of shape (events, features). A few of them are scored one by one.
+
+    Examples
+    --------
+    >>> dependence(lambda events: events / events.sum(), np.ones((3, 2)))[:54]
+    "an event's numbers depend on the other events of its b"
+    """
+    some = events[:: max(len(events) // _ALONE, 1)]
+    together, alone = score(events), np.vstack([score(event[None]) for event in some])
+    together = together[:: max(len(events) // _ALONE, 1)]
+    if np.allclose(together, alone, _ROUNDING, _ROUNDING, equal_nan=True):
+        return None
+    return (
+        "an event's numbers depend on the other events of its batch, or change from call to call: "
+        "let layers and functions use each event alone (such as axis=-1)"
+    )
+
+
+def _sample(
+    network: keras.Model, shapes: list[tuple[int, ...]], dtypes: list[str]
+) -> list[np.ndarray]:
+    """Return random events for inputs: zeros and ones for integers, which may be few categories.
+
+    Some numbers are around 0, and some where the network's own layers expect them. Far away from
+    there, all events would look alike.
+    """
     import keras
 
     random = np.random.default_rng(0)
-    sizes = [(_TRIED, *shape) for shape in shapes]
-    return [
-        random.normal(scale=2, size=size) if keras.backend.is_float_dtype(dtype)
-        else random.integers(0, 2, size).astype("float64")
-        for size, dtype in zip(sizes, dtypes, strict=True)
-    ]  # fmt: skip
+    samples = []
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        if keras.backend.is_float_dtype(dtype):
+            normal = random.normal(scale=2, size=(_TRIED, *shape))
+            around = [mean + scale * normal for mean, scale in _expected(network, shape)]
+            samples.append(np.concatenate([normal, *around]))
+        else:
+            samples.append(random.integers(0, 2, (_TRIED, *shape)).astype("float64"))
+    size = max(map(len, samples))
+    return [np.resize(sample, (size, *sample.shape[1:])) for sample in samples]
+
+
+def _expected(
+    network: keras.Model, shape: tuple[int, ...]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Return the means and scales that layers of a network expect of an input of this shape."""
+    import keras
+
+    for layer in network.layers:
+        if isinstance(layer, keras.Model):
+            yield from _expected(layer, shape)
+        elif isinstance(layer, keras.layers.Normalization) and not layer.invert:
+            yield from _fitting(layer.mean, layer.variance, shape)
+        elif isinstance(layer, keras.layers.BatchNormalization):
+            yield from _fitting(layer.moving_mean, layer.moving_variance, shape)
+        elif isinstance(layer, keras.layers.Rescaling) and np.all(layer.scale):
+            mean, variance = -np.divide(layer.offset, layer.scale), 1 / np.square(layer.scale)
+            yield from _fitting(mean, variance, shape)
+
+
+def _fitting(
+    mean: object, variance: object, shape: tuple[int, ...]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Return a layer's means and scales if it has one of each per number, or one for all."""
+    import keras
+
+    means, variances = (
+        keras.ops.convert_to_numpy(each).astype("float64").ravel() for each in (mean, variance)
+    )
+    if len(means) in (1, math.prod(shape)) and np.isfinite([*means, *variances]).all():
+        yield np.resize(means, shape), np.resize(np.sqrt(variances), shape)
 
 
 def compiled_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
@@ -719,30 +844,24 @@ def _tried(network: keras.Model) -> np.ndarray:
     for size in _OPEN_SIZES if None in interface.shape else (0,):
         features = math.prod(size if known is None else known for known in interface.shape)
         try:
-            values, alone = _scores(score, features, interface.dtype)
+            events = _events(network, features, interface.dtype)
+            values, fault = score(events), dependence(score, events)
         except UnservableModelError:
             raise
         except Exception as error:  # such as for an open size that must be a certain one after all
             if size:
                 continue
             raise _not_callable(error) from None
-        if not np.allclose(values[: len(alone)], alone, _ROUNDING, _ROUNDING, equal_nan=True):
-            raise _refusal(
-                "an event's numbers depend on the other events of its batch, or change from call "
-                "to call: let layers and functions use each event alone (such as axis=-1)"
-            )
+        if fault:
+            raise _refusal(fault)
         return values
     return np.full((1, 2), np.nan)
 
 
-def _scores(
-    score: Callable[[np.ndarray], np.ndarray], features: int, dtype: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scores of random events, and those of the first ones, scored one by one."""
-    score(np.linspace(0, 1, 3 * features, endpoint=False).reshape(3, -1))
-    (events,) = _sample([(features,)], [dtype])
-    events = np.concatenate([events, np.abs(events)])  # a layer may be defined for positive ones
-    return score(events), np.vstack([score(event[None]) for event in events[:_ALONE]])
+def _events(network: keras.Model, features: int, dtype: str) -> np.ndarray:
+    """Return random events for a network, each also with all of its numbers above 0."""
+    (events,) = _sample(network, [(features,)], [dtype])
+    return np.concatenate([events, np.abs(events)])  # a layer may be undefined below 0
 
 
 def _not_callable(error: Exception) -> UnservableModelError:
@@ -768,17 +887,33 @@ def needs_code(error: Exception) -> UnservableModelError | OSError:
     """
     if isinstance(error, OSError) and error.errno:
         return error
-    text = str(error)
-    unknown = re.search(r"Could not locate (\w+ '[^']+')", text)
-    if unknown:
-        cause = f"the {unknown[1]} is not part of Keras"
-    elif "lambda" in text.lower():
-        cause = "it has a Python lambda"
-    else:
-        cause = f"Keras can't copy it ({first_line(error)})"
     return _refusal(
-        f"{cause}: build it from keras.layers and keras.ops, because workers have no other code"
+        f"{missing_code(error)}: build it from keras.layers and keras.ops, because workers have no "
+        "other code"
     )
+
+
+def missing_code(error: Exception) -> str:
+    """Return why Keras can't copy something.
+
+    Parameters
+    ----------
+    error : Exception
+        What Keras raised.
+
+    Examples
+    --------
+    >>> missing_code(TypeError("Could not locate class 'Mine'."))
+    "the class 'Mine' is not part of Keras"
+    """
+    text = str(error)
+    unknown = _UNKNOWN.search(text)
+    if unknown:
+        kind, name = filter(None, unknown.groups())
+        return f"the {kind} {name.rpartition('>')[2]!r} is not part of Keras"
+    if "lambda" in text.lower():
+        return "it has a Python lambda"
+    return f"Keras can't copy it ({first_line(error)})"
 
 
 def _refusal(fault: str) -> UnservableModelError:

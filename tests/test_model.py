@@ -204,6 +204,69 @@ def test_probabilities_are_told_from_logits_whatever_the_network_takes(kind, act
     assert servable_model(network).gives_probabilities == (activation == "softmax")
 
 
+def leaky_relu(x):
+    """The function of this name in other libraries; Keras' has another slope."""
+    return keras.ops.where(x > 0, x, 0.01 * x)
+
+
+MEANS, VARIANCES = [293.0, 101_300.0, 55.0], [16.0, 1e4, 25.0]  # kelvin, pascal, percent
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        lambda: keras.layers.Normalization(mean=MEANS, variance=VARIANCES),
+        lambda: keras.layers.Rescaling(1e-3, -101.3),
+        lambda: with_moving_means(keras.layers.BatchNormalization()),
+        lambda: keras.Sequential([keras.layers.Normalization(mean=MEANS, variance=VARIANCES)]),
+    ],
+    ids=["Normalization", "Rescaling", "BatchNormalization", "nested"],
+)
+@pytest.mark.parametrize(
+    "layer, fault",
+    [
+        (
+            lambda x: keras.layers.Dense(16, leaky_relu)(x),
+            "its saved copy returns other numbers",
+        ),
+        (
+            lambda x: x / keras.ops.max(keras.ops.abs(x), axis=0, keepdims=True),
+            "an event's numbers depend on the other events",
+        ),
+    ],
+    ids=["a function of Keras' name", "a batch's largest number"],
+)
+def test_a_fault_shows_although_the_network_scales_its_inputs(scaling, layer, fault):
+    """A network is tried where its first layer expects the events, not around 0 alone."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((3,))
+    network = keras.Model(inputs, keras.layers.Dense(2, "softmax")(layer(scaling()(inputs))))
+    with pytest.raises(UnservableModelError, match=fault):
+        servable_model(network)
+
+
+def with_moving_means(layer):
+    """Return a layer of batch normalization that has learned the means."""
+    layer.build((None, 3))
+    layer.set_weights([np.ones(3), np.zeros(3), np.array(MEANS), np.array(VARIANCES)])
+    return layer
+
+
+def test_a_loss_of_a_part_of_the_network_needs_no_code():
+    """A network that was trained with a loss or metric of the user's can be a part of another."""
+
+    def own_loss(expected, found):
+        return keras.ops.mean(keras.ops.square(expected - found), axis=-1)
+
+    part = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, "softmax")])
+    part.compile("adam", own_loss, metrics=[own_loss])
+    part.fit(np.zeros((4, 3)), np.zeros((4, 2)), verbose=0)
+    whole = normalized_network(part)
+    events = np.random.default_rng(1).normal(size=(8, 3))
+    served = model_from_bytes(servable_model(whole).content)
+    np.testing.assert_array_equal(scoring_function(served)(events), scoring_function(whole)(events))
+
+
 def test_a_network_that_fails_on_all_events_is_an_error():
     """Its events are not bad records: the network has a fault."""
     reshaped = keras.layers.Reshape((4, 2))  # of a number of features that it learns too late
@@ -251,6 +314,46 @@ def test_scores_are_those_of_the_compiled_prediction(model, features):
         [keras.Input((None, 1)), keras.layers.GRU(4), keras.layers.Dense(1, "sigmoid")]
     )
     assert scoring_function(open_network)(np.empty((0, 0))).shape == (0, 2)
+
+
+def test_a_vocabulary_is_part_of_the_file_and_of_its_version(serving_model, tmp_path):
+    """Keras keeps what a lookup layer has learned beside the weights."""
+    saved = []
+    for categories in ([10, 20, 30, 30], [10, 20, 40, 40]):
+        keras.utils.set_random_seed(1)
+        lookup = keras.layers.IntegerLookup(output_mode="one_hot")
+        lookup.adapt(np.array(categories))
+        inputs = keras.Input((3,))
+        found = lookup(keras.ops.cast(inputs[:, :1], "int64"))
+        found = keras.ops.concatenate([found, inputs[:, 1:]], axis=-1)
+        network = keras.Model(inputs, keras.layers.Dense(2, "softmax")(found))
+        means, scales = (0.0,) * 3, (1.0,) * 3
+        contract = replace(
+            serving_model.contract, feature_names=("a", "b", "c"), means=means, scales=scales
+        )
+        model = ServingModel(scaled_network(network, means, scales), contract)
+        path = tmp_path / "model.keras"
+        saved.append(save_serving_model(model, path))
+        events = np.array([[10.0, 1, 2], [30, 1, 2], [40, 1, 2], [7, 1, 2]])
+        expected = scoring_function(model.network)(events)
+        found = scoring_function(load_serving_model(path).network)(events)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    first, second = saved
+    assert first.version != second.version
+
+
+def test_a_network_that_mixes_the_events_of_a_batch_is_not_saved(serving_model, tmp_path):
+    """The results would depend on which events come together."""
+    means, scales = (293.0, 101_300.0, 55.0), (4.0, 100.0, 5.0)
+    inputs = keras.Input((3,))
+    largest = keras.ops.max(keras.ops.abs(inputs), axis=0, keepdims=True)
+    network = keras.Model(inputs, keras.layers.Dense(2, "softmax")(inputs / largest))
+    contract = replace(
+        serving_model.contract, feature_names=("a", "b", "c"), means=means, scales=scales
+    )
+    model = ServingModel(scaled_network(network, means, scales), contract)
+    with pytest.raises(ServingModelError, match="depend on the other events of its batch"):
+        save_serving_model(model, tmp_path / "model.keras")
 
 
 def test_a_serving_model_comes_back_as_it_was_saved(serving_model, tmp_path):

@@ -19,6 +19,7 @@ import numpy as np
 from helpers.model import (
     are_probabilities,
     check_copy,
+    dependence,
     first_line,
     interface_of,
     model_on_worker,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 CONTRACT = "contract.json"  # the contract's name in the .keras file, which is a ZIP archive
 
 _KERAS_FILES = ("metadata.json", "config.json", "model.weights.h5")  # contents of any .keras file
+_ASSETS = "assets/"  # the folder of what a layer has learned besides weights, such as a vocabulary
 
 _TRIED = 32  # on how many events a network must return probabilities
 
@@ -171,7 +173,9 @@ def _serving_model_in(content: bytes, path: Path) -> ServingModel:
         faults.append("the network or the contract was changed after they were saved together")
     if not faults:
         # Without the contract, because Keras treats an unknown part as a folder of assets.
-        network = _network_in(_archive({name: files[name] for name in _KERAS_FILES}), path)
+        network = _network_in(
+            _archive({name: part for name, part in files.items() if name != CONTRACT}), path
+        )
         faults = _disagreements(network, contract)
     if faults:
         raise ServingModelError(f"{path} can't serve: {'; '.join(faults)}.")
@@ -183,7 +187,10 @@ def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
     """Return the files in a ``.keras`` archive, each verified against its checksum."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            known = [name for name in archive.namelist() if name in (*_KERAS_FILES, CONTRACT)]
+            known = [
+                name for name in archive.namelist()
+                if name in (*_KERAS_FILES, CONTRACT) or name.startswith(_ASSETS)
+            ]  # fmt: skip
             for part in map(archive.getinfo, known):
                 if part.file_size > _MOST_EXPANSION * part.compress_size:
                     raise ValueError(f"{part.filename} would be {part.file_size} bytes")
@@ -265,7 +272,8 @@ def _faults_in_scores(network: keras.Model, contract: Contract) -> list[str]:
     random = np.random.default_rng(0).normal(size=(_TRIED, len(contract.means)))
     events = contract.means + np.multiply(contract.scales, 3 * random)
     try:
-        values = scoring_function(network)(events)
+        score = scoring_function(network)
+        values, fault = score(events), dependence(score, events)
     except Exception as error:  # TensorFlow may raise anything for a network that doesn't fit
         reason = first_line(error)
         return [f"the network fails on all events around the contract's means ({reason})"]
@@ -276,7 +284,7 @@ def _faults_in_scores(network: keras.Model, contract: Contract) -> list[str]:
             "the network doesn't return probabilities: end it with a softmax over the classes, "
             "or with a single sigmoid"
         ]
-    return []
+    return [fault] if fault else []
 
 
 def _scales_with(network: keras.Model, contract: Contract) -> bool:
@@ -307,6 +315,8 @@ def _digest(files: Mapping[str, bytes], contract: Mapping[str, object]) -> str:
     layers = json.loads(files["config.json"], object_hook=_without_address)
     digest = hashlib.sha256(_json([contract, layers]))
     digest.update(files["model.weights.h5"])
+    for name in sorted(name for name in files if name.startswith(_ASSETS)):
+        digest.update(_json([name, hashlib.sha256(files[name]).hexdigest()]))
     return digest.hexdigest()
 
 
