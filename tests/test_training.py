@@ -549,6 +549,27 @@ def with_own_layer():
     return keras.Sequential([keras.Input((2,)), Own(), keras.layers.Dense(2)])
 
 
+class Own(keras.losses.Loss):
+    """A loss that workers don't know."""
+
+    def call(self, expected, found):
+        """Return the loss of each row."""
+        return keras.ops.mean(keras.ops.square(expected - found), axis=-1)
+
+
+def with_own_rate():
+    """Return an optimizer with a learning rate that workers don't know."""
+
+    class OwnRate(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1
+
+        def get_config(self):
+            return {}
+
+    return keras.optimizers.SGD(OwnRate())
+
+
 def with_one_frozen_weight():
     """Return a network with a weight that is frozen, in a layer that isn't."""
     model = tiny()
@@ -559,8 +580,10 @@ def with_one_frozen_weight():
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"loss": huber}, "the loss 'huber' has the name of one of Keras'"),
-        ({"worker_optimizer": Adam()}, "the optimizer 'Adam' has the name of one of Keras'"),
+        ({"loss": huber}, "'huber' is not part of Keras, or only has the name of a part"),
+        ({"loss": Own()}, "the loss 'Own' is not part of Keras"),
+        ({"worker_optimizer": Adam()}, "'Adam' is not part of Keras, or only has the name"),
+        ({"worker_optimizer": with_own_rate()}, "because the class 'OwnRate' is not part of Keras"),
         ({"worker_optimizer": without_decay_of_biases()}, "forget exclude_from_weight_decay"),
         ({"keras_model": with_one_frozen_weight()}, "would train other weights than the network"),
         ({"keras_model": with_own_layer()}, "the class 'Own' is not part of Keras: build it from"),
@@ -571,6 +594,29 @@ def test_what_a_copy_would_lose_is_refused(spark, options, reason):
     df = rows_of(spark, range(4)).selectExpr("features", "features AS label")
     with pytest.raises(ValueError, match=reason):
         SingleTrainer(**{"keras_model": tiny(), "loss": "mse", **options}).train(df)
+
+
+def test_a_registered_layer_is_refused_before_workers_miss_it(spark):
+    """Keras knows it in this process only: one process trains it, workers don't."""
+    df = rows_of(spark, range(4)).selectExpr("features", "features AS label")
+    with keras.saving.custom_object_scope({}):
+        keras.saving.register_keras_serializable("tests", "Doubling")(Doubling)
+        try:
+            layers = [keras.Input((2,)), Doubling(), keras.layers.Dense(2)]
+            model = keras.Sequential(layers)
+            assert SingleTrainer(model, loss="mse").train(df)
+            with pytest.raises(ValueError, match="the class 'Doubling' is not part of Keras"):
+                AveragingTrainer(model, loss="mse").train(df)
+        finally:
+            keras.saving.get_custom_objects().pop("tests>Doubling")
+
+
+class Doubling(keras.layers.Layer):
+    """A layer of a program's own."""
+
+    def call(self, x):
+        """Return twice the input."""
+        return 2 * x
 
 
 @pytest.mark.parametrize("make", [SingleTrainer, AveragingTrainer])

@@ -6,11 +6,18 @@ by their names, and leaves out some of what can be set on an object.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyspark.sql.types import ArrayType, DataType, NumericType
 
-from helpers.model import check_copy, model_from_bytes, model_to_bytes, needs_code
+from helpers.model import (
+    check_copy,
+    missing_code,
+    model_from_bytes,
+    model_to_bytes,
+    needs_code,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -148,25 +155,30 @@ def _optimizer_config(model: keras.Model, optimizer: keras.optimizers.Optimizer)
     # As Keras does when it compiles a network, by the policy that the network was made with.
     if model.dtype_policy.name == "mixed_float16" and not is_scaling:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    _check_kind("optimizer", inner, keras.optimizers.deserialize(keras.optimizers.serialize(inner)))
+    _check_copy("optimizer", inner, keras.optimizers)
     return keras.optimizers.serialize(optimizer)
 
 
 def _loss_config(loss: Any) -> Any:
     import keras
 
-    config = keras.losses.serialize(loss)
-    _check_kind("loss", loss, keras.losses.deserialize(config))
-    return config
+    _check_copy("loss", loss, keras.losses)
+    return keras.losses.serialize(loss)
 
 
-def _check_kind(what: str, given: Any, copy: Any) -> None:
-    """Reject an object whose copy is one of Keras' with the same name."""
-    if type(given) is not type(copy) or _function_of(given) is not _function_of(copy):
-        name = getattr(given, "__name__", type(given).__name__)
+def _check_copy(what: str, given: Any, module: ModuleType) -> None:
+    """Reject an object that Keras can't copy, or copies as one of its own with the same name."""
+    name = getattr(given, "__name__", type(given).__name__)
+    rule = "choose one of Keras' under its own name, because workers have no other code."
+    try:
+        copy = module.deserialize(module.serialize(given))
+    except Exception as error:  # Keras may raise anything for a class that it doesn't know
         raise ValueError(
-            f"the {what} {name!r} has the name of one of Keras', which its copy would be: choose "
-            "one of Keras' under its own name, because workers have no other code."
+            f"the {what} {name!r} can't be copied, because {missing_code(error)}: {rule}"
+        ) from None
+    if type(given) is not type(copy) or _function_of(given) is not _function_of(copy):
+        raise ValueError(
+            f"the {what} {name!r} is not part of Keras, or only has the name of a part: {rule}"
         )
 
 
