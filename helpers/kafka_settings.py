@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 # How long Kafka may take to answer a request.
 ANSWER_SECONDS = 15
@@ -18,7 +19,7 @@ ANSWER_SECONDS = 15
 _LOGGER = logging.getLogger(__name__)
 
 # Settings whose values must stay secret: everything that Kafka calls a password, and more.
-SECRET_SETTINGS = r"passw|passphrase|jaas|secret|token|private\.key|keystore\.key"
+SECRET_SETTINGS = r"passw|passphrase|jaas|secret|token|user\.info|private\.key|keystore\.key"
 _SECRET = re.compile(SECRET_SETTINGS, re.IGNORECASE)
 
 # The names of settings in a file. Anything else is the rest of a value, perhaps a secret one.
@@ -58,7 +59,7 @@ def check_address(bootstrap_servers: str) -> None:
             raise ValueError(f"{address!r} is not the address of a Kafka broker: write host:port.")
 
 
-class ClientSettings(dict[str, str]):
+class ClientSettings(dict[str, Any]):
     """Settings of a Kafka client, which are shown without secrets, in a notebook for example.
 
     Examples
@@ -69,10 +70,10 @@ class ClientSettings(dict[str, str]):
     {'ssl.key.password': '***', 'group.id': 'scoring'}
     """
 
-    def __or__(self, others: Mapping[str, str]) -> ClientSettings:
+    def __or__(self, others: Mapping[str, Any]) -> ClientSettings:
         return ClientSettings({**self, **others})
 
-    def __ror__(self, others: Mapping[str, str]) -> ClientSettings:
+    def __ror__(self, others: Mapping[str, Any]) -> ClientSettings:
         return ClientSettings({**others, **self})
 
     def copy(self) -> ClientSettings:
@@ -83,7 +84,7 @@ class ClientSettings(dict[str, str]):
         return repr({name: _shown(name, value) for name, value in self.items()})
 
 
-def _shown(name: str, value: str) -> str:
+def _shown(name: str, value: Any) -> Any:
     """Return a setting's value, or stars if it is, or looks like, a secret."""
     is_hidden = is_secret(name) or re.search("password|PRIVATE KEY", str(value), re.IGNORECASE)
     return "***" if is_hidden else value
@@ -141,7 +142,7 @@ def connection_settings(bootstrap_servers: str, kafka_config: str = "") -> Clien
     return ClientSettings({**given, "bootstrap.servers": bootstrap_servers})
 
 
-def read_config(path: str | Path) -> dict[str, str]:
+def read_config(path: str | Path) -> ClientSettings:
     r"""Return the settings in a properties file, as Kafka's tools read it.
 
     Parameters
@@ -185,7 +186,7 @@ def read_config(path: str | Path) -> dict[str, str]:
                 f"{file}: line {number} doesn't begin with the name of a setting. If it continues "
                 "the line before, end that one with a backslash."
             )
-    settings = {name: value for _, name, value in lines}
+    settings = ClientSettings({name: value for _, name, value in lines})
     if any(map(is_secret, settings)) and file.stat().st_mode & 0o044:
         _LOGGER.warning("%s has secrets, and other users can read it: chmod 600 %s", file, file)
     return settings

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.lib.pretty import pretty
+from kafka import KafkaAdminClient
 from processes import ROOT, run_python, running
 from secret_search import SecretSearch
 
-from helpers.broker import LocalKafka
+from helpers.broker import LocalKafka, python_settings
 from helpers.kafka_settings import ClientSettings
 from helpers.notebook import find_notebook, recorded
+from helpers.streaming import spark_options
 
 SECONDS = 900
 EXAMPLES = ROOT / "examples"
@@ -227,3 +230,15 @@ def test_settings_are_shown_without_secrets():
     """A reader who lets a cell show the settings doesn't store the password in the notebook."""
     settings = ClientSettings({"sasl.jaas.config": "swordfish", "sasl.mechanism": "PLAIN"})
     assert repr(settings) == "{'sasl.jaas.config': '***', 'sasl.mechanism': 'PLAIN'}"
+
+
+def test_a_cell_that_ends_with_a_users_settings_shows_no_password(secure_kafka):
+    """The settings of a new user are shown without the password, whatever client they are for."""
+    settings = secure_kafka.add_user("reader")
+    arguments = python_settings(settings)
+    password = arguments["sasl_plain_password"]
+    assert password in settings["sasl.jaas.config"]
+    for shown in (settings, arguments, spark_options(settings), secure_kafka.settings):
+        assert password not in pretty(shown) and "'***'" in pretty(shown)
+    with KafkaAdminClient(**arguments) as admin:
+        assert admin.list_topics() == []

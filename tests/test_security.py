@@ -91,6 +91,12 @@ def test_a_login_that_stands_under_another_name_is_not_shown():
     assert "swordfish" not in repr(ClientSettings({"username": 'me password="swordfish"'}))
 
 
+def test_a_login_in_a_file_of_confluents_is_not_shown(tmp_path):
+    """The login of a schema registry is hidden when a cell shows the settings in a file."""
+    (tmp_path / "c.properties").write_text("basic.auth.user.info=me:swordfish")
+    assert "swordfish" not in repr(read_config(tmp_path / "c.properties"))
+
+
 @pytest.mark.parametrize(
     "settings, reason",
     [

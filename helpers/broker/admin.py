@@ -32,7 +32,7 @@ from kafka.errors import (
 
 from helpers.broker.security import jaas, new_password, python_settings
 from helpers.broker.server import START_SECONDS, BrokerError
-from helpers.kafka_settings import ANSWER_SECONDS, check_address
+from helpers.kafka_settings import ANSWER_SECONDS, ClientSettings, check_address
 
 _REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
 
@@ -45,7 +45,7 @@ class BrokerAdmin(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> ClientSettings:
         """Client settings of the administrator, by Kafka's names."""
 
     def create_topic(
@@ -84,7 +84,7 @@ class BrokerAdmin(abc.ABC):
             if not wait_until(lambda: _has_leaders(admin, name), START_SECONDS):
                 raise BrokerError(f"topic {name} has no leader after {START_SECONDS} s.")
 
-    def add_user(self, name: str) -> dict[str, str]:
+    def add_user(self, name: str) -> ClientSettings:
         """Add a user with a new password to a secured broker, and return client settings.
 
         Parameters
@@ -94,9 +94,9 @@ class BrokerAdmin(abc.ABC):
 
         Returns
         -------
-        dict of str to str
-            Settings by Kafka's names. `helpers.broker.python_settings` converts them to arguments
-            of kafka-python.
+        ClientSettings
+            Settings by Kafka's names, which are shown without the password.
+            `helpers.broker.python_settings` converts them to arguments of kafka-python.
 
         Raises
         ------
@@ -119,7 +119,7 @@ class BrokerAdmin(abc.ABC):
             refusals = admin.alter_user_scram_credentials([user])
         if refusals.get(name):
             raise BrokerError(f"user {name!r} can't be added: {refusals[name]}.")
-        return {**self.settings, "sasl.jaas.config": jaas(name, password)}
+        return self.settings | {"sasl.jaas.config": jaas(name, password)}
 
     def allow(
         self, user: str, operations: Iterable[str], topic: str = "", group: str = ""

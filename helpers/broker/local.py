@@ -20,6 +20,7 @@ from helpers.broker import server
 from helpers.broker.admin import BrokerAdmin, wait_until
 from helpers.broker.security import LOOPBACK
 from helpers.broker.server import ADMINISTRATOR, KAFKA_VERSION, START_SECONDS, BrokerError
+from helpers.kafka_settings import ClientSettings
 
 STOP_SECONDS = 30
 LOCK_SECONDS = 5
@@ -127,7 +128,7 @@ class LocalKafka(BrokerAdmin):
         return f"<LocalKafka {KAFKA_VERSION} {self.bootstrap_servers}{secure} {state}>"
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> ClientSettings:
         """Client settings, by Kafka's names; for a secured broker, the administrator's.
 
         Examples
@@ -137,7 +138,7 @@ class LocalKafka(BrokerAdmin):
         ['bootstrap.servers']
         """
         if self._passwords is None:
-            return {"bootstrap.servers": self.bootstrap_servers}
+            return ClientSettings({"bootstrap.servers": self.bootstrap_servers})
         certificate, password = self._folder / "certificate.pem", self._passwords.administrator
         return secured.client_settings(
             self.bootstrap_servers, certificate, ADMINISTRATOR, password

@@ -181,7 +181,7 @@ def jaas(user: str, password: str) -> str:
 
 def python_settings(
     settings: Mapping[str, str], client: type = KafkaAdminClient
-) -> dict[str, Any]:
+) -> ClientSettings:
     """Convert settings with Kafka's names to arguments for a kafka-python client.
 
     Parameters
@@ -192,6 +192,11 @@ def python_settings(
     client : type
         `KafkaProducer`, `KafkaConsumer` or `KafkaAdminClient`. Settings known only to the others
         are dropped.
+
+    Returns
+    -------
+    ClientSettings
+        Arguments by kafka-python's names, which are shown without passwords.
 
     Raises
     ------
@@ -214,7 +219,7 @@ def python_settings(
     settings = {name: value.strip() for name, value in settings.items()}
     if "security.protocol" in settings:
         settings["security.protocol"] = _protocol(settings["security.protocol"])
-    arguments: dict[str, Any] = {}
+    arguments = ClientSettings()
     tls = {name: value for name, value in settings.items() if name.startswith("ssl.")}
     for name, value in settings.items():
         if name == "sasl.jaas.config":

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from pyspark.sql import DataFrame, SparkSession
 
+from helpers.kafka_settings import ClientSettings
 from helpers.streaming.client import CLIENT_SETTINGS
 from helpers.streaming.offsets import OffsetRange, by_topic, ends_of
 from helpers.streaming.settings import use_added_jars
@@ -45,7 +46,7 @@ ELEMENT_COLUMNS = ("key", "value", "topic", "partition", "offset")
 POLL_SECONDS = 30
 
 
-def spark_options(settings: Mapping[str, str]) -> dict[str, str]:
+def spark_options(settings: Mapping[str, str]) -> ClientSettings:
     """Return a Kafka client's settings as options of Spark's Kafka source and sink.
 
     Parameters
@@ -58,14 +59,14 @@ def spark_options(settings: Mapping[str, str]) -> dict[str, str]:
     >>> spark_options({"bootstrap.servers": "127.0.0.1:9092", "auto.offset.reset": "earliest"})
     {'kafka.bootstrap.servers': '127.0.0.1:9092'}
     """
-    return {
+    return ClientSettings({
         f"kafka.{name}": value
         for name, value in settings.items()
         if name not in _NOT_FOR_THE_READER
-    }
+    })
 
 
-def source_options(settings: Mapping[str, str]) -> dict[str, str]:
+def source_options(settings: Mapping[str, str]) -> ClientSettings:
     """Return a Kafka client's settings as options of Spark's Kafka source.
 
     Parameters
