@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import linecache
+import math
 import os
 import re
 import signal
@@ -365,14 +366,29 @@ def _convert(name: str, text: str, default: Any) -> Any:
     """Return a parameter's value, given as text, with the type of the parameter's default."""
     kinds = {bool: "True or False", int: "a whole number", float: "a number"}
     kind = type(default)
-    if kind not in kinds:
+    if default is None or kind is str:
         return text
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise NotebookError(f"{name} must be {kinds[kind]}, not {text!r}.") from None
+        return _like(kind(text) if kind in kinds else ast.literal_eval(text), default)
+    except (ValueError, KeyError, TypeError, SyntaxError, OverflowError, RecursionError):
+        expected = kinds.get(kind, f"a {kind.__name__} such as {default}")
+        raise NotebookError(f"{name} must be {expected}, not {text!r}.") from None
+
+
+def _like(value: Any, default: Any) -> Any:
+    """Return a value with the type of a default; raise `ValueError` if its own doesn't fit.
+
+    The elements of a list must fit the first element of the default.
+    """
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{value!r} is not like {default!r}")
+    if isinstance(default, list | tuple) and default:
+        return type(default)(_like(element, default[0]) for element in value)
+    return value
 
 
 def _split(setting: str) -> tuple[str, str]:

@@ -32,7 +32,8 @@ def make_notebook(tmp_path):
 
     def make(*sources, name="7_small"):
         cells = [nbformat.v4.new_markdown_cell("# A heading\n\n[Next](8_next.ipynb#Then)")]
-        cells += [nbformat.v4.new_code_cell('events = 5\nrate = 0.5\nname = ""\nfast = False')]
+        defaults = 'events = 5\nrate = 0.5\nname = ""\nfast = False\nsteps = [2.0, 0.5]'
+        cells += [nbformat.v4.new_code_cell(defaults)]
         cells[1].metadata["tags"] = ["parameters"]
         cells += [nbformat.v4.new_code_cell(source) for source in sources]
         path = tmp_path / f"{name}.ipynb"
@@ -181,6 +182,7 @@ def test_outputs_are_also_stored_in_a_notebook_without_ids(make_notebook):
         ({"RATE": "2"}, {"rate": 2.0}),
         ({"NAME": "host:9092"}, {"name": "host:9092"}),
         ({"FAST": "True"}, {"fast": True}),
+        ({"STEPS": "[1, 0.25]"}, {"steps": [1.0, 0.25]}),
     ],
 )
 def test_parameters_keep_their_types(make_notebook, given, values):
@@ -192,19 +194,26 @@ def test_parameters_keep_their_types(make_notebook, given, values):
 
 def test_each_type_arrives_in_the_notebook(make_notebook):
     """The values that were typed are those that its cells see, quotes and all."""
-    path = make_notebook("{'events': events, 'rate': rate, 'name': name, 'fast': fast}")
-    run = run_notebook(path, "EVENTS=6", "RATE=1e3", """NAME=it's "a\\b" é""", "FAST=1")
+    values = "{'events': events, 'rate': rate, 'name': name, 'fast': fast, 'sum': sum(steps)}"
+    given = ["EVENTS=6", "RATE=1e3", """NAME=it's "a\\b" é""", "FAST=1", "STEPS=[1, 0.25]"]
+    run = run_notebook(make_notebook(values), *given)
     assert run.returncode == 0, run.stderr
-    assert run.stdout == """small: events=6 rate=1000.0 name=it's "a\\b" é fast=True\n"""
+    assert run.stdout == """small: events=6 rate=1000.0 name=it's "a\\b" é fast=True sum=1.25\n"""
     assert "unknown parameter" not in run.stderr
 
 
 @pytest.mark.parametrize(
     "given, reason",
     [
-        ({"EVENT": "5"}, "no parameter EVENT; it has: EVENTS, RATE, NAME, FAST"),
+        ({"EVENT": "5"}, "no parameter EVENT; it has: EVENTS, RATE, NAME, FAST, STEPS"),
         ({"EVENTS": "many"}, "EVENTS must be a whole number, not 'many'"),
         ({"FAST": "maybe"}, "FAST must be True or False, not 'maybe'"),
+        ({"RATE": "nan"}, "RATE must be a number, not 'nan'"),
+        ({"RATE": "1e999"}, "RATE must be a number, not '1e999'"),
+        ({"STEPS": "1"}, r"STEPS must be a list such as \[2.0, 0.5\], not '1'"),
+        ({"STEPS": "['1']"}, r"STEPS must be a list such as \[2.0, 0.5\]"),
+        ({"STEPS": "[1e999]"}, r"STEPS must be a list such as \[2.0, 0.5\]"),
+        ({"STEPS": "[1, 0.5"}, r"STEPS must be a list such as \[2.0, 0.5\]"),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_the_right_ones(make_notebook, given, reason):
