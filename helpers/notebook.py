@@ -250,7 +250,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"the page can't be written: {error}. Choose another --html.", file=sys.stderr)
+        print(
+            f"{options.notebook} can't be run: {error}. Check the file that this names, the kernel "
+            f"python3 (jupyter kernelspec list), and the free space in {tempfile.gettempdir()}.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130
@@ -411,7 +415,12 @@ def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name:
     to_home = quote(os.path.relpath(home.resolve(), folder.resolve()))
     page = re.sub(r'(<a\s[^>]*?href=")(?![a-z]+:|[#/])', rf"\g<1>{to_home}/", page)
     target = folder / f"{name}.html"
-    target.write_text(page, encoding="utf-8")
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise NotebookError(
+            f"the page {target} can't be written ({error.strerror}): choose another --html."
+        ) from None
     return target
 
 

@@ -338,3 +338,26 @@ def test_a_folder_for_the_page_that_cannot_be_made_is_refused_before_the_run(mak
     run = run_python("-m", "helpers.notebook", str(path), "--html", str(path))
     assert run.returncode == 2
     assert "choose another --html" in run.stderr and "cell" not in run.stderr
+
+
+def test_a_page_that_cannot_be_written_after_the_run_is_said(make_notebook):
+    """A folder that is gone or full after the run is reported with the option for another one."""
+    run = run_notebook(make_notebook("import shutil\nshutil.rmtree('pages')\n{'events': 1}"))
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "7_small.html can't be written (No such file or directory): choose another --html." in (
+        run.stderr
+    )
+
+
+def test_a_kernel_that_cannot_be_started_is_not_taken_for_the_page(
+    make_notebook, tmp_path, monkeypatch
+):
+    """A kernel whose Python is gone is named, with the command that shows where it is defined."""
+    kernel = {"argv": ["/nowhere/python", "{connection_file}"], "display_name": "", "language": ""}
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    run = run_notebook(make_notebook("{'events': 1}"))
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "can't be run: [Errno 2] No such file or directory: '/nowhere/python'" in run.stderr
+    assert "(jupyter kernelspec list)" in run.stderr and "--html" not in run.stderr
