@@ -4,6 +4,7 @@ import itertools
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import ConfigResource
 from processes import is_alive, run_python, running, wait_until
 
-from helpers.broker import BrokerError, LocalKafka
+from helpers.broker import BrokerError, LocalKafka, free_port, security, server
 
 
 def write(kafka, topic, count):
@@ -138,6 +139,35 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BrokerError, match=r"can't be used .*: choose another one"):
         LocalKafka(folder=tmp_path / "file").start()
+
+
+def test_a_file_that_cannot_be_written_is_reported_in_one_line(tmp_path):
+    """A disk that fills up while the broker is set up gives no traceback."""
+    (tmp_path / "server.properties").mkdir()
+    run = run_python("-m", "helpers.broker", "--port", str(free_port()), "--folder", str(tmp_path))
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"the folder {tmp_path} can't be used ([Errno 21] Is a directory")
+    assert run.stderr.endswith("choose another one, or free space on its disk.\n")
+
+
+def test_a_disk_without_space_for_temporary_files_is_reported(monkeypatch):
+    """Python finds no folder for temporary files where it can't write any."""
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    with pytest.raises(BrokerError, match=r"no folder for temporary files .* another TMPDIR"):
+        LocalKafka()
+
+
+@pytest.mark.parametrize(
+    "module, limit, security, program",
+    [(server, "START_SECONDS", None, "java"), (security, "KEYTOOL_SECONDS", "SASL_SSL", "keytool")],
+)
+def test_a_machine_that_is_too_slow_for_a_start_is_reported(
+    module, limit, security, program, monkeypatch
+):
+    """A program that sets up the broker and doesn't end in time is named, with a remedy."""
+    monkeypatch.setattr(module, limit, 0.001)
+    with pytest.raises(BrokerError, match=rf"^{program} did not .* within 0.001 s: try again when"):
+        LocalKafka(security=security).start()
 
 
 @pytest.mark.long

@@ -68,9 +68,9 @@ class LocalKafka(BrokerAdmin):
     Raises
     ------
     BrokerError
-        If the port is in use, the folder can't be used or is that of another running broker, or the
-        broker doesn't answer within 60 s of its start; the message then ends with the broker's last
-        log lines.
+        If the port is in use, the folder can't be used, for example because the disk is full, or is
+        that of another running broker, or the broker doesn't answer within 60 s of its start; the
+        message then ends with the broker's last log lines.
     ValueError
         If the port is not between 1 and 65535, the folder's name is empty or has a comma or a line
         break, `security` is neither ``"SASL_SSL"`` nor None, or a secured broker is given a folder.
@@ -101,18 +101,10 @@ class LocalKafka(BrokerAdmin):
             raise ValueError(f"security is {security!r}: it must be 'SASL_SSL', or None.")
         if security and folder is not None:
             raise ValueError("a secured broker keeps passwords in memory only: leave out folder=.")
-        place = tempfile.gettempdir() if folder is None else str(folder)
-        if re.search(r"^$|[,\r\n]", place):
-            raise ValueError(
-                f"the folder {place!r} is empty or has a comma or a line break, which Kafka does "
-                "not allow: choose another folder, or another TMPDIR."
-            )
         self._passwords = server.Passwords() if security else None
-        self._temporary = None
-        if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(
-                prefix="kafka-", ignore_cleanup_errors=True
-            )
+        self._temporary = _temporary_folder() if folder is None else None
+        if folder is not None:
+            _check_name(str(folder))
         self._folder = Path(self._temporary.name if folder is None else folder).absolute()
         self._lock: IO[bytes] | None = None  # keeps other brokers out of the folder
         self._port = port if port is not None else free_port()
@@ -222,10 +214,25 @@ class LocalKafka(BrokerAdmin):
 
     def _launch(self) -> None:
         """Prepare the folder, and start the process and its watcher."""
-        self._lock_folder()
-        command = server.prepare(
-            self._folder, self._port, free_port(), self._passwords, self._class_option
-        )
+        try:
+            self._lock_folder()
+            command = server.prepare(
+                self._folder, self._port, free_port(), self._passwords, self._class_option
+            )
+            self._run(command)
+        except OSError as error:
+            raise BrokerError(
+                f"the folder {self._folder} can't be used ({error}): choose another one, or free "
+                "space on its disk."
+            ) from None
+        except subprocess.TimeoutExpired as error:
+            raise BrokerError(
+                f"{Path(error.cmd[0]).name} did not prepare the broker within {error.timeout} s: "
+                "try again when this machine is less busy."
+            ) from None
+
+    def _run(self, command: list[str]) -> None:
+        """Start the process and its watcher."""
         watched = ["/bin/sh", "-c", _START_BROKER_WATCHED, "broker"]
         watched += [str(self._folder) if self._temporary else ""]
         with self.log_file.open("wb") as log:
@@ -237,13 +244,8 @@ class LocalKafka(BrokerAdmin):
 
     def _lock_folder(self) -> None:
         """Take the folder for this broker, until its process has ended."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._folder / "lock").open("wb")
-        except OSError as error:
-            raise BrokerError(
-                f"the folder {self._folder} can't be used ({error.strerror}): choose another one."
-            ) from None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._folder / "lock").open("wb")
         # The watcher of a broker that has just ended may need a moment to end as well.
         if not wait_until(self._has_locked, LOCK_SECONDS):
             raise BrokerError(
@@ -292,6 +294,27 @@ class LocalKafka(BrokerAdmin):
     def _remove_folder(self) -> None:
         if self._temporary:
             self._temporary.cleanup()
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """Return a new temporary folder."""
+    try:
+        _check_name(tempfile.gettempdir())
+        return tempfile.TemporaryDirectory(prefix="kafka-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise BrokerError(
+            f"there is no folder for temporary files ({error}): free space on the disk, or choose "
+            "another TMPDIR."
+        ) from None
+
+
+def _check_name(folder: str) -> None:
+    """Raise `ValueError` if Kafka would misread a folder's name."""
+    if re.search(r"^$|[,\r\n]", folder):
+        raise ValueError(
+            f"the folder {folder!r} is empty or has a comma or a line break, which Kafka does not "
+            "allow: choose another folder, or another TMPDIR."
+        )
 
 
 def free_port() -> int:

@@ -331,7 +331,7 @@ def _certificates(settings: Mapping[str, str], file: str) -> str:
         arguments += ["-storepass:env", "STORE_PASSWORD"]
     try:
         return _keytool(*arguments, password=settings.get("ssl.truststore.password", ""))
-    except JarsError as error:
+    except (JarsError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"ssl.truststore.location can't be read: {error}") from None
 
 
