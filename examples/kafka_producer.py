@@ -38,6 +38,7 @@ from helpers.higgs import EVENT_ID, FEATURES, generate_events, read_events
 from helpers.kafka_settings import ANSWER_SECONDS, check_address, config_option
 
 CODECS = ("none", "gzip", "lz4", "snappy", "zstd")
+DEFAULT_BROKER = "127.0.0.1:9092"
 FIRST_EVENT_ID = 100_000  # as in the challenge's file
 CHUNK = 10_000  # events generated or encoded at a time, to limit memory
 DELIVERY_SECONDS = 30
@@ -429,8 +430,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "bootstrap_servers", nargs="?", default="127.0.0.1:9092", metavar="host:port",
-        help="a Kafka broker, or several separated by commas; default: %(default)s",
+        "bootstrap_servers", nargs="?", metavar="host:port",
+        help="a Kafka broker, or several separated by commas; default: the bootstrap.servers of "
+        f"--kafka-config, otherwise {DEFAULT_BROKER}",
     )
     parser.add_argument("--topic", default="Machine_Learning", help="default: %(default)s")
     parser.add_argument(
@@ -455,6 +457,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="seconds between rounds; default: 0",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.bootstrap_servers is None:
+        options.bootstrap_servers = options.kafka_config.get("bootstrap.servers", DEFAULT_BROKER)
     if options.events is None and not options.csv:
         options.events = 100_000
     return options

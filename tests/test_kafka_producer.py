@@ -345,6 +345,22 @@ def test_a_secured_broker_is_written_to_with_settings_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text, given, expected",
+    [
+        ("bootstrap.servers=kafka.example.org:9093", [], "kafka.example.org:9093"),
+        ("bootstrap.servers=kafka.example.org:9093", ["127.0.0.1:9094"], "127.0.0.1:9094"),
+        ("client.id=me", [], "127.0.0.1:9092"),
+    ],
+)
+def test_the_brokers_address_may_come_from_the_file(text, given, expected, tmp_path):
+    """The address in a file of settings is used unless the command line has one."""
+    file = tmp_path / "client.properties"
+    file.write_text(text)
+    options = kafka_producer._options([*given, "--kafka-config", str(file)])
+    assert options.bootstrap_servers == expected
+
+
+@pytest.mark.parametrize(
     "text, reason",
     [
         ("no.such=1", "kafka-python has no setting 'no.such': leave it out."),
