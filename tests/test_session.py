@@ -1,6 +1,7 @@
 """The Spark session: the existing one or a new one, ready for Kafka and for `helpers`."""
 
 import os
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,15 @@ from kafka import KafkaAdminClient
 from processes import arrange_spark, run_python, wait_until
 from pyspark import SparkConf
 
-from helpers.spark import SessionError, changed_settings, get_spark, protect_folder, session
+from helpers.spark import (
+    SessionError,
+    changed_settings,
+    get_spark,
+    java_exit,
+    protect_folder,
+    scratch,
+    session,
+)
 
 
 def test_the_existing_session_is_used(spark):
@@ -237,6 +246,17 @@ for _ in range(2):
     except SessionError as error:
         print(error)
 """
+
+
+def test_the_end_of_javas_log_is_in_the_message(monkeypatch, tmp_path):
+    """The log's file is removed when a program ends, so its message has the last lines."""
+    log = tmp_path / "spark.log"
+    log.write_bytes(b"an early line\n" * 100 + b"\x1b[31m# SIGSEGV\x1b[0m\n\xff# Problematic frame")
+    monkeypatch.setattr(scratch, "log_file", lambda: log)
+    monkeypatch.setattr(java_exit, "log_file", lambda: log)
+    told = java_exit.how_java_exited()
+    assert re.search(r"restart Python.*its log ends with: .*# SIGSEGV.*# Problematic frame$", told)
+    assert told.isprintable() and len(told) < 1_000 and str(log) not in told
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import subprocess
 
 from pyspark import SparkContext
 
-from helpers.spark.scratch import log_file
+from helpers.spark.scratch import log_end, log_file
 
 _TAIL = 2**20  # bytes; the log of a long run may not fit in memory
 
@@ -67,9 +67,9 @@ def how_java_exited() -> str:
             f"Java ran out of memory and exited; committed batches are kept. To go on, {again}, "
             'and give it more memory with get_spark(memory="4g") or spark-submit --driver-memory '
             "4g, or make batches smaller with spark.streaming.kafka.maxRatePerPartition or "
-            f"max.poll.records. Its log is {log_file()}."
+            "max.poll.records."
         )
     return (
-        f"Java exited unexpectedly; committed batches are kept. To go on, {again}. Its log, "
-        f"{log_file()}, may have the reason; if not, the system may have killed it to free memory."
+        f"Java exited unexpectedly; committed batches are kept. To go on, {again}. The system may "
+        f"have killed it to free memory; its log ends with: {log_end()}"
     )

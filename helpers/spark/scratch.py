@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import subprocess
 import tempfile
@@ -16,6 +17,8 @@ from helpers.spark.errors import JAVA_ERRORS
 from helpers.spark.files import exact_path
 
 _LOGGER = logging.getLogger(__name__)
+
+_LOG_END = 500  # bytes
 
 # Names of files that Spark and the kit write into the checkpoint of a streaming context.
 _CHECKPOINT_FILES = (
@@ -43,6 +46,23 @@ def log_file() -> Path:
     'spark.log'
     """
     return scratch_folder() / "spark.log"
+
+
+def log_end() -> str:
+    """Return the end of Spark's log on one line, for a message that outlasts the log.
+
+    Examples
+    --------
+    >>> len(log_end()) <= 500
+    True
+    """
+    try:
+        with log_file().open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_END))
+            lines = log.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return "".join(letter if letter.isprintable() else " " for letter in " | ".join(lines))
 
 
 @functools.cache

@@ -38,7 +38,7 @@ from helpers.spark.jars import (
 )
 from helpers.spark.java_exit import how_java_exited, java_has_exited
 from helpers.spark.machine import available_cores
-from helpers.spark.scratch import log_file, scratch_folder
+from helpers.spark.scratch import log_end, log_file, scratch_folder
 
 # Names of settings with secrets of Kafka and of object stores.
 _SECRET = re.compile(
@@ -399,7 +399,7 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
     except JAVA_ERRORS as error:
         raise SessionError(
             f"Spark did not start on {settings['spark.master']}: {summary(error)} "
-            f"More is in {log_file()}."
+            f"Its log ends with: {log_end()}"
         ) from None
 
 
