@@ -24,7 +24,7 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `helpers` isn't installed
 
 # First, because it finds the Spark of SPARK_HOME, if that is set.
-from helpers.spark import JarsError, SessionError, full_path, get_spark
+from helpers.spark import JAVA_ERRORS, JarsError, SessionError, full_path, get_spark, summary
 
 # isort: split
 from py4j.java_gateway import JavaObject, JavaPackage
@@ -49,6 +49,7 @@ from helpers.streaming import (
     new_streaming_context,
     run_stream,
     topic_ids,
+    without_secrets,
 )
 from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
@@ -163,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
             run(options, stopping)
     except (JarsError, SessionError, SinkError, StreamError, OSError, ValueError) as error:
         return fail(str(error))
+    except JAVA_ERRORS as error:
+        return fail(without_secrets(summary(error), kafka_settings(options)))
     return 0
 
 

@@ -123,6 +123,8 @@ def test_both_kinds_of_error_name_the_cause(spark):
          r"lacks the jar that s3a: needs.*packages org\.apache\.hadoop:hadoop-aws:3\.\d+\.\d+\."),
         ("abfss://container/scored", JarsError, r"hadoop-azure:3\."),
         ("nonsense://scored", JarsError, r"Spark has no file system for 'nonsense'"),
+        ("file://scored/x", ValueError, r"names a host, .*: write file:///scored/x\.$"),
+        ("FILE://scored", ValueError, r"names a host, .*: write file:///scored\.$"),
         ("", ValueError, r"the path '' is empty.*: choose another name\."),
     ],
 )  # fmt: skip

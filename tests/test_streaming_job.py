@@ -216,10 +216,28 @@ def test_wrong_options_are_refused_with_the_reason(arguments, reason, capsys, ex
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_an_error_of_java_ends_the_job_in_one_line(spark, monkeypatch, capsys, example):
+    """An error of Spark that nothing foresees is reported without traceback and secrets."""
+    job = example("streaming_job")
+
+    def run(*_):
+        spark._jvm.java.lang.Class.forName("no.Such.swordfish")
+
+    monkeypatch.setattr(job, "run", run)
+    monkeypatch.setattr(job, "stop_at_signals", lambda stopping: None)
+    monkeypatch.setattr(
+        job, "kafka_settings", lambda options: {"ssl.key.password": "swordfish"}
+    )
+    assert job.main([*REQUIRED, "--engine", "dstream"]) == 1
+    told = capsys.readouterr().err
+    assert told == "streaming_job.py: java.lang.ClassNotFoundException: no.Such.***\n"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "arguments, reason",
     [
+        (["--output", "file://host/c"], "can't have: write file:///host/c."),
         (["--kafka-option", "group.ids=x"], "no setting 'group.ids'"),
         (["--output", "s3a://b/c"], "packages org.apache.hadoop:hadoop-aws:"),
     ],

@@ -28,6 +28,8 @@ from helpers.spark.jars import JarsError
 _UNUSABLE = re.compile(r"^$|[\0\ud800-\udfff]")
 # The beginning of a URI, up to its path.
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(//[^/]*)?(?=/)")
+# A local path with two slashes, between which and the third one Hadoop looks for a host.
+_WITH_HOST = re.compile(r"file://([^/].*)", re.IGNORECASE | re.DOTALL)
 # Hadoop's jars for the file systems of clouds, by scheme; Spark doesn't include them.
 _JARS = dict.fromkeys(("abfs", "abfss", "wasb", "wasbs"), "hadoop-azure")
 _JARS |= {"s3a": "hadoop-aws", "oss": "hadoop-aliyun", "gs": "hadoop-gcp"}
@@ -264,6 +266,11 @@ def exact_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
     if _UNUSABLE.search(text):
         raise _path_error(
             text, "is empty, or has a NUL or bytes that are not UTF-8: choose another name"
+        )
+    with_host = _WITH_HOST.fullmatch(text)
+    if with_host:
+        raise _path_error(
+            text, f"names a host, which a local path can't have: write file:///{with_host[1]}"
         )
     if uri and isinstance(path, os.PathLike):
         raise _path_error(text, "is a URI, which pathlib changes: pass it as a string")
