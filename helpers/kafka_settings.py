@@ -28,6 +28,9 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)+|acks|retries")
 # A value in an entry of JAAS: quoted in one way or the other, or not at all.
 JAAS_VALUE = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s;"']+)"""
 
+# As some editors on Windows write them, in UTF-8 or UTF-16; a properties file is in Latin-1.
+_BYTE_ORDER_MARKS = ("\xef\xbb\xbf", "\xff\xfe", "\xfe\xff")
+
 _BLANKS = " \t\f"  # white space in a properties file
 
 
@@ -172,7 +175,10 @@ def read_config(path: str | Path) -> ClientSettings:
     """
     file = Path(path)
     try:
-        lines = list(_properties(file.read_text("latin-1", errors="strict")))
+        text = file.read_text("latin-1", errors="strict")
+        if text.startswith(_BYTE_ORDER_MARKS):
+            raise ValueError("it begins with a byte-order mark: save it without one, as Latin-1.")
+        lines = list(_properties(text))
     except OSError as error:
         raise ValueError(
             f"{file} can't be read ({error.strerror}): give the absolute path of a file with "

@@ -70,6 +70,14 @@ def test_a_config_file_that_java_refuses_is_refused(tmp_path):
         read_config(tmp_path / "c.properties")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_in_a_config_file_is_named(tmp_path, encoding):
+    """A file saved by an editor on Windows is refused with what to change, not for its line 1."""
+    (tmp_path / "c.properties").write_text("security.protocol=SSL", encoding=encoding)
+    with pytest.raises(ValueError, match=r"c\.properties: it begins with a byte-order mark: save"):
+        read_config(tmp_path / "c.properties")
+
+
 @pytest.mark.parametrize(
     "text, line",
     [
