@@ -366,6 +366,27 @@ def test_a_sink_can_be_closed_when_its_file_system_is_away(spark, path, impatien
         write(sink, spark, 0, 10)
 
 
+def test_a_sink_is_closed_although_its_file_system_hangs(
+    spark, path, impatient, monkeypatch, caplog
+):
+    """A renewal that never returns doesn't keep the program from ending."""
+    monkeypatch.setattr(lease, "_CLOSE_SECONDS", 0.1)
+    hangs, released = threading.Event(), threading.Event()
+
+    def touch(_):
+        hangs.set()
+        released.wait(60)
+
+    with Sink(spark, path) as sink:
+        thread = sink._lease._thread
+        sink._lease._claims.touch = touch
+        assert hangs.wait(60)
+    assert not released.is_set()
+    assert "can't be released" in caplog.text and "no answer within 0.1 s" in caplog.text
+    released.set()
+    thread.join(60)
+
+
 def test_a_bad_record_stops_a_strict_sink(spark, path):
     """A bad record stops the batch, and none of its records is stored."""
     message = r"events, partition 0, offset 3 is not an event: it is no JSON\. To continue"

@@ -26,6 +26,8 @@ _LOGGER = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
 
+_CLOSE_SECONDS = 10  # how long the last renewal may take
+
 _STEP = 2_000  # ms; file systems keep the time of a change with a precision of up to a second
 
 
@@ -77,8 +79,10 @@ class Lease:
     def close(self) -> None:
         """Release the path."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_CLOSE_SECONDS)
         try:
+            if self._thread.is_alive():
+                raise TimeoutError(f"its file system gives no answer within {_CLOSE_SECONDS} s")
             if self._numbers()[-1:] == [self._number] and self._read(self._number) == self._id:
                 self._claims.write(_name(self._number + 1), {"open": False})
                 self._claims.delete(_name(self._number))
