@@ -701,3 +701,13 @@ def test_a_function_that_never_returns_does_not_hold_the_stop(
             query.run(timeout=15)
     finally:
         released.set()
+
+
+def test_an_older_sparks_log_does_not_grow_with_each_record(spark, topic, settings, monkeypatch):
+    """Spark 3.5 would write a warning for each record that a query passes to Python."""
+    monkeypatch.setitem(vars(spark), "version", "3.5.7")
+    log4j = spark._jvm.org.apache.logging.log4j
+    name = "org.apache.spark.sql.kafka010.consumer.KafkaDataConsumer"
+    log4j.core.config.Configurator.setLevel(name, log4j.Level.WARN)
+    read_stream(spark, [topic], settings)
+    assert log4j.LogManager.getLogger(name).getLevel().toString() == "ERROR"

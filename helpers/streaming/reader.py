@@ -108,7 +108,7 @@ class RangeReader:
         self, spark: SparkSession, settings: Mapping[str, str], skip_deleted: bool = False
     ) -> None:
         self._spark = spark
-        _quieten(spark)
+        quieten(spark)
         # Spark keeps consumers and their prefetched records for five minutes, by group. By default,
         # each read has a new group, so they would pile up until Java's memory is full.
         group = f"{_GROUP_PREFIX}-{uuid.uuid4()}"
@@ -144,10 +144,14 @@ class RangeReader:
         )
 
 
-def _quieten(spark: SparkSession) -> None:
+def quieten(spark: SparkSession) -> None:
     """Keep Spark from writing a warning per batch, or per record, for as long as a stream runs.
 
     Spark warns of each read with a group, and before 4.0 of each record that goes to Python.
+
+    Examples
+    --------
+    >>> quieten(spark)
     """
     log4j, is_old = spark._jvm.org.apache.logging.log4j, spark.version.startswith("3.")
     for name in ("KafkaSourceProvider", "consumer.KafkaDataConsumer")[: 1 + is_old]:

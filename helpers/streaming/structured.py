@@ -55,7 +55,7 @@ from helpers.streaming.offsets import (
     by_topic,
 )
 from helpers.streaming.planner import OffsetPlanner
-from helpers.streaming.reader import few_tasks, source_options
+from helpers.streaming.reader import few_tasks, quieten, source_options
 from helpers.streaming.settings import modern_settings, topic_names, without_group
 
 _LOGGER = logging.getLogger(__name__)
@@ -618,6 +618,7 @@ def read_stream(
     topics, settings = topic_names(topics), modern_settings(settings)
     if starts is None:
         starts = _starts(spark, topics, settings)
+    quieten(spark)
     stream = (
         spark.readStream.format("kafka")
         .options(**source_options(settings))
