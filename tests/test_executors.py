@@ -55,10 +55,11 @@ def test_executors_get_the_kit_from_the_driver(tmp_path):
 
 
 def test_the_packed_environment_has_what_workers_import():
-    """`make pack` installs the packages that the check before a run looks for."""
+    """`make pack` installs what the check before a run looks for, and what unpacks any file."""
     (names,) = re.findall(r"grep -E '\^\((.*)\)=='", dry_run_make("pack"))
-    for module in WORKERS_IMPORT:
+    for module in (*WORKERS_IMPORT, "zstandard"):
         assert re.fullmatch(names, module)
+        assert re.search(rf"^{module}(-cpu)?==", (ROOT / "requirements.txt").read_text(), re.M)
 
 
 @pytest.mark.parametrize("cell", CELLS)

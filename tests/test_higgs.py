@@ -3,6 +3,7 @@
 import gzip
 import io
 import lzma
+import sys
 import zipfile
 from functools import partial
 
@@ -443,6 +444,15 @@ REFUSED = {
     "UTF-16": ("events.csv", TEXT.encode("utf-16"), "has bytes that are zero, which text doesn't"),
     "a hole": ("events.csv", with_value("PRI_met", "1.5\0" "7"), "has bytes that are zero"),
 }
+
+
+def test_a_package_that_a_file_needs_is_named(tmp_path, monkeypatch):
+    """Whoever lacks the package for a kind of compression doesn't download the file again."""
+    path = tmp_path / "events.csv.zst"
+    path.write_bytes(zstandard.compress(TEXT.encode()))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ValueError, match=r"csv\.zst needs the package zstandard .*: install it"):
+        higgs.read_events(path)
 
 
 @pytest.mark.parametrize("name, content, message", REFUSED.values(), ids=REFUSED)

@@ -194,6 +194,11 @@ def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
                 yield _checked(chunk, layout, path)
     except _RefusedError:
         raise
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path} needs the package {error.name} where it is read, which is on the workers if "
+            "Spark reads it: install it there, or unpack the file."
+        ) from error
     except Exception as error:  # pandas and the codecs raise errors of many kinds
         reason = str(error).strip().rstrip(".")
         raise ValueError(
