@@ -29,6 +29,7 @@ from helpers.streaming import (
     new_streaming_context,
     run_stream,
 )
+from helpers.streaming.batches import batch_id_of
 from helpers.streaming.listener import ContextListener
 
 SECONDS = 600  # for what hangs; a stream of these tests takes seconds
@@ -217,6 +218,35 @@ def test_without_a_failure_handler_the_stream_stops_by_itself(ssc, topic, produc
     with pytest.raises(Exception, match="always"):
         ssc.awaitTerminationOrTimeout(SECONDS)
     wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED")
+
+
+@pytest.mark.parametrize("of_kafka", [True, False])
+def test_a_batch_that_cannot_be_made_stops_the_stream(ssc, kafka, one, produce, settings, of_kafka):
+    """A function that raises before the batch's jobs exist loses no records, whoever calls it."""
+    produce(one, numbers(10))
+    failed, done = [], []
+
+    def fail_once(batch_time, rdd):
+        if stream._batches.ledger.unfinished(batch_id_of(batch_time)) and not failed:
+            failed.append(batch_time)
+            raise KeyError("a bug in one interval")
+        return rdd
+
+    stream = KafkaUtils.createDirectStream(ssc, [one], settings)
+    stream.for_each_planned_batch(lambda batch: done.extend(batch.ranges))
+    if of_kafka:
+        stream.transform(fail_once).foreachRDD(lambda rdd: None)
+    else:
+        both = stream.transformWith(lambda time, rdd, _: fail_once(time, rdd), stream.map(str))
+        both.foreachRDD(lambda rdd: None)
+    ssc.start()
+    with pytest.raises(Exception, match="a bug in one interval"):
+        ssc.awaitTerminationOrTimeout(SECONDS)
+    produce(one, numbers(10, start=10))
+    wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED", 60)
+    assert "a bug in one interval" in stream.error
+    assert committed(kafka, settings["group.id"]) == {0: 0}
+    assert failed and done == []
 
 
 def test_a_batch_can_ask_for_the_lag_that_it_leaves(ssc, topic, produce, settings):

@@ -140,7 +140,8 @@ class Batches:
         """Call a function with a batch; retry it once; if that fails, begin no later batch."""
         batch_id = batch_id_of(batch_time)
         ranges = self.ledger.unfinished(batch_id)
-        if not ranges or self._stopped.is_set():
+        # A sink would take the records of an interval without a batch for a gap in the topic.
+        if not ranges or self._stopped.is_set() or self.listener.failure():
             return
         SparkContext._active_spark_context.setJobGroup(self._job_group, f"batch {batch_id}")
         self._running += 1
@@ -158,6 +159,11 @@ class Batches:
                     _LOGGER.warning("batch %s failed and is retried", batch_id, exc_info=True)
         finally:
             self._running -= 1
+
+    def not_made(self, batch_time: datetime, error: Exception) -> None:
+        """Stop the stream because an output's function raised before the batch could be made."""
+        reason = summary(f"{type(error).__name__}: {error}")
+        self._fail(f"batch {batch_id_of(batch_time)} can't be made: {reason}")
 
     def completed(self, batch_id: int, failure: str | None, *times: int) -> None:
         """Commit a batch that has succeeded, or stop the stream if it failed.

@@ -141,7 +141,16 @@ class KafkaDirectStream(TransformedDStream):
         --------
         >>> stream.transform(lambda rdd: rdd.map(lambda record: record[1])).count().pprint()
         """
-        return super().transform(self._with_ranges(func))
+        batches, call = self._batches, self._with_ranges(func)
+
+        def make(batch_time: datetime, rdd: RDD) -> RDD:
+            try:
+                return call(batch_time, rdd)
+            except Exception as error:  # Spark itself would continue with the next interval
+                batches.not_made(batch_time, error)
+                raise
+
+        return super().transform(make)
 
     def commitAsync(self, ranges: Iterable[OffsetRange]) -> None:  # noqa: N802 (Spark's name)
         """Commit offset ranges once the running batch has succeeded.

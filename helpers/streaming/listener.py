@@ -112,16 +112,20 @@ class ContextListener(StreamingListener):
     ) -> None:
         self._batches.ledger.submit(batch_id, submitted_at)  # in case the listener was added later
         # Spark drops events when its queue is full. One batch runs at a time, so the earlier ones
-        # have ended, and if one had failed, the context would know.
+        # have ended, and if one had failed, the context would know. It also knows of an interval
+        # for which Spark couldn't make a batch. That interval's plan must not pass for done with
+        # the next batch.
+        failure = self.failure()
         missed = self._batches.ledger.unreported(before=batch_id)
         if missed and _one_at_a_time():
-            failure = self._failure()
             for earlier in missed:
                 self._batches.completed(earlier, failure)
-        self._batches.completed(batch_id, next(map(summary, failures), None), *times)
+        self._batches.completed(batch_id, next(map(summary, failures), failure), *times)
 
-    def _failure(self) -> str | None:
-        """Return why one of the context's batches has failed; None if none has."""
+    def failure(self) -> str | None:
+        """Return why the context has failed to make or run a batch; None if it has not."""
+        if self.context is None:
+            return None
         try:
             self.context.awaitTerminationOrTimeout(0)
         except JAVA_ERRORS as error:
