@@ -446,6 +446,22 @@ def test_todays_name_of_a_setting_wins():
     assert modern_settings(dict(reversed(both.items())))["bootstrap.servers"] == "new:9092"
 
 
+@pytest.mark.parametrize("value", [False, "False", "FALSE", " false ", b"false"])
+@pytest.mark.parametrize("name", ["enable.auto.commit", "auto.commit.enable"])
+def test_automatic_commits_are_turned_off_in_any_notation(name, value):
+    """A capital letter or a space doesn't make the stream commit."""
+    settings = modern_settings({"bootstrap.servers": "one:9092", name: value})
+    assert settings["enable.auto.commit"] == "false"
+
+
+@pytest.mark.parametrize("value", ["no", 0, ""])
+def test_automatic_commits_are_either_true_or_false(value):
+    """A value that Kafka doesn't know is refused, and not taken for true."""
+    settings = {"bootstrap.servers": "one:9092", "enable.auto.commit": value}
+    with pytest.raises(ValueError, match=r"^'enable\.auto\.commit' is .*'true' or 'false'\.$"):
+        modern_settings(settings)
+
+
 class Outputs:
     """Functions of a program, as methods."""
 

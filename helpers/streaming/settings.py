@@ -60,7 +60,8 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
     Raises
     ------
     ValueError
-        If ``bootstrap.servers`` is missing or has no port, or ``auto.offset.reset`` is invalid.
+        If ``bootstrap.servers`` is missing or has no port, or ``auto.offset.reset`` or
+        ``enable.auto.commit`` is invalid.
 
     Examples
     --------
@@ -76,7 +77,7 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
                 "partitions itself.", name,
             )  # fmt: skip
         elif value is not None:
-            settings.setdefault(today, as_text(value))
+            settings.setdefault(today, as_text(value).strip())  # as Kafka's clients do
     if not settings.get("bootstrap.servers"):
         raise ValueError(
             "kafkaParams has no 'bootstrap.servers': add the brokers' addresses, such as "
@@ -90,6 +91,10 @@ def modern_settings(kafka_params: Mapping[str, str]) -> dict[str, str]:
         raise ValueError(
             f"'auto.offset.reset' is {reset!r}: it must be 'earliest', 'latest' or 'none'."
         )
+    if (commits := settings.get("enable.auto.commit")) is not None:
+        settings["enable.auto.commit"] = commits.lower()
+        if commits.lower() not in ("true", "false"):
+            raise ValueError(f"'enable.auto.commit' is {commits!r}: it must be 'true' or 'false'.")
     return settings
 
 
