@@ -363,6 +363,86 @@ def test_a_stream_that_commits_by_hand_leaves_others_commits_alone(
     assert committed(spark, settings, partition) == 4
 
 
+def test_of_two_programs_in_a_group_the_one_that_commits_second_stops(
+    spark, one, produce, settings
+):
+    """A program that is started twice neither skips events nor moves the group back."""
+    produce(one, [b"x"] * 20)
+    settings = {**settings, "auto.offset.reset": "earliest"}
+    partition = TopicAndPartition(one, 0)
+    first, second = (OffsetPlanner(spark, [one], settings) for _ in range(2))
+    for end in (10, 15):
+        second.commit({partition: end})
+    with pytest.raises(StreamError, match=r"committed offset 15 of .*a separate group\.id"):
+        first.commit({partition: 10})
+    assert committed(spark, settings, partition) == 15
+    second.commit({partition: 20})
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_stream_stops_when_another_program_commits_for_its_group(
+    spark, kafka, one, produce, settings, by_hand
+):
+    """What another program has committed is reported, and not replaced."""
+    settings = {**settings, "auto.offset.reset": "earliest", "enable.auto.commit": not by_hand}
+    partition = TopicAndPartition(one, 0)
+    produce(one, [b"x"] * 10)
+
+    def process(rdd):
+        if rdd.offsetRanges():
+            commit(settings, partition, 3)
+            if by_hand:
+                stream.commitAsync(rdd.offsetRanges())
+
+    ssc = new_streaming_context(spark, 0.5)
+    stream = KafkaUtils.createDirectStream(ssc, [one], settings)
+    stream.foreachRDD(process)
+    with pytest.raises(StreamError, match="another program has committed offset 3 of"):
+        run_stream(ssc, until=lambda: False, timeout=300)
+    assert committed(spark, settings, partition) == 3
+
+
+@pytest.mark.parametrize("positions", [{}, {0: 2}])
+def test_offsets_that_the_group_had_at_the_start_are_replaced(
+    spark, one, produce, settings, positions
+):
+    """A stream that resumes from a sink or a checkpoint moves its group there, even back."""
+    produce(one, [b"x"] * 10)
+    partition = TopicAndPartition(one, 0)
+    commit(settings, partition, 7)
+    kept = {TopicAndPartition(one, number): offset for number, offset in positions.items()}
+    earliest = {**settings, "auto.offset.reset": "earliest"}
+    planner = OffsetPlanner(spark, [one], earliest, positions=kept)
+    assert planner.positions() == {partition: positions.get(0, 0)}
+    planner.commit({partition: 4})
+    assert committed(spark, settings, partition) == 4
+    planner.close()
+
+
+def test_a_commit_without_an_answer_is_not_taken_for_another_programs(
+    spark, one, produce, settings, monkeypatch
+):
+    """Kafka may have stored offsets although its answer was lost; the next commit replaces them."""
+    produce(one, [b"x"] * 20)
+    partition = TopicAndPartition(one, 0)
+    planner = OffsetPlanner(spark, [one], {**settings, "auto.offset.reset": "earliest"})
+    send_all = planner._client.commit
+
+    def lose_the_answer(*arguments):
+        send_all(*arguments)
+        raise errors.BrokerAwayError("no answer")
+
+    monkeypatch.setattr(planner._client, "commit", lose_the_answer)
+    with pytest.raises(errors.BrokerAwayError):
+        planner.commit({partition: 10})
+    monkeypatch.setattr(planner._client, "commit", send_all)
+    planner.commit({partition: 20})
+    assert committed(spark, settings, partition) == 20
+    planner.close()
+
+
 def test_a_plan_that_cannot_be_written_is_written_later(
     spark, kafka, one, produce, settings, tmp_path, caplog
 ):

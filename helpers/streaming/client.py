@@ -118,6 +118,7 @@ class KafkaClient:
         self.settings = {"auto.offset.reset": "latest", **settings}
         self._java_partitions: dict[TopicAndPartition, Any] = {}
         self._last_set: tuple[set[TopicAndPartition], Any] | None = None
+        self._last_commit: tuple[dict[TopicAndPartition, Committed], Any] | None = None
         self._lock = threading.RLock()  # a KafkaConsumer allows one thread at a time
         self._answer_time = self._jvm.java.time.Duration.ofSeconds(ANSWER_SECONDS)
         with self._asking():
@@ -258,11 +259,15 @@ class KafkaClient:
         if not self.settings.get("group.id"):
             return {}
         with self._asking():
-            found = self._offsets(self._consumer.committed, partitions)
+            answer = self._consumer.committed(self._java_set(partitions), self._answer_time)
+            # One call instead of three for each partition: usually, nobody else has committed.
+            if self._last_commit is not None and answer.equals(self._last_commit[1]):
+                return dict(self._last_commit[0])
+            found = {part: answer.get(self._java_partition(part)) for part in partitions}
             return {
-                partition: _committed(answer.offset(), answer.metadata())
-                for partition, answer in found.items()
-                if answer
+                partition: _committed(offset.offset(), offset.metadata())
+                for partition, offset in found.items()
+                if offset
             }
 
     def commit(
@@ -294,6 +299,11 @@ class KafkaClient:
                     metadata(offset, f"{prefix}{topic_ids[partition.topic]}"),
                 )
             self._consumer.commitSync(java_offsets, self._answer_time)
+            sent = {
+                part: Committed(offset, topic_ids[part.topic], by_query)
+                for part, offset in offsets.items()
+            }
+            self._last_commit = sent, java_offsets
 
     def members(self) -> list[str]:
         """Return the client ids of the group's live members; an empty list if there is no group."""
@@ -333,13 +343,6 @@ class KafkaClient:
     def _answer(self, future: Any) -> Any:
         """Wait for an answer of the admin client."""
         return future.get(ANSWER_SECONDS, self._jvm.java.util.concurrent.TimeUnit.SECONDS)
-
-    def _offsets(
-        self, ask: Callable[[Any, Any], Any], partitions: Iterable[TopicAndPartition]
-    ) -> dict[TopicAndPartition, Any]:
-        """Look up offsets with one of the consumer's methods."""
-        answer = ask(self._java_set(partitions), self._answer_time)
-        return {partition: answer.get(self._java_partition(partition)) for partition in partitions}
 
     def _numbers(
         self, ask: Callable[[Any, Any], Any], partitions: Iterable[TopicAndPartition]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from pyspark.sql import SparkSession
 
-from helpers.streaming.client import KafkaClient
+from helpers.streaming.client import Committed, KafkaClient
 from helpers.streaming.errors import StreamError, TopicRecreatedError
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
 from helpers.streaming.settings import topic_names
@@ -74,6 +74,9 @@ class OffsetPlanner:
         self._uses_group = bool(settings.get("group.id")) and positions is None
         self._topic_ids: dict[str, str] = dict(topic_ids or {})
         self._partitions: list[TopicAndPartition] = []  # the partitions that are read
+        # The offsets that the group had at first, or that this planner has sent to it; two or more
+        # of a partition if an answer was lost.
+        self._expected: dict[TopicAndPartition, set[int]] = {}
         self._client = KafkaClient(spark, settings)
         self._settings = self._client.settings
         try:
@@ -141,10 +144,17 @@ class OffsetPlanner:
         ------
         TopicRecreatedError
             If a topic was created again since the offsets were planned.
+        StreamError
+            If another program has committed other offsets since the planner began. (One that
+            commits between this look and the commit is not seen.)
         """
         if self._settings.get("group.id") and offsets:
             self._client.topic_ids(self._topics, self._topic_ids)
+            self._check_commits(offsets)
+            for partition, offset in offsets.items():
+                self._expected[partition].add(offset)
             self._client.commit(offsets, self._topic_ids)
+            self._expected.update((partition, {offset}) for partition, offset in offsets.items())
 
     def unread(self) -> int:
         """Return how many offsets were left when the last batch was planned."""
@@ -173,7 +183,7 @@ class OffsetPlanner:
         """Return the group's committed offsets for these topics."""
         return {
             partition: committed.offset
-            for partition, committed in self._client.committed(self._partitions).items()
+            for partition, committed in self._in_group(self._partitions).items()
             if committed.topic_id in (None, self._topic_ids[partition.topic])
             and not committed.by_query
         }
@@ -261,13 +271,39 @@ class OffsetPlanner:
         """
         found = {
             partition: committed
-            for partition, committed in self._client.committed(partitions).items()
+            for partition, committed in self._in_group(partitions).items()
             if not committed.by_query
         }
         for partition, committed in found.items():
             if committed.topic_id not in (None, self._topic_ids[partition.topic]):
                 raise TopicRecreatedError(partition.topic)
         return {partition: committed.offset for partition, committed in found.items()}
+
+    def _in_group(
+        self, partitions: Collection[TopicAndPartition]
+    ) -> dict[TopicAndPartition, Committed]:
+        """Return the group's committed offsets, and note those that it had at first."""
+        found = self._client.committed(partitions)
+        for partition in partitions:
+            at_first = {found[partition].offset} if partition in found else set()
+            self._expected.setdefault(partition, at_first)
+        return found
+
+    def _check_commits(self, offsets: Mapping[TopicAndPartition, int]) -> None:
+        """Raise `StreamError` if others have committed what these offsets would replace.
+
+        Offsets that Kafka has expired may be committed again, and those of a query be replaced.
+        """
+        for partition, committed in self._in_group(offsets).items():
+            expected = self._expected[partition] | {offsets[partition]}
+            if committed.offset not in expected and not committed.by_query:
+                raise StreamError(
+                    f"another program has committed offset {committed.offset} of "
+                    f"{partition.topic}, partition {partition.partition}, for group "
+                    f"{self._settings['group.id']!r} while this stream was running. The stream "
+                    "would replace it: give each program a separate group.id, and start only one "
+                    "instance of each."
+                )
 
     def _check_group(self) -> None:
         """Raise `StreamError` if the group has members, because Kafka would refuse the commits."""
