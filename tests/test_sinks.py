@@ -672,6 +672,20 @@ def test_where_a_stream_begins_is_kept_before_its_first_batch(spark, path):
     assert stored(spark, path) == list(range(10))
 
 
+def test_offsets_below_the_first_stored_one_are_reported(spark, path, caplog):
+    """A stream that begins before the output does is told once which offsets are not added."""
+    with Sink(spark, path, stream=Stream({PARTITION: 100})) as sink:
+        write(sink, spark, 100, 110)
+    assert caplog.messages == []
+    with Sink(spark, path, stream=Stream({PARTITION: 20})) as sink:
+        for start in (20, 60):
+            assert sink.left(sink.stream.plan(start, start + 40)) == []
+            write(sink, spark, start, start + 40)
+    (warning,) = caplog.messages
+    assert "begins at offset 100 of events, partition 0; offsets 20 to 99 are not added" in warning
+    assert stored(spark, path) == list(range(100, 110))
+
+
 def test_where_an_earlier_kit_noted_a_start_is_read(spark, path):
     """A path stays in use when the kit is updated."""
     with Sink(spark, path, stream=Stream({PARTITION: 7})):

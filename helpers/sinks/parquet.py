@@ -190,6 +190,7 @@ class ParquetSink:
                 "with a separate path."
             )
         self._state = replace(self._state, progress=self._progress_in(topic_ids))
+        self._report_skipped(positions, topic_ids)
         self._starts.keep(positions, topic_ids)
         self._topic_ids = dict(topic_ids)
 
@@ -340,6 +341,22 @@ class ParquetSink:
         check_ranges(ranges)
         self._refuse(self._state.progress.changed({part.topic: part.topic_id for part in ranges}))
         return ranges
+
+    def _report_skipped(
+        self, positions: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]
+    ) -> None:
+        """Warn about offsets before the first stored one, which pass for stored.
+
+        It is not an error: a stream that has lost its checkpoint begins again, perhaps earlier.
+        """
+        stored = self._state.progress.positions
+        for part, start in self._starts.starts(topic_ids).items():
+            if positions.get(part, start) < start <= stored.get(part, 0):
+                _LOGGER.warning(
+                    "%s begins at offset %s of %s, partition %s; offsets %s to %s are not added: "
+                    "use a new output for them.",
+                    self.path, start, part.topic, part.partition, positions[part], start - 1,
+                )  # fmt: skip
 
     def _report_gaps(self, ranges: Iterable[OffsetRange]) -> None:
         """Warn about offsets that are not in any batch and never will be."""
