@@ -174,6 +174,24 @@ def test_a_new_topic_of_a_known_group_begins_where_it_is_told(spark, kafka, one,
     planner.close()
 
 
+@pytest.mark.parametrize("reset, start", [("earliest", 0), ("latest", 4), ("none", None)])
+def test_a_new_topic_of_a_known_output_begins_where_it_is_told(
+    spark, one, produce, settings, caplog, reset, start
+):
+    """The positions of other topics don't decide where a topic without any begins."""
+    produce(one, [b"old"] * 4)
+    settings = {**settings, "auto.offset.reset": reset}
+    kept = {TopicAndPartition("another", 0): 20}
+    if start is None:
+        with pytest.raises(StreamError, match=r"auto\.offset\.reset is none, and group .* has no"):
+            OffsetPlanner(spark, [one], settings, positions=kept)
+        return
+    planner = OffsetPlanner(spark, [one], settings, positions=kept)
+    assert planner.positions() == {TopicAndPartition(one, 0): start}
+    assert "without a committed offset" not in caplog.text
+    planner.close()
+
+
 def test_a_stream_with_a_checkpoint_begins_where_it_began_first(
     spark, kafka, one, produce, settings, tmp_path
 ):

@@ -250,6 +250,18 @@ def test_positions_of_other_partitions_do_not_stop_a_query(query_of, one, produc
     assert values.all() == [b"x"] * 3
 
 
+def test_a_new_topic_of_a_known_output_begins_where_it_is_told(
+    query_of, one, topic, produce, settings
+):
+    """With `latest`, a topic without positions begins at its end, and the others don't."""
+    produce(one, [b"1"] * 3)
+    query = query_of([one, topic], {**settings, "auto.offset.reset": "latest"},
+                     positions={TopicAndPartition(topic, 0): 0})  # fmt: skip
+    found = query.positions()
+    assert found == {TopicAndPartition(one, 0): 3, TopicAndPartition(topic, 0): 0,
+                     TopicAndPartition(topic, 1): 0}  # fmt: skip
+
+
 def test_a_batch_that_fails_once_is_tried_again(query_of, one, produce, settings):
     """What fails for a moment stops neither of Spark's streams."""
     produce(one, [b"x"] * 5)

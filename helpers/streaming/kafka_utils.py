@@ -178,8 +178,8 @@ class KafkaUtils:
             value)``.
         positions : dict of TopicAndPartition to int, optional
             Where to resume, as returned by `ParquetSink.positions`, instead of the group's offsets.
-            Unlike `fromOffsets`, it may leave out partitions, which are read from their beginning;
-            if it is empty, ``auto.offset.reset`` says where to begin.
+            Unlike `fromOffsets`, it may leave out partitions, which are read from their beginning,
+            and whole topics, for which ``auto.offset.reset`` says where to begin.
 
         Returns
         -------

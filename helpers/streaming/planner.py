@@ -240,8 +240,8 @@ class OffsetPlanner:
             return committed
         # If a topic was read before, a partition without an offset was added since. It is read from
         # its beginning, because records written before it was noticed must not be lost.
-        known = {partition.topic for partition in committed}
-        added = [part for part in never_read if self._positions or part.topic in known]
+        known = {partition.topic for partition in (*committed, *self._positions)}
+        added = [part for part in never_read if part.topic in known]
         begun = [partition for partition in never_read if partition not in added]
         if begun and self._settings["auto.offset.reset"] == "none":
             raise StreamError(

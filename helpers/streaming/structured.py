@@ -84,9 +84,9 @@ class KafkaQuery:
     checkpoint : str or path-like
         The folder where Spark keeps the query's progress.
     positions : mapping of TopicAndPartition to int, optional
-        Where a query with a new checkpoint begins, as `ParquetSink.positions` returns it;
-        partitions that are left out are read from their beginning. If it is empty,
-        ``auto.offset.reset`` says where.
+        Where a query with a new checkpoint begins, as `ParquetSink.positions` returns it. Of a
+        topic that it has, partitions that are left out are read from their beginning. For other
+        topics, ``auto.offset.reset`` says where.
     max_offsets : int, optional
         The most offsets in a batch.
 
@@ -639,6 +639,11 @@ def _starts(
 ) -> dict[TopicAndPartition, int]:
     """Return where the topics' partitions begin; the planner's errors are clearer than Spark's."""
     if positions and settings.get("auto.offset.reset") == "latest":
+        known = {part.topic for part in positions}
+        if new := set(topics) - known:
+            starts = _starts(spark, new, settings)
+            old = set(topics) - new
+            return starts | (_starts(spark, old, settings, positions) if old else {})
         # Records after the deleted ones are read, as by a running query.
         settings = {**settings, "auto.offset.reset": "earliest"}
     planner = OffsetPlanner(spark, topics, without_group(settings), positions=positions or None)
