@@ -23,6 +23,7 @@ from helpers.streaming import (
     source,
     stop_streaming,
 )
+from helpers.streaming import client as client_module
 from helpers.streaming.batches import Batches
 from helpers.streaming.client import KafkaClient
 
@@ -267,6 +268,26 @@ def test_offsets_of_another_topic_of_the_same_name_are_refused(
     client.close()
     with pytest.raises(StreamError, match=f"{AGAIN}.*Begin with a new output.*or read the new"):
         OffsetPlanner(spark, [one], settings)
+
+
+@pytest.mark.parametrize("begins_with_ids", [True, False])
+def test_a_broker_without_topic_ids_is_not_taken_for_another_cluster(
+    spark, one, produce, settings, monkeypatch, begins_with_ids
+):
+    """A group continues when its cluster begins to give ids to topics, or another gives none."""
+    produce(one, [b"x"] * 10)
+    partition = TopicAndPartition(one, 0)
+    earliest = {**settings, "auto.offset.reset": "earliest"}
+    client = KafkaClient(spark, settings)
+    given = client.topic_ids([one])
+    client.close()
+    for has_ids, start, end in ((begins_with_ids, 0, 3), (not begins_with_ids, 3, 5)):
+        monkeypatch.setattr(client_module, "_NO_ID", "" if has_ids else given[one])
+        planner = OffsetPlanner(spark, [one], earliest)
+        assert planner.topic_ids() == (given if has_ids else {one: ""})
+        assert planner.positions() == {partition: start}
+        planner.commit({partition: end})
+        planner.close()
 
 
 def test_kept_positions_of_another_topic_are_refused(spark, kafka, one, produce, settings):

@@ -775,6 +775,19 @@ def test_batches_that_are_written_at_once_wait_for_each_other(spark, path):
     assert {row.batch for row in read_scored(spark, path).collect()} == {0, 1}
 
 
+def test_a_broker_without_topic_ids_does_not_make_a_topic_another_one(spark, path):
+    """An output continues when its cluster begins to give ids, or another broker gives none."""
+    stream = Stream({PARTITION: 7})
+    for topic_id, start in (("", 7), ("id-1", 10), ("", 20)):
+        stream.ids = {"events": topic_id}
+        with Sink(spark, path, stream=stream) as sink:
+            assert sink.positions(stream.ids) == {PARTITION: start}
+            write(sink, spark, start, (start // 10 + 1) * 10)
+            stream.starts = {PARTITION: 90}
+    check_topics([OffsetRange("events", 0, 0, 10, "id-1")], {"events": ""})
+    assert stored(spark, path) == list(range(7, 30))
+
+
 def test_the_progress_never_goes_back():
     """An offset moves backwards only if its topic was created again."""
     progress = Progress().after([OffsetRange("events", 0, 0, 20, "id-1")])

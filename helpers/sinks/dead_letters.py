@@ -340,7 +340,7 @@ def _letters(bad: DataFrame, topic_id: str | None) -> DataFrame:
         "timestamp": F.unix_millis("event_time"),
         "reason": F.col("bad.reason"),
     }
-    if topic_id is None:
+    if not topic_id:
         del headers["topic-id"]
     return bad.select(
         F.struct("topic", "partition", "offset").alias("source"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from helpers.sinks.errors import SinkError
-from helpers.streaming import OffsetRange, TopicAndPartition
+from helpers.streaming import OffsetRange, TopicAndPartition, is_another
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Progress:
         return [
             topic
             for topic, topic_id in topic_ids.items()
-            if topic_id and self.topic_ids.get(topic, topic_id) != topic_id
+            if is_another(self.topic_ids.get(topic), topic_id)
         ]
 
     def restarted(self, topic_ids: Mapping[str, str]) -> Progress:
@@ -113,14 +113,14 @@ def check_topics(ranges: Iterable[OffsetRange], topic_ids: Mapping[str, str]) ->
     ranges : iterable of OffsetRange
         A batch's offset ranges.
     topic_ids : mapping of str to str
-        The current Kafka ids of the topics, by topic name.
+        The current Kafka ids of the topics, by topic name; empty where Kafka gives none.
 
     Examples
     --------
     >>> check_topics([OffsetRange("events", 0, 0, 10, "id-1")], {"events": "id-1"})
     """
     for part in ranges:
-        if part.topic_id and topic_ids.get(part.topic) != part.topic_id:
+        if part.topic_id and topic_ids.get(part.topic) not in (part.topic_id, ""):
             raise SinkError(
                 f"topic {part.topic} was deleted while a batch was read from it, so the batch may "
                 "lack records and is not stored. Start the stream again, with a new output path, "

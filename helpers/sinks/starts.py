@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pyspark.sql import SparkSession
 
 from helpers.spark import JsonFolder
-from helpers.streaming import TopicAndPartition
+from helpers.streaming import TopicAndPartition, is_another
 
 # Kafka allows topic names that begin with "_" or ".", which mark files to ignore.
 _PREFIX = "topic-"
@@ -64,14 +64,13 @@ class StartLog:
         ]
 
     def _differs(self, topic: str, topic_ids: Mapping[str, str]) -> bool:
-        kept = self._kept[topic]["topic_id"]
-        return (topic_ids.get(topic) or kept) != kept
+        return is_another(self._kept[topic]["topic_id"], topic_ids.get(topic))
 
     def keep(self, starts: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]) -> None:
         """Record where a stream begins, unless an earlier one began in the same topic."""
         for topic, topic_id in topic_ids.items():
             kept = self._kept.get(topic)
-            if kept and kept["topic_id"] == topic_id:
+            if kept and not is_another(kept["topic_id"], topic_id):
                 continue
             if kept:
                 self._files.delete(_file_of(topic))

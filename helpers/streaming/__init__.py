@@ -33,7 +33,13 @@ from helpers.streaming.context import (
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import StreamError, explained, without_secrets
 from helpers.streaming.kafka_utils import KafkaMessageAndMetadata, KafkaUtils, utf8_decoder
-from helpers.streaming.offsets import Broker, OffsetRange, PlannedBatch, TopicAndPartition
+from helpers.streaming.offsets import (
+    Broker,
+    OffsetRange,
+    PlannedBatch,
+    TopicAndPartition,
+    is_another,
+)
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import RangeReader, spark_options
 from helpers.streaming.settings import (

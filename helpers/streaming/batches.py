@@ -247,9 +247,12 @@ class Batches:
             )
 
     def _partitions(self) -> set[tuple[str, int]]:
-        """Return the partitions that are read, by topic id, which no two clusters share."""
-        ids = self.source.planner.topic_ids()
-        return {(ids[part.topic], part.partition) for part in self.source.planner.positions()}
+        """Return the partitions that are read, by topic id, which no two clusters share.
+
+        A topic without an id has its name instead.
+        """
+        ids, parts = self.source.planner.topic_ids(), self.source.planner.positions()
+        return {(ids[part.topic] or part.topic, part.partition) for part in parts}
 
     def _open(self) -> None:
         """Connect to Kafka, unless this process has already done so."""

@@ -19,7 +19,7 @@ from pyspark.sql import SparkSession
 from helpers.kafka_settings import ANSWER_SECONDS
 from helpers.spark import JAVA_ERRORS, cause_name, guard_callbacks, hide_secrets
 from helpers.streaming.errors import StreamError, TopicRecreatedError, explained
-from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+from helpers.streaming.offsets import OffsetRange, TopicAndPartition, is_another
 from helpers.streaming.settings import (
     check_names,
     java_map,
@@ -45,6 +45,9 @@ CLIENT_SETTINGS = {
 _TOPIC_ID = "topic-id:"
 _QUERY = f"query {_TOPIC_ID}"
 
+# Java's `Uuid.ZERO`: the id of each topic if the broker gives none.
+_NO_ID = "A" * 22
+
 
 @dataclass(frozen=True)
 class Topic:
@@ -53,7 +56,8 @@ class Topic:
     Attributes
     ----------
     topic_id : str
-        Its id, which differs from that of a deleted topic of the same name.
+        Its id, which differs from that of a deleted topic of the same name; empty if the broker
+        has none, as before Kafka 2.8.
     partitions : list of TopicAndPartition
         All its partitions.
     """
@@ -71,7 +75,8 @@ class Committed:
     offset : int
         The next offset to read.
     topic_id : str or None
-        The id of the topic that the offset belongs to; None if another program committed it.
+        The id of the topic that the offset belongs to; None if another program committed it, empty
+        if the broker had none.
     by_query : bool
         Whether a query committed it, only to show its progress.
     """
@@ -153,9 +158,10 @@ class KafkaClient:
                     TopicAndPartition(name, number)  # Kafka numbers them from 0
                     for number in range(description.partitions().size())
                 ]
-                found[name] = Topic(description.topicId().toString(), partitions)
+                topic_id = description.topicId().toString()
+                found[name] = Topic("" if topic_id == _NO_ID else topic_id, partitions)
         for name, topic in found.items():
-            if (known_ids or {}).get(name, topic.topic_id) != topic.topic_id:
+            if is_another((known_ids or {}).get(name), topic.topic_id):
                 raise TopicRecreatedError(name)
         return found
 

@@ -109,6 +109,17 @@ def ends_of(ranges: list[OffsetRange]) -> dict[TopicAndPartition, int]:
     return {part.topicAndPartition(): part.untilOffset for part in ranges}
 
 
+def is_another(before: str | None, now: str | None) -> bool:
+    """Return whether a topic's id has changed; without an id, as before Kafka 2.8, that's unknown.
+
+    Examples
+    --------
+    >>> is_another("id-1", "id-2"), is_another("id-1", ""), is_another(None, "id-2")
+    (True, False, False)
+    """
+    return bool(before and now) and before != now
+
+
 def by_topic(offsets: Mapping[TopicAndPartition, int]) -> dict[str, dict[str, int]]:
     """Return offsets by topic and partition number, as in Spark's JSON.
 

@@ -9,7 +9,7 @@ from pyspark.sql import SparkSession
 
 from helpers.streaming.client import Committed, KafkaClient
 from helpers.streaming.errors import StreamError, TopicRecreatedError
-from helpers.streaming.offsets import OffsetRange, TopicAndPartition
+from helpers.streaming.offsets import OffsetRange, TopicAndPartition, is_another
 from helpers.streaming.settings import topic_names
 
 _LOGGER = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class OffsetPlanner:
         return {
             partition: committed.offset
             for partition, committed in self._in_group(self._partitions).items()
-            if committed.topic_id in (None, self._topic_ids[partition.topic])
+            if not is_another(committed.topic_id, self._topic_ids[partition.topic])
             and not committed.by_query
         }
 
@@ -275,7 +275,7 @@ class OffsetPlanner:
             if not committed.by_query
         }
         for partition, committed in found.items():
-            if committed.topic_id not in (None, self._topic_ids[partition.topic]):
+            if is_another(committed.topic_id, self._topic_ids[partition.topic]):
                 raise TopicRecreatedError(partition.topic)
         return {partition: committed.offset for partition, committed in found.items()}
 
