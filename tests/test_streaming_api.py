@@ -407,6 +407,23 @@ def test_offsets_of_another_topic_are_refused(ssc, words, old_settings):
         KafkaUtils.createDirectStream(ssc, [words], old_settings, start)
 
 
+def test_negative_offsets_are_refused(ssc, words, old_settings):
+    """An offset that no record can have is not taken for the topic's beginning or end."""
+    start = {TopicAndPartition(words, 0): -1}
+    with pytest.raises(ValueError, match=r"^fromOffsets has the offset -1 for .*, partition 0: "):
+        KafkaUtils.createDirectStream(ssc, [words], old_settings, start)
+
+
+def test_a_partition_that_does_not_exist_is_named_at_once(spark, ssc, words, old_settings):
+    """Kafka would give no answer, and the broker would seem to be away."""
+    missing = f"^topic {words} has the partitions 0 to 0, not 7\\.$"
+    with pytest.raises(StreamError, match=missing):
+        start = {TopicAndPartition(words, 7): 0}
+        KafkaUtils.createDirectStream(ssc, [words], old_settings, start)
+    with pytest.raises(StreamError, match=missing):
+        KafkaUtils.createRDD(spark.sparkContext, old_settings, [OffsetRange(words, 7, 0, 5)])
+
+
 OLD_CONSUMER = {  # all settings of Kafka 0.8.2's consumer but group.id
     "zookeeper.connect": "one:2181", "consumer.id": "c", "socket.timeout.ms": 30_000,
     "socket.receive.buffer.bytes": 65_536, "fetch.message.max.bytes": 1_048_576,

@@ -422,6 +422,37 @@ def topic_ids(
         return client.topic_ids(topic_names(topics))
 
 
+def check_partitions(
+    partitions: Iterable[TopicAndPartition], topics: Mapping[str, Topic]
+) -> None:
+    """Raise `StreamError` for a partition that its topic doesn't have.
+
+    Kafka would give no answer to a question about it.
+
+    Parameters
+    ----------
+    partitions : iterable of TopicAndPartition
+        The partitions.
+    topics : mapping of str to Topic
+        Their topics by name, as `KafkaClient.topics` returns them.
+
+    Examples
+    --------
+    >>> events = Topic("id-1", [TopicAndPartition("events", 0), TopicAndPartition("events", 1)])
+    >>> check_partitions([TopicAndPartition("events", 7)], {"events": events})
+    Traceback (most recent call last):
+    ...
+    helpers.streaming.errors.StreamError: topic events has the partitions 0 to 1, not 7.
+    """
+    for partition in partitions:
+        existing = topics[partition.topic].partitions
+        if partition not in existing:
+            raise StreamError(
+                f"topic {partition.topic} has the partitions 0 to {len(existing) - 1}, not "
+                f"{partition.partition}."
+            )
+
+
 def _committed(offset: int, metadata: str) -> Committed:
     """Return a committed offset with what its metadata says about it."""
     for prefix in (_TOPIC_ID, _QUERY):

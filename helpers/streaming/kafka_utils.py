@@ -14,7 +14,7 @@ from pyspark.streaming import StreamingContext
 
 from helpers.spark import get_spark
 from helpers.streaming.batches import Batches
-from helpers.streaming.client import KafkaClient
+from helpers.streaming.client import KafkaClient, check_partitions
 from helpers.streaming.dstream import KafkaDirectStream, KafkaRDD
 from helpers.streaming.errors import BrokerAwayError, StreamError
 from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
@@ -193,7 +193,7 @@ class KafkaUtils:
             members.
         ValueError
             If ``bootstrap.servers`` is missing or has no port, ``auto.offset.reset`` is invalid,
-            Kafka doesn't know a setting, `fromOffsets` names other topics, or
+            Kafka doesn't know a setting, `fromOffsets` names other topics or negative offsets, or
             ``spark.streaming.concurrentJobs`` is above 1.
 
         Notes
@@ -291,13 +291,19 @@ def _stream(
 def _check_from_offsets(
     topics: list[str], from_offsets: Mapping[TopicAndPartition, int] | None
 ) -> None:
-    """Raise `ValueError` if offsets are for topics other than a stream's."""
+    """Raise `ValueError` if offsets are negative, or for topics other than a stream's."""
     given = {partition.topic for partition in from_offsets or ()}
     if given and given != set(topics):
         raise ValueError(
             f"fromOffsets has the topics {sorted(given)}, but topics is {sorted(set(topics))}: "
             "name the same topics in both."
         )
+    for partition, offset in (from_offsets or {}).items():
+        if offset < 0:
+            raise ValueError(
+                f"fromOffsets has the offset {offset} for {partition.topic}, partition "
+                f"{partition.partition}: the first offset of a partition is 0."
+            )
 
 
 def _check_one_at_a_time(ssc: StreamingContext) -> None:
@@ -361,7 +367,8 @@ def _check_ranges(ranges: list[OffsetRange], settings: Mapping[str, str]) -> Non
     # Without a group, and with an error instead of a warning if records were deleted.
     client = KafkaClient(get_spark(), {**without_group(settings), "auto.offset.reset": "none"})
     with contextlib.closing(client):
-        client.topics({part.topic for part in ranges})  # raises if one is missing
+        topics = client.topics({part.topic for part in ranges})  # raises if one is missing
+        check_partitions((part.topicAndPartition() for part in ranges), topics)
         for apart in _one_per_partition(ranges):
             client.without_deleted(apart)
         ends = client.ends({part.topicAndPartition() for part in ranges})

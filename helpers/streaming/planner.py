@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from pyspark.sql import SparkSession
 
-from helpers.streaming.client import Committed, KafkaClient
+from helpers.streaming.client import Committed, KafkaClient, check_partitions
 from helpers.streaming.errors import StreamError, TopicRecreatedError
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition, is_another
 from helpers.streaming.settings import topic_names
@@ -196,6 +196,7 @@ class OffsetPlanner:
         """Return where the partitions end now, and find where new ones begin."""
         topics = self._client.topics(self._topics, self._topic_ids)
         self._topic_ids = {name: topic.topic_id for name, topic in topics.items()}
+        check_partitions(self._fixed_partitions, topics)
         partitions = sorted(self._fixed_partitions) or [
             partition for topic in topics.values() for partition in topic.partitions
         ]
