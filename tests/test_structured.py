@@ -262,6 +262,35 @@ def test_a_new_topic_of_a_known_output_begins_where_it_is_told(
                      TopicAndPartition(topic, 1): 0}  # fmt: skip
 
 
+def test_an_unfinished_batch_of_a_topic_that_is_left_out_is_named(
+    query_of, one, topic, produce, settings, caplog
+):
+    """A query without one of its topics resumes only after the batch that has records of it."""
+    settings = {**settings, "group.id": f"group-{uuid.uuid4()}"}
+    for name in (one, topic):
+        produce(name, [b"1"] * 3)
+
+    def fail(df, batch_id):
+        raise RuntimeError("planned, but not done")
+
+    query, values = query_of([one, topic], settings), Values()
+    query.foreachBatch(fail)
+    with pytest.raises(StreamError, match="planned, but not done"):
+        query.run(timeout=600)
+    remedy = f"has records of {topic}: finish it with a query of the topics {one}, {topic}, or"
+    with pytest.raises(StreamError, match=remedy):
+        query_of([one], settings)
+    query.foreachBatch(values)
+    query.run(timeout=600)
+    produce(one, [b"2"])
+    query = query_of([one], settings)
+    query.foreachBatch(values)
+    query.run(timeout=600)
+    assert values.all() == [*[b"1"] * 6, b"2"]
+    assert {part.topic for part in query.ranges_of(0)} == {one, topic}
+    assert "can't be committed" not in caplog.text
+
+
 def test_a_batch_that_fails_once_is_tried_again(query_of, one, produce, settings):
     """What fails for a moment stops neither of Spark's streams."""
     produce(one, [b"x"] * 5)

@@ -246,7 +246,7 @@ class KafkaQuery:
             If Spark has not planned the batch, or the query has sources besides these topics.
         """
         return [
-            replace(part, topic_id=self._topic_ids[part.topic])
+            replace(part, topic_id=self._topic_ids.get(part.topic))  # None: it is not read now
             for part in self._offsets.ranges_of(batch_id)
         ]
 
@@ -280,7 +280,8 @@ class KafkaQuery:
 
     def _done(self) -> dict[TopicAndPartition, int]:
         """Return where the last finished batch ended; before the first, where the query begins."""
-        return self._offsets.done() or self._starts
+        done = self._offsets.done() or self._starts
+        return {part: end for part, end in done.items() if part.topic in self._topics}
 
     def _commit(self, offsets: Callable[[], dict[TopicAndPartition, int]]) -> None:
         """Show progress in the consumer group, if there is one."""
@@ -314,6 +315,7 @@ class KafkaQuery:
 
         Spark's files have no topic ids, and don't exist before the first batch.
         """
+        self._check_unfinished()
         files = JsonFolder(self._spark, f"{self._checkpoint}/kafka-topics")
         kept = {}
         for topic in self._topics:
@@ -336,6 +338,18 @@ class KafkaQuery:
                     "each query a separate checkpoint."
                 ) from None
         return starts
+
+    def _check_unfinished(self) -> None:
+        """Raise `StreamError` if a planned batch has records of topics that are not read now."""
+        done = self._offsets.done()
+        ends = self._offsets.planned().items()
+        topics = {part.topic for part, end in ends if end > done.get(part, 0)}
+        if missing := topics.difference(self._topics):
+            raise StreamError(
+                f"the unfinished batch of the checkpoint {self._checkpoint} has records of "
+                f"{', '.join(sorted(missing))}: finish it with a query of the topics "
+                f"{', '.join(sorted(topics.union(self._topics)))}, or use a new checkpoint."
+            )
 
     def _start(self, interval: float | None) -> StreamingQuery:
         """Start the query from the checkpoint or, if that is new, from the offsets found before."""
