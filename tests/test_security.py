@@ -146,6 +146,16 @@ def test_the_rest_of_a_password_with_a_quote_is_hidden():
     assert told == "no value for key '***' of me"
 
 
+def test_what_kerberos_needs_is_shown():
+    """An error about a keytab names it, and the principal; only passwords are hidden."""
+    entry = (
+        'com.sun.security.auth.module.Krb5LoginModule required useKeyTab=true storeKey=true '
+        'serviceName="kafka" keyTab="/etc/scoring.keytab" principal="scoring@EXAMPLE.ORG";'
+    )
+    told = "Kafka at kafka.example.org: true, no key for scoring@EXAMPLE.ORG in /etc/scoring.keytab"
+    assert without_secrets(told, {"sasl.jaas.config": entry}) == told
+
+
 def test_a_file_with_secrets_that_others_can_read_is_warned_of(tmp_path, caplog):
     """A file with secrets that others can read causes a warning with the `chmod` command."""
     file = tmp_path / "c.properties"
