@@ -5,8 +5,8 @@ r"""Score a Kafka topic into Parquet, each event exactly once: the walkthrough a
 
 runs until SIGTERM or Ctrl-C, finishes its batch, and exits with code 0. With `--available-now`, it
 scores the available records and exits. `spark-submit examples/streaming_job.py ...` takes Spark's
-settings from spark-submit. A restarted job resumes from the end of the output. Read the output with
-`helpers.sinks.read_scored`.
+settings from spark-submit. A restarted job resumes after the events in the output. Read the output
+with `helpers.sinks.read_scored`.
 """
 
 from __future__ import annotations

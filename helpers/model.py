@@ -8,7 +8,6 @@ the import takes seconds, and a program that only parses its options does not ne
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import math
 import re
@@ -162,26 +161,28 @@ def model_from_bytes(content: bytes) -> keras.Model:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
-        path.write_bytes(_without_training(content))
+        path.write_bytes(content)
+        _leave_out_training(path)
         return keras.saving.load_model(path, compile=False)
 
 
-def _without_training(content: bytes) -> bytes:
-    """Return a ``.keras`` file without the losses and metrics of its parts, which may need code.
+def _leave_out_training(path: Path) -> None:
+    """Rewrite a ``.keras`` file without the losses and metrics of its parts, which may need code.
 
     Keras leaves out those of the outermost model only.
     """
-    rest = io.BytesIO()
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as found, zipfile.ZipFile(rest, "w") as kept:
-            for name in found.namelist():
-                part = found.read(name)
-                if name == "config.json":
-                    part = json.dumps(json.loads(part, object_hook=_uncompiled)).encode()
-                kept.writestr(name, part)
-    except (zipfile.BadZipFile, ValueError, RecursionError):
-        return content  # Keras says what is wrong with it
-    return rest.getvalue()
+        with zipfile.ZipFile(path) as found:
+            text = found.read("config.json")
+            if text.count(b'"compile_config"') == 0:
+                return
+            parts = {name: found.read(name) for name in found.namelist()}
+        config = json.loads(text, object_hook=_uncompiled)
+    except (zipfile.BadZipFile, KeyError, ValueError, RecursionError):
+        return  # Keras says what is wrong with it
+    with zipfile.ZipFile(path, "w") as kept:
+        for name, part in {**parts, "config.json": json.dumps(config)}.items():
+            kept.writestr(name, part)
 
 
 def _uncompiled(part: dict[str, object]) -> dict[str, object]:
@@ -207,7 +208,10 @@ def model_on_worker(content: bytes) -> keras.Model:
     >>> model_on_worker(model_to_bytes(build_model())).name
     'higgs'
     """
-    return as_on_worker(model_from_bytes, content)
+    try:
+        return as_on_worker(model_from_bytes, content)
+    except Exception as error:  # Keras may raise anything for a class that it doesn't know
+        raise needs_code(error) from None
 
 
 def as_on_worker(function: Callable[..., Made], *arguments: object) -> Made:
@@ -222,11 +226,6 @@ def as_on_worker(function: Callable[..., Made], *arguments: object) -> Made:
         Loads something.
     *arguments
         What it is called with.
-
-    Raises
-    ------
-    UnservableModelError
-        If it needs classes or functions that are not part of Keras.
 
     Examples
     --------
@@ -244,8 +243,6 @@ def as_on_worker(function: Callable[..., Made], *arguments: object) -> Made:
             # Keras' scopes of custom objects, and of loading code, belong to a thread.
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(function, *arguments).result()
-        except Exception as error:  # Keras may raise anything for a class that it doesn't know
-            raise needs_code(error) from None
         finally:
             registered.update(hidden)
 
@@ -499,7 +496,9 @@ def are_probabilities(values: np.ndarray) -> bool:
     return bool(is_in_range and np.allclose(values.sum(axis=1), 1, atol=_ROUNDING))
 
 
-def dependence(score: Callable[[np.ndarray], np.ndarray], events: np.ndarray) -> str | None:
+def dependence(
+    score: Callable[[np.ndarray], np.ndarray], events: np.ndarray, values: np.ndarray
+) -> str | None:
     """Return what is wrong with scores that depend on the other events; None if they don't.
 
     Parameters
@@ -508,16 +507,17 @@ def dependence(score: Callable[[np.ndarray], np.ndarray], events: np.ndarray) ->
         What `scoring_function` returned.
     events : numpy.ndarray
         Features of events, of shape (events, features). A few of them are scored one by one.
+    values : numpy.ndarray
+        The scores of all events together, of shape (events, classes).
 
     Examples
     --------
-    >>> dependence(lambda events: events / events.sum(), np.ones((3, 2)))[:54]
+    >>> dependence(lambda events: events / events.sum(), np.ones((2, 1)), np.full((2, 1), 0.5))[:54]
     "an event's numbers depend on the other events of its b"
     """
-    some = events[:: max(len(events) // _ALONE, 1)]
-    together, alone = score(events), np.vstack([score(event[None]) for event in some])
-    together = together[:: max(len(events) // _ALONE, 1)]
-    if np.allclose(together, alone, _ROUNDING, _ROUNDING, equal_nan=True):
+    step = max(len(events) // _ALONE, 1)
+    alone = np.vstack([score(event[None]) for event in events[::step]])
+    if np.allclose(values[::step], alone, _ROUNDING, _ROUNDING, equal_nan=True):
         return None
     return (
         "an event's numbers depend on the other events of its batch, or change from call to call: "
@@ -845,7 +845,8 @@ def _tried(network: keras.Model) -> np.ndarray:
         features = math.prod(size if known is None else known for known in interface.shape)
         try:
             events = _events(network, features, interface.dtype)
-            values, fault = score(events), dependence(score, events)
+            values = score(events)
+            fault = dependence(score, events, values)
         except UnservableModelError:
             raise
         except Exception as error:  # such as for an open size that must be a certain one after all

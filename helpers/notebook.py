@@ -239,11 +239,13 @@ def main(arguments: list[str] | None = None) -> int:
         given = dict(_split(setting) for setting in options.settings)
         _make_folder(options.html)
         notebook, failure = run(path, given)
+        if failure:
+            print(f"{path.name} failed {failure}\n", file=sys.stderr)
         # A failed run keeps the page of the last successful one.
         name = f"{path.stem}.failed" if failure else path.stem
         page = _write_html(notebook, path.parent, Path(options.html), name)
         if failure:
-            print(f"{path.name} failed {failure}\n\nThe whole notebook: {page}", file=sys.stderr)
+            print(f"The whole notebook: {page}", file=sys.stderr)
             return 1
         values = recorded(notebook)
     except NotebookError as error:

@@ -137,7 +137,7 @@ def test_a_folder_that_kafka_would_misread_is_refused(folder):
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     """One sentence has the reason."""
     (tmp_path / "file").touch()
-    with pytest.raises(BrokerError, match=r"can't be used .*: choose another one"):
+    with pytest.raises(BrokerError, match=r"can't be set up in .*: free space"):
         LocalKafka(folder=tmp_path / "file").start()
 
 
@@ -146,8 +146,8 @@ def test_a_file_that_cannot_be_written_is_reported_in_one_line(tmp_path):
     (tmp_path / "server.properties").mkdir()
     run = run_python("-m", "helpers.broker", "--port", str(free_port()), "--folder", str(tmp_path))
     assert run.returncode == 1
-    assert run.stderr.startswith(f"the folder {tmp_path} can't be used ([Errno 21] Is a directory")
-    assert run.stderr.endswith("choose another one, or free space on its disk.\n")
+    assert run.stderr.startswith(f"the broker can't be set up in {tmp_path} ([Errno 21] Is a direc")
+    assert run.stderr.endswith("or choose another folder, or another TMPDIR.\n")
 
 
 def test_a_disk_without_space_for_temporary_files_is_reported(monkeypatch):

@@ -373,11 +373,12 @@ def test_an_idle_stream_that_commits_by_hand_keeps_the_offsets_of_an_earlier_one
     run_stream(ssc, until=is_committed_again, timeout=300)
 
 
+@pytest.mark.parametrize("period", ["RECOMMIT_SECONDS", "REPEAT_SECONDS"])
 def test_a_stream_that_commits_by_hand_leaves_others_commits_alone(
-    spark, kafka, one, produce, settings, monkeypatch
+    spark, kafka, one, produce, settings, monkeypatch, period
 ):
     """What another program commits for the group, forwards or back, is not overwritten."""
-    monkeypatch.setattr(source, "RECOMMIT_SECONDS", 0.2)
+    monkeypatch.setattr(source, period, 0.2)
     settings = {**settings, "auto.offset.reset": "earliest", "enable.auto.commit": "false"}
     partition, looks = TopicAndPartition(one, 0), []
     restore = source.Source._restore

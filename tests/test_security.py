@@ -156,6 +156,14 @@ def test_what_kerberos_needs_is_shown():
     assert without_secrets(told, {"sasl.jaas.config": entry}) == told
 
 
+@pytest.mark.parametrize("option", ["password", "refreshToken", "storePassword"])
+def test_what_a_login_keeps_secret_is_hidden_whole(option):
+    """Any other option may be a secret, also one that has the form of an option inside."""
+    entry = f'some.Module required username="me" {option}="abc/useKeyTab=true/isX1==";'
+    told = without_secrets("wrong: abc/useKeyTab=true/isX1== of me", {"sasl.jaas.config": entry})
+    assert told == "wrong: *** of me"
+
+
 def test_a_file_with_secrets_that_others_can_read_is_warned_of(tmp_path, caplog):
     """A file with secrets that others can read causes a warning with the `chmod` command."""
     file = tmp_path / "c.properties"

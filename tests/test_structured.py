@@ -262,6 +262,18 @@ def test_a_new_topic_of_a_known_output_begins_where_it_is_told(
                      TopicAndPartition(topic, 1): 0}  # fmt: skip
 
 
+def test_a_topic_that_is_added_before_the_first_batch_begins_at_its_position(
+    query_of, one, topic, produce, settings
+):
+    """A checkpoint that knows some topics leaves the positions of others to the caller."""
+    settings = {**settings, "auto.offset.reset": "latest"}
+    produce(topic, [b"1"] * 3)
+    query_of([one], settings)
+    positions = {TopicAndPartition(topic, 0): 1, TopicAndPartition(topic, 1): 0}
+    query = query_of([one, topic], settings, positions=positions)
+    assert query.positions() == {TopicAndPartition(one, 0): 0, **positions}
+
+
 def test_an_unfinished_batch_of_a_topic_that_is_left_out_is_named(
     query_of, one, topic, produce, settings, caplog
 ):
@@ -287,6 +299,7 @@ def test_an_unfinished_batch_of_a_topic_that_is_left_out_is_named(
     query.foreachBatch(values)
     query.run(timeout=600)
     assert values.all() == [*[b"1"] * 6, b"2"]
+    assert {part.topic for part in query.positions()} == {one}
     assert {part.topic for part in query.ranges_of(0)} == {one, topic}
     assert "can't be committed" not in caplog.text
 

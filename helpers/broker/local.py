@@ -222,8 +222,8 @@ class LocalKafka(BrokerAdmin):
             self._run(command)
         except OSError as error:
             raise BrokerError(
-                f"the folder {self._folder} can't be used ({error}): choose another one, or free "
-                "space on its disk."
+                f"the broker can't be set up in {self._folder} ({error}): free space on the disk, "
+                "or choose another folder, or another TMPDIR."
             ) from None
         except subprocess.TimeoutExpired as error:
             raise BrokerError(

@@ -269,8 +269,9 @@ def exact_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
         )
     with_host = _WITH_HOST.fullmatch(text)
     if with_host:
+        after_host = with_host[1].removeprefix("localhost/")
         raise _path_error(
-            text, f"names a host, which a local path can't have: write file:///{with_host[1]}"
+            text, f"names a host, which a local path can't have: write file:///{after_host}"
         )
     if uri and isinstance(path, os.PathLike):
         raise _path_error(text, "is a URI, which pathlib changes: pass it as a string")

@@ -71,5 +71,5 @@ def how_java_exited() -> str:
         )
     return (
         f"Java exited unexpectedly; committed batches are kept. To go on, {again}. The system may "
-        f"have killed it to free memory; its log ends with: {log_end()}"
+        f"have killed it to free memory. Its log ends with: {log_end() or '(nothing)'}"
     )

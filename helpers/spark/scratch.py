@@ -18,7 +18,7 @@ from helpers.spark.files import exact_path
 
 _LOGGER = logging.getLogger(__name__)
 
-_LOG_END = 500  # bytes
+_LOG_END = 500  # characters
 
 # Names of files that Spark and the kit write into the checkpoint of a streaming context.
 _CHECKPOINT_FILES = (
@@ -62,7 +62,8 @@ def log_end() -> str:
             lines = log.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    return "".join(letter if letter.isprintable() else " " for letter in " | ".join(lines))
+    text = "".join(letter if letter.isprintable() else " " for letter in " | ".join(lines))
+    return text[-_LOG_END:]
 
 
 @functools.cache

@@ -399,7 +399,7 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
     except JAVA_ERRORS as error:
         raise SessionError(
             f"Spark did not start on {settings['spark.master']}: {summary(error)} "
-            f"Its log ends with: {log_end()}"
+            f"Its log ends with: {log_end() or '(nothing)'}"
         ) from None
 
 

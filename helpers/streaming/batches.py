@@ -165,6 +165,10 @@ class Batches:
         reason = summary(f"{type(error).__name__}: {error}")
         self._fail(f"batch {batch_id_of(batch_time)} can't be made: {reason}")
 
+    def context_failed(self, failure: str) -> None:
+        """Stop the stream because the context failed; no batch that ends later is committed."""
+        self._fail(f"the streaming context failed: {failure}")
+
     def completed(self, batch_id: int, failure: str | None, *times: int) -> None:
         """Commit a batch that has succeeded, or stop the stream if it failed.
 

@@ -445,10 +445,10 @@ def check_partitions(
     helpers.streaming.errors.StreamError: topic events has the partitions 0 to 1, not 7.
     """
     for partition in partitions:
-        existing = topics[partition.topic].partitions
-        if partition not in existing:
+        count = len(topics[partition.topic].partitions)
+        if not 0 <= partition.partition < count:
             raise StreamError(
-                f"topic {partition.topic} has the partitions 0 to {len(existing) - 1}, not "
+                f"topic {partition.topic} has the partitions 0 to {count - 1}, not "
                 f"{partition.partition}."
             )
 

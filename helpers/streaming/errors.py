@@ -49,10 +49,11 @@ _AWAY = re.compile(
 )
 
 _KEY_LINE = 32  # characters; a longer line of a key can't be a word of a message
-# Options of a JAAS entry that may be shown, most of them of Kerberos.
-_PUBLIC_OPTIONS = (
-    r"username|principal|keyTab|serviceName|ticketCache|debug|(?:use|store|do|renew|refresh|is)[A-Z]\w*"
-)
+# Options of a JAAS entry that may be shown: a user's name, and those of Java's Krb5LoginModule.
+_PUBLIC_OPTIONS = frozenset((
+    "username", "principal", "serviceName", "keyTab", "ticketCache", "useKeyTab", "useTicketCache",
+    "storeKey", "doNotPrompt", "renewTGT", "refreshKrb5Config", "isInitiator", "debug",
+))  # fmt: skip
 _WORD = 4  # characters; a shorter word of a login may be one of a message
 
 
@@ -200,7 +201,11 @@ def without_secrets(text: str, settings: Mapping[str, str]) -> str:
 def _parts(value: str) -> set[str]:
     """Return a secret and its parts that are also secret."""
     # All values of a JAAS entry except the public ones, also unescaped; the lines of a key.
-    entry = re.sub(rf"\b(?:{_PUBLIC_OPTIONS})\s*=\s*{JAAS_VALUE}", "", value)
+    entry = re.sub(
+        rf"([\w.]+)\s*=\s*{JAAS_VALUE}",
+        lambda option: "" if option[1] in _PUBLIC_OPTIONS else option[0],
+        value,
+    )
     parts = {
         found[1:-1] if found[0] in "\"'" else found
         for found in re.findall(rf"=\s*({JAAS_VALUE})", entry)

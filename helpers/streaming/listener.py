@@ -120,7 +120,11 @@ class ContextListener(StreamingListener):
         if missed and _one_at_a_time():
             for earlier in missed:
                 self._batches.completed(earlier, failure)
-        self._batches.completed(batch_id, next(map(summary, failures), failure), *times)
+        reason = next(map(summary, failures), None)
+        if reason is None and failure is not None:
+            self._batches.context_failed(failure)
+        else:
+            self._batches.completed(batch_id, reason, *times)
 
     def failure(self) -> str | None:
         """Return why the context has failed to make or run a batch; None if it has not."""

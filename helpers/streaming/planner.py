@@ -149,12 +149,28 @@ class OffsetPlanner:
             commits between this look and the commit is not seen.)
         """
         if self._settings.get("group.id") and offsets:
-            self._client.topic_ids(self._topics, self._topic_ids)
             self._check_commits(offsets)
             for partition, offset in offsets.items():
                 self._expected[partition].add(offset)
-            self._client.commit(offsets, self._topic_ids)
+            self.repeat(offsets)
             self._expected.update((partition, {offset}) for partition, offset in offsets.items())
+
+    def repeat(self, offsets: Mapping[TopicAndPartition, int]) -> None:
+        """Commit offsets that the group has, or had until they expired, whoever committed them.
+
+        Parameters
+        ----------
+        offsets : mapping of TopicAndPartition to int
+            The next offset of each partition.
+
+        Raises
+        ------
+        TopicRecreatedError
+            If a topic was created again since the offsets were planned.
+        """
+        if self._settings.get("group.id") and offsets:
+            self._client.topic_ids(self._topics, self._topic_ids)
+            self._client.commit(offsets, self._topic_ids)
 
     def unread(self) -> int:
         """Return how many offsets were left when the last batch was planned."""

@@ -162,11 +162,12 @@ class Source:
         if committed and remembered is not None:
             self._ledger.forget(before=committed[-1] - remembered)
 
-    def _send(self, offsets: Mapping[TopicAndPartition, int]) -> None:
+    def _send(self, offsets: Mapping[TopicAndPartition, int], repeats: bool = False) -> None:
         with self._sending:
             if self._ledger.by_hand and offsets:
                 offsets = {**self._owed_nothing(), **offsets}
-            self.planner.commit(offsets)
+            commit = self.planner.repeat if repeats else self.planner.commit
+            commit(offsets)
             self._in_group = {**self._in_group, **offsets}
             self._committed_at = time.monotonic()
 
@@ -188,7 +189,7 @@ class Source:
             kept = self.planner.committed()
             forgotten = {part: end for part, end in self._in_group.items() if part not in kept}
             self._in_group = {**kept, **forgotten}
-            self._send(self._in_group if repeats else forgotten)
+            self._send(self._in_group if repeats else forgotten, repeats=True)
             if repeats:
                 self._repeated_at = time.monotonic()
 

@@ -256,7 +256,8 @@ class KafkaQuery:
 
     def positions(self) -> dict[TopicAndPartition, int]:
         """Return where the next batch to be planned begins in each partition."""
-        return {**self._starts, **self._offsets.planned()}
+        planned = {**self._starts, **self._offsets.planned()}
+        return {part: offset for part, offset in planned.items() if part.topic in self._topics}
 
     def finished(self) -> dict[TopicAndPartition, int]:
         """Return where the last finished batch ended, in each partition that was read."""
@@ -325,7 +326,7 @@ class KafkaQuery:
         self._topic_ids = self._client.topic_ids(self._topics, ids)
         begun = by_partition({topic: content["starts"] for topic, content in kept.items()})
         starts = self._offsets.planned() or _starts(
-            self._spark, self._topics, self._settings, begun or positions
+            self._spark, self._topics, self._settings, {**(positions or {}), **begun}
         )
         offsets = by_topic(starts)
         for topic in self._topic_ids.keys() - kept.keys():

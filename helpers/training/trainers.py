@@ -22,7 +22,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, NumericType
 
-from helpers.model import as_on_worker, model_from_bytes, model_to_bytes
+from helpers.model import as_on_worker, missing_code, model_from_bytes, model_to_bytes
 from helpers.records import named, vector_entries
 from helpers.spark import (
     END_SECONDS,
@@ -300,7 +300,13 @@ class AveragingTrainer(Trainer):
         rounds = math.ceil(math.ceil(most_rows / batch_size) / (self._window or math.inf)) or 1
         recipe = recipe_of(self._model, self._optimizer, self._loss)
         common = Round(secrets.token_hex(8), recipe, self._format, batch_size)
-        replica = as_on_worker(Replica, *common.recipe)
+        try:
+            replica = as_on_worker(Replica, *common.recipe)
+        except (TypeError, ValueError) as error:  # Keras' errors for what it doesn't know
+            raise ValueError(
+                f"workers can't make the network, the optimizer or the loss, because "
+                f"{missing_code(error)}: build them from parts of Keras."
+            ) from None
 
         def train(epoch: int) -> np.ndarray:
             totals = np.zeros(3)
