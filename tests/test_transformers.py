@@ -298,7 +298,7 @@ REFUSED = {
     ),
     "other rows": (
         lambda: functional(lambda x: keras.ops.reshape(dense(4)(x), (-1, 2))),
-        r"returns an array of shape \(6, 2\) for 3 events",
+        r"returns an array of shape \(128, 2\) for 64 events",
     ),
     "a linear output": (lambda: sequential(dense(1, None)), "not a probability: end it with a sig"),
     "one softmax": (lambda: sequential(dense(1)), "not a probability: end it with a sigmoid"),
