@@ -269,7 +269,7 @@ def test_a_topic_that_is_added_before_the_first_batch_begins_at_its_position(
     settings = {**settings, "auto.offset.reset": "latest"}
     produce(topic, [b"1"] * 3)
     query_of([one], settings)
-    positions = {TopicAndPartition(topic, 0): 1, TopicAndPartition(topic, 1): 0}
+    positions = {TopicAndPartition(topic, 0): 0, TopicAndPartition(topic, 1): 0}
     query = query_of([one, topic], settings, positions=positions)
     assert query.positions() == {TopicAndPartition(one, 0): 0, **positions}
 
