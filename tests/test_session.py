@@ -255,7 +255,7 @@ def test_the_end_of_javas_log_is_in_the_message(monkeypatch, tmp_path):
     monkeypatch.setattr(scratch, "log_file", lambda: log)
     monkeypatch.setattr(java_exit, "log_file", lambda: log)
     told = java_exit.how_java_exited()
-    assert re.search(r"restart Python.*its log ends with: .*# SIGSEGV.*# Problematic frame$", told)
+    assert re.search(r"restart Python.*Its log ends with: .*# SIGSEGV.*# Problematic frame$", told)
     assert told.isprintable() and len(told) < 1_000 and str(log) not in told
 
 
