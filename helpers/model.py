@@ -174,7 +174,7 @@ def _leave_out_training(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as found:
             text = found.read("config.json")
-            if text.count(b'"compile_config"') == 0:
+            if b'"compile_config"' not in text:
                 return
             parts = {name: found.read(name) for name in found.namelist()}
         config = json.loads(text, object_hook=_uncompiled)
