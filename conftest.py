@@ -15,11 +15,15 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
+import nbval.kernel
 import orjson
 import pytest
+from jupyter_client.manager import KernelManager
 from kafka import KafkaProducer
 from pyspark.ml.functions import array_to_vector
 from pyspark.ml.linalg import Vectors
@@ -232,6 +236,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return processes_for(available_memory())
 
 
+def over_sockets(folder: str | Path) -> dict[str, str]:
+    """Return the settings of a kernel manager whose kernels have sockets in a folder, no ports."""
+    return {"transport": "ipc", "ip": f"{folder}/kernel"}
+
+
 def processes_for(free_memory: float) -> int:
     """Return how many processes may run tests in an amount of memory, in bytes."""
     return max(1, min(MOST_PROCESSES, int(free_memory / PROCESS_MEMORY)))
@@ -239,7 +248,14 @@ def processes_for(free_memory: float) -> int:
 
 @pytest.hookimpl(trylast=True)  # the terminal's plugin comes first
 def pytest_configure(config: pytest.Config) -> None:
-    """Report progress per file if several processes run tests, as in `make test`."""
+    """Give nbval kernels without ports, and report progress per file if processes share the tests.
+
+    A port that Jupyter finds free can be taken when the kernel binds it a second later. Three
+    kernels that started at the same time lost one in 25 runs.
+    """
+    folder = TemporaryDirectory(prefix="kernel-")
+    config.add_cleanup(folder.cleanup)
+    nbval.kernel.KernelManager = partial(KernelManager, **over_sockets(folder.name))
     if config.option.numprocesses:
         terminal = config.pluginmanager.get_plugin("terminalreporter")
         config.pluginmanager.register(FileProgress(terminal))

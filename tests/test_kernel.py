@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from jupyter_client.manager import start_new_kernel
+from jupyter_client.manager import KernelManager
 from processes import ROOT, is_alive, wait_until
+
+from conftest import over_sockets
 
 SETUP = """
 from helpers.spark import get_spark
@@ -26,9 +28,13 @@ def run(until):
 
 
 @pytest.fixture(scope="module")
-def kernel():
+def kernel(tmp_path_factory):
     """A new kernel, started as JupyterLab does."""
-    manager, client = start_new_kernel(cwd=str(ROOT / "notebooks"))
+    manager = KernelManager(**over_sockets(tmp_path_factory.mktemp("kernel")))
+    manager.start_kernel(cwd=str(ROOT / "notebooks"))
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=120)
     yield manager, client
     client.stop_channels()
     manager.shutdown_kernel(now=True)

@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 import pytest
@@ -11,6 +12,7 @@ from jupyter_client.manager import KernelManager
 from notebook_cells import cells_of
 from processes import ROOT, running
 
+from conftest import over_sockets
 from helpers.broker import free_port
 from helpers.spark import session, spark_home
 
@@ -79,7 +81,8 @@ class SwanKernel:
 @contextmanager
 def swan_kernel(*arguments, **variables):
     """Start a kernel in the folder of the notebooks, with arguments and environment variables."""
-    manager = KernelManager(kernel_name="python3")
+    sockets = TemporaryDirectory(prefix="kernel-")
+    manager = KernelManager(**over_sockets(sockets.name))
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     folder, extra = str(ROOT / "notebooks"), list(arguments)
     manager.start_kernel(cwd=folder, env=environment, extra_arguments=extra)
@@ -91,6 +94,7 @@ def swan_kernel(*arguments, **variables):
     finally:
         client.stop_channels()
         manager.shutdown_kernel()  # which lets Java remove its files
+        sockets.cleanup()
 
 
 def test_without_a_connection_to_swans_cluster_the_notebook_says_so():
