@@ -249,6 +249,69 @@ def test_a_batch_that_cannot_be_made_stops_the_stream(ssc, kafka, one, produce, 
     assert failed and done == []
 
 
+@pytest.mark.parametrize("of_kafka", [True, False])
+def test_a_checkpoint_keeps_a_batch_that_could_not_be_made(
+    spark, one, produce, settings, tmp_path, monkeypatch, of_kafka
+):
+    """After a failure, a stream resumes with the failed interval, however late the stop comes.
+
+    Spark takes an interval whose jobs it could not make for done, and makes further ones.
+    """
+    to_fail, done = tmp_path / "fail", tmp_path / "done"
+    stop = ContextListener.stop
+
+    def stop_late(listener, reason, first):
+        failed = time.monotonic()
+
+        def after_some_intervals():
+            wait_until(lambda: time.monotonic() > failed + 2)
+            first()
+
+        stop(listener, reason, after_some_intervals)
+
+    monkeypatch.setattr(ContextListener, "stop", stop_late)
+
+    def fail_once(batch_time, rdd):
+        if rdd.getNumPartitions() and to_fail.exists():
+            to_fail.unlink()
+            raise KeyError("a bug in one interval")
+        return rdd
+
+    def note(rdd):
+        with done.open("a") as file:
+            file.writelines(f"{int(value)}\n" for _, value in rdd.collect())
+
+    def are_done(count):
+        return done.exists() and set(numbers(count)) <= set(done.read_bytes().split())
+
+    def set_up():
+        ssc = new_streaming_context(spark, 0.5)
+        ssc.checkpoint(str(tmp_path / "checkpoint"))
+        stream = KafkaUtils.createDirectStream(ssc, [one], settings)
+        stream.foreachRDD(note)
+        if of_kafka:
+            stream.transform(fail_once).foreachRDD(lambda rdd: None)
+        else:
+            both = stream.transformWith(lambda time, rdd, _: fail_once(time, rdd), stream.map(str))
+            both.foreachRDD(lambda rdd: None)
+        return ssc
+
+    produce(one, numbers(10))
+    ssc = set_up()
+    ssc.start()
+    wait_until(lambda: are_done(10))
+    to_fail.touch()
+    produce(one, numbers(10, start=10))
+    with pytest.raises(Exception, match="a bug in one interval"):
+        ssc.awaitTerminationOrTimeout(SECONDS)
+    produce(one, numbers(10, start=20))  # for the next interval
+    wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED", 60)
+    resumed = StreamingContext.getOrCreate(str(tmp_path / "checkpoint"), set_up)
+    resumed.start()
+    wait_until(lambda: are_done(30), 60)
+    resumed.stop(stopSparkContext=False, stopGraceFully=False)
+
+
 def test_a_batch_can_ask_for_the_lag_that_it_leaves(ssc, topic, produce, settings):
     """In a batch's function, the lag is what remains after this batch."""
     left = []

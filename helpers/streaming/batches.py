@@ -7,6 +7,7 @@ and Spark's checkpoint keeps what recreates a `Batches`.
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class Batches:
         self._finishing = False  # no more batches are planned
         self._stopped = threading.Event()  # no more batches begin or are committed
         self._abandoned = False  # stopped on request, not by an error
+        self._unsaved: str | None = None  # why Spark's checkpoint is no longer written
         self._running = 0  # calls of batch functions in progress
         self._has_planned = False
         self._job_group = f"kafka-stream-{definition.stream_id}"
@@ -83,7 +85,18 @@ class Batches:
         self._recovery = Recovery(definition, self.listener, self._stopped)
 
     def __reduce__(self) -> tuple:
-        """Return what Spark's checkpoint keeps: everything needed to resume the stream."""
+        """Return what Spark's checkpoint keeps: everything needed to resume the stream.
+
+        Raises
+        ------
+        pickle.PicklingError
+            If the stream has stopped or failed. Spark makes further intervals until its context has
+            stopped, and would note in the checkpoint that those before are done.
+        """
+        self._unsaved = self._unsaved or self.error or self.listener.failure()
+        if self._unsaved or self._stopped.is_set():
+            # PySpark prints and wraps any other error.
+            raise pickle.PicklingError(self._unsaved or "the stream was stopped")
         return _recovered, (self._recovery.definition(),)
 
     def connect(self, ssc: StreamingContext) -> None:
