@@ -73,14 +73,13 @@ def run_dstream(
     stream = KafkaUtils.createDirectStream(
         ssc, [options.topic], kafka_settings(options), positions=ends(spark, options, sink)
     )
-    backlog = stream.lag()
-    scoring = score_stream(stream, score, sink, monitor)
+    available = stream.ends()
+    score_stream(stream, score, sink, monitor)
 
     def is_over() -> bool:
         if stopping.is_set() or not options.available_now:
             return stopping.is_set()
-        # Offsets that Kafka deletes meanwhile are never done, but they reduce the lag.
-        return scoring.offsets_done >= backlog or stream.lag() == 0
+        return stream.has_done(available)
 
     run_stream(ssc, until=is_over, timeout=math.inf)
 

@@ -47,7 +47,7 @@ class Stream(RuleBasedStateMachine):
         self.committed = dict(self.least) if ahead or not by_hand else {}
         self.asked = {partition: set() for partition in PARTITIONS}
         self.plans, self.unread, self.clock = [], 0, 0
-        self.ledger.begin(self.least, unread=0)
+        self.ledger.begin(self.least, dict(self.positions), unread=0)
 
     @rule(counts=st.tuples(*[st.integers(0, 3)] * 2), unread=st.integers(0, 5))
     def plan(self, counts, unread):
@@ -62,7 +62,7 @@ class Stream(RuleBasedStateMachine):
         if ranges:
             self.plans.append(Planned(self.clock, ranges, self.clock + 1))
         self.ledger.plan(self.clock, ranges, planned_at=self.clock + 1)
-        self.ledger.begin({}, unread)
+        self.ledger.begin({}, dict(self.positions), unread)
         self.unread = unread
 
     @rule(target=batches, earlier=st.integers(0, 4), late=st.integers(-3, 3))
@@ -194,6 +194,15 @@ class Stream(RuleBasedStateMachine):
             assert self.ledger.lag_after(plan.interval) == self.unread + count(later)
 
     @invariant()
+    def offsets_are_done_when_no_plan_before_them_is_left(self):
+        """Whatever is planned behind them, and in each partition by itself."""
+        left = [part for plan in self.plans for part in plan.ranges]
+        for partition, end in itertools.product(PARTITIONS, range(0, 30, 3)):
+            begins = [part.fromOffset for part in left if part.topicAndPartition() == partition]
+            is_done = min([*begins, self.positions[partition]]) >= end
+            assert self.ledger.has_done({partition: end}) == is_done
+
+    @invariant()
     def batches_wait_until_they_are_done(self):
         """A batch of a window, with several plans, is one."""
         waiting = {plan.batch_id for plan in self.plans if not plan.is_done} - {None}
@@ -214,7 +223,7 @@ TestAnyOrderOfEvents.settings = settings(
 def test_a_window_is_committed_when_its_batch_is_done():
     """The batch of a window uses the plans of all its intervals."""
     ledger, sent = Ledger(), []
-    ledger.begin({PARTITIONS[0]: 0}, unread=0)
+    ledger.begin({PARTITIONS[0]: 0}, {PARTITIONS[0]: 0}, unread=0)
     for interval, start in enumerate([0, 10, 20], 1):
         ledger.plan(interval, [OffsetRange("events", 0, start, start + 10)], interval)
     ledger.submit(3, submitted_at=4)

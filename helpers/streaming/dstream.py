@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -197,6 +197,31 @@ class KafkaDirectStream(TransformedDStream):
     def finished(self) -> dict[TopicAndPartition, int]:
         """Return nothing: a direct stream keeps plans, and leaves what is stored to the sink."""
         return {}
+
+    def ends(self) -> dict[TopicAndPartition, int]:
+        """Return where the partitions ended at the last interval.
+
+        Examples
+        --------
+        >>> stream.ends()
+        {TopicAndPartition(topic='events', partition=0): 100}
+        """
+        return self._batches.source.planner.ends()
+
+    def has_done(self, ends: Mapping[TopicAndPartition, int]) -> bool:
+        """Return whether all batches with offsets before the given ones are done.
+
+        Parameters
+        ----------
+        ends : mapping of TopicAndPartition to int
+            An offset of each partition, such as one of `ends`.
+
+        Examples
+        --------
+        >>> stream.has_done(stream.ends())
+        False
+        """
+        return self._batches.ledger.has_done(ends)
 
     def lag(self) -> int:
         """Return how many of the offsets available at the last interval are not done yet.

@@ -51,7 +51,8 @@ class Ledger:
     Examples
     --------
     >>> ledger = Ledger()
-    >>> ledger.begin({TopicAndPartition("events", 0): 0}, unread=10)
+    >>> start = {TopicAndPartition("events", 0): 0}
+    >>> ledger.begin(start, start, unread=10)
     >>> ledger.plan(1_000, [OffsetRange("events", 0, 0, 10)], planned_at=1_005)
     >>> ledger.submit(1_000, submitted_at=1_010)
     >>> ledger.complete(1_000)
@@ -67,15 +68,26 @@ class Ledger:
         self._kept: dict[int, list[OffsetRange]] = {}  # of committed intervals, in their order
         self._committed: dict[TopicAndPartition, int] = {}
         self._asked: dict[TopicAndPartition, set[int]] = {}
+        self._positions: Offsets = {}
         self._unread = 0
         self._lock = threading.RLock()  # guards the attributes above
         self._committing = threading.Lock()  # held during a commit
 
-    def begin(self, offsets: Offsets, unread: int) -> None:
-        """Record where partitions begin or are committed, and how many offsets are unplanned."""
+    def begin(self, offsets: Offsets, positions: Offsets, unread: int) -> None:
+        """Record where partitions begin or are committed, and what is not planned yet.
+
+        Parameters
+        ----------
+        offsets : mapping of TopicAndPartition to int
+            Where partitions begin, or what the group has committed.
+        positions : mapping of TopicAndPartition to int
+            Where the next plan begins in each partition.
+        unread : int
+            How many offsets there are from `positions` on.
+        """
         with self._lock:
             self._committed = _advanced(self._committed, offsets)
-            self._unread = unread
+            self._positions, self._unread = positions, unread
 
     def plan(self, interval: int, ranges: list[OffsetRange], planned_at: int) -> None:
         """Record the plan of the next interval, unless it is empty."""
@@ -181,6 +193,14 @@ class Ledger:
         """Return the `lag` that remains when an interval and all before it are committed."""
         with self._lock:
             return self._unread + _count(p for p in self._planned if p.interval > interval)
+
+    def has_done(self, ends: Offsets) -> bool:
+        """Return whether all plans with offsets before these are committed, and none is to come."""
+        with self._lock:
+            pending = [part for planned in self._planned for part in planned.ranges]
+            begins = {part.topicAndPartition(): part.fromOffset for part in reversed(pending)}
+            reached = {**self._positions, **begins}
+        return all(reached[partition] >= end for partition, end in ends.items())
 
     def waiting(self) -> int:
         """Return how many batches are submitted but not done."""

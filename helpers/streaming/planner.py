@@ -120,8 +120,6 @@ class OffsetPlanner:
                 topic_id = self._topic_ids[topic]
                 ranges.append(OffsetRange(topic, partition.partition, start, until, topic_id))
                 self._positions[partition] = until
-                left[partition] = count - (until - start)
-        self._unread = sum(left.values())
         return sorted(ranges)
 
     def without_deleted(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
@@ -174,7 +172,11 @@ class OffsetPlanner:
 
     def unread(self) -> int:
         """Return how many offsets were left when the last batch was planned."""
-        return self._unread
+        return sum(end - self._positions[partition] for partition, end in self._ends.items())
+
+    def ends(self) -> dict[TopicAndPartition, int]:
+        """Return where the partitions ended when the last batch was planned."""
+        return dict(self._ends)
 
     def starts(self) -> dict[TopicAndPartition, int]:
         """Return where the first batch began in each partition that is read.
@@ -232,7 +234,7 @@ class OffsetPlanner:
             self._stay_within(partition, begins[partition], end)
             # Where only the records of finished transactions count, an end may be behind.
             ends[partition] = max(end, self._positions[partition])
-        self._unread = sum(end - self._positions[partition] for partition, end in ends.items())
+        self._ends = ends
         return ends
 
     def _stay_within(self, partition: TopicAndPartition, begin: int, end: int) -> None:

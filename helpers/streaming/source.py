@@ -95,7 +95,8 @@ class Source:
         self._in_group = committed
         # With the group's offsets, so that a batch that is repeated does not move a commit back.
         repeated = committed if positions is not None else {}
-        ledger.begin({**self.planner.starts(), **repeated}, self.planner.unread())
+        starts = {**self.planner.starts(), **repeated}
+        ledger.begin(starts, self.planner.positions(), self.planner.unread())
 
     def plan(self, interval: int) -> None:
         """Plan an interval, or reuse the plan made for it before a crash.
@@ -108,7 +109,8 @@ class Source:
         plan = self._recovery.known(interval) or self._new_plan(interval)
         # First the plan: if the lag were too small for a moment, the stream could end.
         self._ledger.plan(interval, plan.ranges, time.time_ns() // 1_000_000)
-        self._ledger.begin(self.planner.starts(), self.planner.unread())
+        planner = self.planner
+        self._ledger.begin(planner.starts(), planner.positions(), planner.unread())
 
     def read(self, batch_id: int, ranges: list[OffsetRange]) -> DataFrame:
         """Return the records of planned ranges, without those that retention has deleted."""
