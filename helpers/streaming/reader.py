@@ -82,7 +82,11 @@ def source_options(settings: Mapping[str, str]) -> ClientSettings:
     merged = {**_READER_SETTINGS, **settings}
     # Kafka rejects a time-out for a whole call that is shorter than the one for a request.
     merged.setdefault("default.api.timeout.ms", merged["request.timeout.ms"])
-    return spark_options(merged) | {"kafkaConsumer.pollTimeoutMs": str(POLL_SECONDS * 1000)}
+    return spark_options(merged) | {
+        "kafkaConsumer.pollTimeoutMs": str(POLL_SECONDS * 1000),
+        # By default, a task that asks for a deleted topic creates it again.
+        "kafka.allow.auto.create.topics": CLIENT_SETTINGS["allow.auto.create.topics"],
+    }
 
 
 class RangeReader:
