@@ -457,6 +457,46 @@ def test_a_query_with_two_sources_has_no_ranges(spark, kafka, produce, settings,
         CheckpointOffsets(spark, checkpoint).ranges_of(0)
 
 
+@pytest.mark.parametrize("interval", [None, 0.2])
+def test_a_query_skips_what_retention_deleted_in_a_long_break(
+    query_of, kafka, topic, produce, settings, interval
+):
+    """Spark would plan a batch for each few of the deleted offsets; this takes one for all."""
+    values, parts = Values(), [TopicPartition(topic, number) for number in (0, 1)]
+    query = query_of([topic], settings, max_offsets=10)
+    query.foreachBatch(values)
+    keys = (b"1", b"2")  # of both partitions
+    produce(topic, [b"first"] * 2, keys)
+    query.run(timeout=600)
+    produce(topic, [b"deleted"] * 2_000, keys * 1_000)
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_records(dict.fromkeys(parts, 1_001))
+    produce(topic, [b"%d" % number for number in range(40)], keys * 20)
+    resumed = query_of([topic], settings, max_offsets=10)
+    resumed.foreachBatch(values)
+    resumed.run(until=lambda: resumed.lag() == 0, timeout=600, interval=interval)
+    assert sorted(values.all()) == sorted([b"first"] * 2 + [b"%d" % n for n in range(40)])
+    sizes = [len(batch) for batch in values.batches.values()]
+    assert len(sizes) <= 8 and max(sizes) <= 10 + len(parts)
+
+
+@pytest.mark.parametrize("name", ["offsets/0", "sources/0/0"])
+@pytest.mark.parametrize("left", ["", 'v1\n{"batchWatermarkMs"'])
+def test_a_torn_checkpoint_is_called_damaged(
+    query_of, one, produce, settings, tmp_path, name, left
+):
+    """Spark doesn't flush its files, so a power cut may leave them empty."""
+    produce(one, [b"1", b"2", b"3"])
+    query = query_of([one], settings)
+    query.foreachBatch(Values())
+    query.run(timeout=600)
+    file = tmp_path / "checkpoint" / name
+    file.with_name(f".{file.name}.crc").unlink(missing_ok=True)
+    file.write_text(left)
+    with pytest.raises(StreamError, match=f"is damaged: {name} is not complete.*new checkpoint"):
+        query_of([one], settings).ranges_of(0)
+
+
 @pytest.fixture
 def own_kafka():
     """A broker that the test may kill, with a topic of ten records."""

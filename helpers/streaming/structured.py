@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import logging
@@ -127,6 +128,7 @@ class KafkaQuery:
         self._offsets = CheckpointOffsets(spark, self._checkpoint)
         self._function: Callable[[PlannedBatch], None] | None = None
         self._batches_begun = 0
+        self._skips_from: int | None = None  # batches begun before the one that skips deleted ones
         self._away_since: float | None = None
         self._stopping = False
         self._topic_ids: dict[str, str] = {}
@@ -216,6 +218,9 @@ class KafkaQuery:
                             "finished batches are kept. Give it more time, or look at Spark's log."
                         )
                     self._check_broker(query)
+                    if self._has_skipped(query):
+                        self._stop(query)
+                        query = self._start(interval)
                     try:
                         if query.awaitTermination(0.1):
                             is_done = interval is None and self._has_reached(goal)
@@ -356,10 +361,14 @@ class KafkaQuery:
         """Start the query from the checkpoint or, if that is new, from the offsets found before."""
         if not self._offsets.planned():  # Spark needs exactly the existing partitions
             self._starts = _starts(self._spark, self._topics, self._settings, self._starts)
-        records = read_stream(
-            self._spark, self._topics, self._settings, self._starts, self._max_offsets
-        )
-        if interval is None:
+        limit, self._skips_from = self._max_offsets, None
+        with contextlib.suppress(BrokerAwayError):
+            limit = self._next_limit()
+        records = read_stream(self._spark, self._topics, self._settings, self._starts, limit)
+        if limit != self._max_offsets:
+            self._skips_from = self._batches_begun
+            trigger = {"processingTime": "1 day"}  # one batch, and then again with the usual limit
+        elif interval is None:
             trigger = {"availableNow": True}
         else:
             trigger = {"processingTime": f"{round(interval * 1000)} milliseconds"}
@@ -374,6 +383,33 @@ class KafkaQuery:
                 f"the last run of the query with the checkpoint {self._checkpoint} has not ended: "
                 "the function of its batch doesn't return. Restart Python, and run the query again."
             ) from None
+
+    def _next_limit(self) -> int | None:
+        """Return the most offsets that the next batch may have, deleted ones included.
+
+        Spark plans batches of deleted offsets as well, and takes hours for those of a long break.
+        So the first batch takes as many of them as it can without more records than the limit.
+        """
+        if not self._max_offsets:
+            return None
+        positions = self.positions()
+        begins, ends = self._client.begins(positions), self._client.ends(positions)
+        left = {part: max(0, end - positions[part]) for part, end in ends.items()}
+        deleted = {part: min(left[part], max(0, begins[part] - positions[part])) for part in left}
+        total = sum(left.values())
+
+        def has_room(limit: int) -> bool:  # Spark takes the same share of each partition
+            taken = sum(max(0, limit * left[part] // total - deleted[part]) for part in left)
+            return taken <= self._max_offsets
+
+        if sum(deleted.values()) <= self._max_offsets:
+            return self._max_offsets
+        return bisect.bisect_left(range(total), True, key=lambda limit: not has_room(limit + 1))
+
+    def _has_skipped(self, query: StreamingQuery) -> bool:
+        """Return whether a query that skips deleted offsets has done its only batch."""
+        has_begun = self._skips_from is not None and self._batches_begun > self._skips_from
+        return has_begun and query.isActive and not query.status["isTriggerActive"]
 
     def _check_transactions(self) -> None:
         """Refuse to resume inside a transaction that is still open, before Spark plans.
@@ -573,19 +609,29 @@ class CheckpointOffsets:
         """Return where the query began; empty before Spark has planned a batch."""
         if not self._numbers("offsets"):
             return {}
-        *_, offsets = self._lines("sources/0/0")
-        return by_partition(json.loads(offsets))
+        return self._parsed("sources/0/0", self._lines("sources/0/0")[-1:])
 
     def after(self, batch_id: int) -> dict[TopicAndPartition, int]:
         """Return where a batch ends."""
         lines = self._lines(f"offsets/{batch_id}")
-        if len(lines) != _SOURCE_LINE + 1:
+        if len(lines) > _SOURCE_LINE + 1:
             raise StreamError(
                 f"the query of {self._checkpoint} has {len(lines) - _SOURCE_LINE} sources, so a "
                 "batch can't be identified by its offsets: read all topics with one KafkaQuery."
             )
-        # With `spark.sql.streaming.offsetLog.formatVersion` 2, the source's name comes first: 0:{}.
-        return by_partition(json.loads(lines[_SOURCE_LINE].lstrip("0123456789:")))
+        return self._parsed(f"offsets/{batch_id}", lines[_SOURCE_LINE:])
+
+    def _parsed(self, name: str, lines: list[str]) -> dict[TopicAndPartition, int]:
+        """Return the offsets in a file's last line; Spark leaves files empty after a power cut."""
+        try:
+            # With `spark.sql.streaming.offsetLog.formatVersion` 2, the source's name comes first.
+            return by_partition(json.loads("".join(lines).lstrip("0123456789:")))
+        except ValueError:
+            raise StreamError(
+                f"the checkpoint {self._checkpoint} is damaged: {name} is not complete, as after a "
+                "power cut. Use a new checkpoint: with the sink's positions, the query resumes "
+                "where the output ends."
+            ) from None
 
     def _lines(self, name: str) -> list[str]:
         try:
