@@ -202,9 +202,17 @@ def handled_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) ->
         if noted is not None and noted.metadata in ("", topic_id):
             handled[number] = noted.offset
     for record in read_records(consumer, letters_topic + REPLAYED):
-        number, note = int(record.key), json.loads(record.value)
-        if note["topic-id"] == topic_id:
-            handled[number] = max(handled.get(number, 0), note["offset"])
+        if record.value is None:  # somebody has deleted the note
+            continue
+        try:
+            number, note = int(record.key), json.loads(record.value)
+            if note["topic-id"] == topic_id:
+                handled[number] = max(handled.get(number, 0), note["offset"])
+        except (ValueError, TypeError, KeyError):
+            raise ReplayError(
+                f"{letters_topic + REPLAYED} has a record at offset {record.offset} that is not of "
+                "this program: let nothing else write to that topic, and delete the record."
+            ) from None
     return handled
 
 
@@ -450,6 +458,8 @@ def repair_function(text: str) -> Repair:
     if spec is None:
         raise argparse.ArgumentTypeError(f"{file} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it there
+    sys.path.append(str(Path(file).resolve().parent))  # for what it imports
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

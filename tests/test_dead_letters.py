@@ -6,7 +6,8 @@ import time
 import uuid
 
 import pytest
-from kafka import KafkaConsumer
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.admin import ConfigResource
 from processes import ROOT, run_python
 from pyspark.sql import functions as F
 from test_sinks import rows
@@ -105,14 +106,22 @@ def test_a_letter_that_is_too_large_stops_no_other(
     assert read_bad_records(spark, str(tmp_path)).count() == 3
 
 
-def test_the_topic_for_letters_is_made_like_the_one_they_are_of(spark, kafka, settings):
-    """With its partitions, and for messages as large as its own."""
+@pytest.mark.parametrize("policy, kept", [("delete", "86400000"), ("compact", "-1")])
+def test_the_topic_for_letters_is_made_like_the_one_they_are_of(
+    spark, kafka, settings, policy, kept
+):
+    """With its partitions, for messages as large as its own, and kept as long as its records."""
     topic = f"source-{uuid.uuid4()}"
-    kafka.create_topic(topic, partitions=3, config={"max.message.bytes": 2 * MIB})
+    limits = {"max.message.bytes": 2 * MIB, "retention.ms": 86_400_000, "cleanup.policy": policy}
+    kafka.create_topic(topic, partitions=3, config=limits)
     found = prepare_dead_letters(spark, [topic], settings)
     assert 2 * MIB < found[topic].limit < 2.1 * MIB
     with KafkaConsumer(bootstrap_servers=kafka.bootstrap_servers) as consumer:
         assert consumer.partitions_for_topic(f"{topic}.dead-letter") == {0, 1, 2}
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        resource = ConfigResource("TOPIC", f"{topic}.dead-letter")
+        configs = admin.describe_configs([resource], config_filter="all")["topic"]
+    assert configs[f"{topic}.dead-letter"]["retention.ms"]["value"] == kept
     assert prepare_dead_letters(spark, [topic], settings) == found
 
 

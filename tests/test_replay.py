@@ -83,7 +83,9 @@ def test_a_copy_in_another_partition_is_not_sent_back(kafka, topic, letters, rep
     assert values(kafka, topic) == [(b"1", b"rubbish"), (b"2", b"rubbish")]
 
 
-def test_what_was_sent_back_is_known_after_its_group_is_forgotten(kafka, topic, letters, replay):
+def test_what_was_sent_back_is_known_after_its_group_is_forgotten(
+    kafka, topic, letters, replay, produce
+):
     """Replayed letters are known even after Kafka has removed the idle consumer group."""
     letters(1, 2)
     assert replay()[1].startswith("2 dead letters sent back")
@@ -94,6 +96,10 @@ def test_what_was_sent_back_is_known_after_its_group_is_forgotten(kafka, topic, 
     assert replay()[1].startswith("0 dead letters sent back")
     assert [key for key, _ in values(kafka, topic)] == [b"1", b"2", b"3"]
     notes = f"{topic}.dead-letter.replayed"
+    produce(notes, [None], [b"0"])  # somebody deletes the note of one partition
+    assert replay()[1].startswith("0 dead letters sent back")
+    produce(notes, [b"a remark"], [b"0"])
+    assert "has a record at offset 3 that is not of this program" in replay()[1]
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         found = admin.describe_configs([ConfigResource("TOPIC", notes)], config_filter="all")
     assert found["topic"][notes]["cleanup.policy"]["value"] == "compact"
@@ -109,8 +115,13 @@ def test_many_bytes_are_sent_back_in_several_transactions(kafka, topic, letters,
 
 def test_a_repair_function_repairs_what_it_can(kafka, topic, letters, replay, tmp_path):
     """The repair function's result is sent, and letters that it can't repair are counted."""
+    (tmp_path / "beside_it.py").write_text("FIXED = b'repaired'\n")
     (tmp_path / "repairs.py").write_text(
-        "def repair(value):\n    return b'repaired' if value == b'repairable' else None\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from beside_it import FIXED\n"
+        "@dataclass\nclass Record:\n    value: bytes\n"
+        "def repair(value):\n"
+        "    return FIXED if Record(value) == Record(b'repairable') else None\n"
     )
     letters(1, value=b"repairable")
     letters(2)

@@ -266,7 +266,7 @@ class _Admin:
             return None
 
     def _create(self, letters: str, topic: str) -> JavaObject:
-        """Create a topic like `topic`, with room for a letter's headers; return its description."""
+        """Create a topic for the letters of `topic`; return its description."""
         source = self._describe(topic)
         if source is None:
             raise _LetterError(
@@ -276,10 +276,7 @@ class _Admin:
         partitions = source.partitions()
         replicas = self._jvm.java.lang.Short(partitions.get(0).replicas().size())
         new = self._clients.NewTopic(letters, partitions.size(), replicas)
-        limit = self._topic_config(topic).get("max.message.bytes")
-        if limit:
-            limit = str(int(limit) + _HEADERS_ROOM)
-            new = new.configs(self._jvm.java.util.Map.of("max.message.bytes", limit))
+        new = new.configs(java_map(self._spark, self._letters_config(topic)))
         try:
             self._answer(self._client.createTopics(self._jvm.java.util.List.of(new)).all())
         except JAVA_ERRORS as error:
@@ -289,6 +286,20 @@ class _Admin:
                 reason = f"{cause_message(error)} ({cause_name(error)})"
                 raise StreamError(f"the topic {letters} can't be created: {reason}") from None
         return self._describe_new(letters)
+
+    def _letters_config(self, topic: str) -> dict[str, str]:
+        """Return a topic's settings with room for headers; its letters are kept as long as it is.
+
+        While a record can be read again, the replay knows from its letter that it was sent back.
+        """
+        found = self._topic_config(topic)
+        if not found:
+            return {}
+        limit = int(found["max.message.bytes"]) + _HEADERS_ROOM
+        kept = dict.fromkeys(("retention.ms", "retention.bytes"), "-1")
+        if "delete" in found["cleanup.policy"]:
+            kept = {name: found[name] for name in kept}
+        return {"max.message.bytes": str(limit), **kept}
 
     def _describe_new(self, topic: str) -> JavaObject:
         """Return the description of a new topic, once the brokers' metadata includes it."""
