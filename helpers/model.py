@@ -7,6 +7,7 @@ the import takes seconds, and a program that only parses its options does not ne
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
@@ -439,7 +440,7 @@ def check_copy(network: keras.Model, copy: keras.Model) -> None:
     helpers.model.UnservableModelError: this model can't be served: its saved copy returns other
     numbers. ...
     """
-    if not _agree(network, copy):
+    if not (_functions_agree(network, copy) and _agree(network, copy)):
         raise _refusal(
             "its saved copy returns other numbers. A function in it has the name of one of Keras, "
             "which was loaded in its place: write Keras' functions as strings, such as "
@@ -447,13 +448,42 @@ def check_copy(network: keras.Model, copy: keras.Model) -> None:
         )
 
 
-def _agree(model: keras.Model, copy: keras.Model) -> bool:
-    """Return whether two models return the same numbers for some events, as far as they can."""
+def _functions_agree(network: keras.Model, copy: keras.Model) -> bool:
+    """Return whether the activations of a network and its copy return the same numbers.
+
+    They are tried with numbers of all sizes: an event that is tried may reach only some of them.
+    """
     import keras
 
+    sizes = np.concatenate([[0], np.logspace(-6, 30, 73)])
+    grid = np.random.default_rng(0).permuted(np.tile([*-sizes, *sizes], (4, 1)), axis=1).T
+    layers = zip(network._flatten_layers(), copy._flatten_layers(), strict=True)
+    for one, other in layers:
+        for name in ("activation", "recurrent_activation"):
+            functions = [getattr(layer, name, None) for layer in (one, other)]
+            if functions[0] is functions[1]:
+                continue
+            with contextlib.suppress(Exception):  # a function may take another shape only
+                found = [each(keras.ops.convert_to_tensor(grid, "float32")) for each in functions]
+                if not _are_close(*found):
+                    return False
+    return True
+
+
+def _agree(model: keras.Model, copy: keras.Model) -> bool:
+    """Return whether two models return the same numbers for the tried events that both take."""
     # A size that is open may be any, unless the network's layers say otherwise.
+    is_open = any(None in given.shape[1:] for given in copy.inputs)
+    verdicts = (_agree_on(model, copy, size) for size in _OPEN_SIZES[: None if is_open else 1])
+    return next((verdict for verdict in verdicts if verdict is not None), True)
+
+
+def _agree_on(model: keras.Model, copy: keras.Model, open_size: int) -> bool | None:
+    """Return whether two models agree on events of an open size; None if they take none of them."""
+    import keras
+
     shapes = [
-        tuple(_OPEN_SIZES[0] if size is None else size for size in given.shape[1:])
+        tuple(open_size if size is None else size for size in given.shape[1:])
         for given in copy.inputs
     ]
     dtypes = [given.dtype for given in copy.inputs]
@@ -461,18 +491,33 @@ def _agree(model: keras.Model, copy: keras.Model) -> bool:
         keras.ops.convert_to_tensor(each, dtype)
         for each, dtype in zip(_sample(copy, shapes, dtypes), dtypes, strict=True)
     ]
-    try:
+
+    def agree(part: slice) -> bool:
+        given = [each[part] for each in events]
         with keras.StatelessScope():  # a call with training=True would change the model
-            expected, found = (
-                keras.tree.flatten(each(events if len(events) > 1 else events[0], training=False))
+            one, other = (
+                keras.tree.flatten(each(given if len(given) > 1 else given[0], training=False))
                 for each in (model, copy)
             )
-    except Exception:  # such as for an open size that must be a certain one after all
-        return True
-    return all(
-        np.allclose(keras.ops.cast(one, "float64"), keras.ops.cast(other, "float64"),
-                    rtol=1e-5, atol=1e-6, equal_nan=True)
-        for one, other in zip(expected, found, strict=True)
+        return all(map(_are_close, one, other))
+
+    try:
+        return agree(slice(None))
+    except Exception:  # such as for an unknown category, or a size that must be another one
+        verdicts = []
+        for number in range(len(events[0])):
+            with contextlib.suppress(Exception):
+                verdicts.append(agree(slice(number, number + 1)))
+        return all(verdicts) if verdicts else None
+
+
+def _are_close(one: object, other: object) -> bool:
+    """Return whether two tensors have the same numbers, except for rounding."""
+    import keras
+
+    return np.allclose(
+        keras.ops.cast(one, "float64"), keras.ops.cast(other, "float64"),
+        rtol=1e-5, atol=1e-6, equal_nan=True,
     )  # fmt: skip
 
 
@@ -869,7 +914,7 @@ def _not_callable(error: Exception) -> UnservableModelError:
     """Return the error for a network that can't be called with events."""
     return _refusal(
         f"Keras can't call it on some events, because {first_line(error)}: make it accept any "
-        "number of events"
+        "number of events, and categories that it doesn't know (such as with num_oov_indices=1)"
     )
 
 

@@ -112,6 +112,47 @@ def test_such_a_function_is_found_whatever_the_input(layers):
         servable_model(keras.Sequential([*layers, keras.layers.Dense(1, sigmoid)]))
 
 
+def relu(x):
+    """A function with the name of one of Keras that differs only far from 0."""
+    return keras.ops.clip(x, 0, 20)
+
+
+def with_category():
+    """A network of two numbers and one of three categories, the others of which it refuses."""
+    features = keras.Input((3,))
+    category = keras.ops.cast(keras.ops.clip(features[:, 2], 0, 9), "int32")
+    known = keras.layers.Embedding(3, 2)(category)
+    both = keras.layers.Concatenate()([features[:, :2], known])
+    hidden = keras.layers.Dense(16, keras.ops.gelu)(both)
+    return keras.Model(features, keras.layers.Dense(2, "softmax")(hidden))
+
+
+def of_length_16_or_more():
+    """A network of any number of features from 16 on."""
+    features = keras.Input((None, 1))
+    hidden = keras.layers.Conv1D(4, 16, activation=keras.ops.gelu)(features)
+    pooled = keras.layers.GlobalAveragePooling1D()(hidden)
+    return keras.Model(features, keras.layers.Dense(2, "softmax")(pooled))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.Sequential([keras.Input((2,)), keras.layers.Dense(8, relu),
+                                  keras.layers.Dense(2, "softmax")]),
+        lambda: keras.Sequential([keras.Input((4, 2)), keras.layers.Bidirectional(
+            keras.layers.LSTM(2, recurrent_activation=relu)), keras.layers.Dense(2, "softmax")]),
+        with_category,
+        of_length_16_or_more,
+    ],
+    ids=["far from 0", "inside a layer", "a category", "an open size"],
+)  # fmt: skip
+def test_such_a_function_is_found_where_tried_events_do_not_show_it(make):
+    """Functions are compared with numbers of all sizes; an event that fails hides no other."""
+    with pytest.raises(UnservableModelError, match="saved copy returns other numbers"):
+        servable_model(make())
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_of_several_outputs_inside_the_used_one_counts(place):
     """A network inside another one may have outputs that are not used."""
