@@ -466,7 +466,13 @@ def _wrong_output_dim(found: object, classes: int) -> str:
 
 def _holds_events(column_type: DataType) -> bool:
     """Return whether a column of this type holds events from `helpers.records.parse_events`."""
-    return isinstance(column_type, StructType) and {"features", "reason"} <= {*column_type.names}
+    names = column_type.names if isinstance(column_type, StructType) else []
+    if "reason" in names and "features" not in names:
+        raise ValueError(
+            "these events already have a prediction in place of their features: for another "
+            "model, call parse_events on the records again."
+        )
+    return {"features", "reason"} <= {*names}
 
 
 def _with_output(event_type: StructType, output: str) -> StructType:

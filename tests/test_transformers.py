@@ -179,6 +179,15 @@ def listed():
     return keras.Model([features], [dense(2)(features)])
 
 
+def test_events_with_a_prediction_are_not_predicted_again(spark, event_values):
+    """Their features are gone, so the message says how to apply another model."""
+    rows = spark.createDataFrame([(event_values[0],)], "value binary")
+    predictor = ModelPredictor(keras_model=build_model(), features_col="event")
+    scored = predictor.transform(parse_events(rows))
+    with pytest.raises(ValueError, match=r"already have a prediction.*call parse_events on"):
+        predictor.transform(scored)
+
+
 SERVED = {
     "a sigmoid": lambda: sequential(dense(1, "sigmoid")),
     "a sigmoid of logits": lambda: functional(lambda x: keras.ops.sigmoid(dense(1, None)(x))),

@@ -73,10 +73,11 @@ def _features(column: pyarrow.Array, format_: Format) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # unfit numbers are found below
         features = numbers.astype(format_.dtype, copy=False)
     if not np.issubdtype(features.dtype, np.floating):
-        for wrong in numbers[features != numbers]:
+        # From 2**53 on, Spark may have rounded a whole number to another one.
+        for wrong in numbers[(features != numbers) | (np.abs(numbers) >= 2.0**53)]:
             raise InvalidRowsError(
-                f"features has {wrong:g}, but the network's input is of type {format_.dtype}: "
-                "leave these rows out."
+                f"features has {wrong:g}, but the network's input is of type {format_.dtype}, and "
+                "takes whole numbers below 2**53: leave these rows out."
             )
     return features
 
