@@ -347,12 +347,14 @@ def with_value(column, value):
     return f"{TEXT}{','.join(row)}\n"
 
 
-def zipped(*texts):
-    """Return a ZIP archive with a file for each text."""
+def zipped(*texts, **more):
+    """Return a ZIP archive with a file for each text, and others by their names."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for number, text in enumerate(texts):
             archive.writestr(f"{number}.csv", text)
+        for name, text in more.items():
+            archive.writestr(name, text)
     return content.getvalue()
 
 
@@ -364,6 +366,7 @@ ACCEPTED = {
     "plain": ("events.csv", CERN_TEXT),
     "gzip": ("events.csv.gz", gzip.compress(CERN_TEXT.encode())),
     "zip": ("events.ZIP", zipped(TEXT)),
+    "zip of a folder": ("events.zip", zipped(TEXT, **{"data/": "", "__MACOSX/._0.csv": "\0"})),
     "gzip, renamed": ("events.csv.gz.1", gzip.compress(TEXT.encode())),
     "gzip, already unpacked": ("events.csv.gz", TEXT),
     "xz": ("events.csv.xz", lzma.compress(TEXT.encode())),
@@ -417,6 +420,7 @@ REFUSED = {
     "nothing": ("events.csv", "", "is empty: download it again from CERN Open Data"),
     "blank lines": ("events.csv", "\n \n\n", "is empty: download it again"),
     "no header": ("events.csv", ROW, "has the unknown column '100000'"),
+    "semicolons": ("events.csv", TEXT.replace(",", ";"), "write them with commas"),
     "a missing column": ("events.csv", "EventId,Label\n1,s\n", "lacks the column 'DER_mass_MMC'"),
     "another column": ("events.csv", f"{HEADER},speed\n{ROW},1\n", "the unknown column 'speed'"),
     "a column twice": ("events.csv", f"{HEADER},Label\n{ROW},s\n", "unknown column 'Label.1'"),
@@ -436,13 +440,22 @@ REFUSED = {
     "a huge id": ("events.csv", with_value("EventId", str(2**63)), "numbers of 92233720368547758"),
     "an inexact id": ("events.csv", with_value("EventId", f"{2**53}.0"), "of 9007199254740992 or"),
     "another class": ("events.csv", with_value("Label", "t"), "other than s and b in the column"),
-    "two in a zip": ("events.zip", zipped(TEXT, TEXT), "Only one file per ZIP"),
+    "quotes around lines": (
+        "events.csv",
+        "\n".join(CERN_TEXT.replace(",t,", ',"t,', 1).replace(",t,", ',t",', 1).splitlines()[:9]),
+        "values other than t, b, v, u in the column 'KaggleSet'",
+    ),
+    "two in a zip": ("events.zip", zipped(TEXT, TEXT), "not 2: unpack it"),
     "half a zip": ("events.zip", zipped(TEXT)[:-9], r"can't be read as CSV \(File is not a zip"),
     "half a gzip": ("events.csv.gz", gzip.compress(TEXT.encode())[:-9], "can't be read as CSV"),
     "half a zstd": ("events.csv", zstandard.compress(TEXT.encode())[:-9], "data has no end"),
     "one block of a zstd": ("events.csv", zstandard_block(TEXT), "data has no end"),
     "UTF-16": ("events.csv", TEXT.encode("utf-16"), "has bytes that are zero, which text doesn't"),
     "a hole": ("events.csv", with_value("PRI_met", "1.5\0" "7"), "has bytes that are zero"),
+    "a hole in a gzip": (
+        "events.csv.gz", gzip.compress(with_value("PRI_met", "1.5\0" "7").encode()),
+        "has bytes that are zero",
+    ),
 }
 
 

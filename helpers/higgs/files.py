@@ -14,7 +14,6 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -45,6 +44,7 @@ from helpers.spark import exact_path, exact_reader, file_size, full_path
 _LAYOUTS = ((), (LABEL,), ("Weight", LABEL), BOOKKEEPING)
 
 _TEXTS = (LABEL, "KaggleSet")
+_SETS = ("t", "b", "v", "u")  # training, leader board, final ranking, unused: CERN's record 328
 _ROWS = 10_000  # parsed at a time
 _SURPLUS = ["surplus 1", "surplus 2", "surplus 3"]  # for values that are in no column
 # Names of local files that Hadoop can't open, because of a colon, or that Spark ignores.
@@ -171,15 +171,15 @@ def _verdicts(parts: Iterable[pd.DataFrame], path: str) -> Iterator[pd.DataFrame
 
 def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
     """Yield the events in a file's content, `_ROWS` at a time."""
-    kinds = (kind for start, kind in _COMPRESSION.items() if content.startswith(start))
-    opened = next(kinds, io.BytesIO)
-    if opened is io.BytesIO and b"\0" in content:  # where pandas would end a value
-        raise _RefusedError(
-            f"{path} has bytes that are zero, which text doesn't have, so a part of it is missing "
-            f"or damaged: download it again from {SOURCE}."
-        )
+    unpackers = (unpack for start, unpack in _COMPRESSION.items() if content.startswith(start))
     try:
-        with io.TextIOWrapper(opened(content), "utf-8-sig", newline="") as lines:
+        text = next(unpackers, bytes)(content)
+        if b"\0" in text:  # where pandas would end a value
+            raise _RefusedError(
+                f"{path} has bytes that are zero, which text doesn't have, so a part of it is "
+                f"missing or damaged: download it again from {SOURCE}."
+            )
+        with io.TextIOWrapper(io.BytesIO(text), "utf-8-sig", newline="") as lines:
             header = next((line for line in lines if line.strip()), None)
             if header is None:
                 raise _empty(path)
@@ -206,15 +206,20 @@ def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
         ) from error
 
 
-def _from_zip(content: bytes) -> IO[bytes]:
-    """Return the file in a ZIP archive."""
-    archive = zipfile.ZipFile(io.BytesIO(content))
-    if len(archive.namelist()) != 1:
-        raise ValueError(f"Only one file per ZIP archive, not {len(archive.namelist())}")
-    return archive.open(archive.namelist()[0])
+def _from_zip(content: bytes) -> bytes:
+    """Return the file in a ZIP archive, without what macOS adds to it."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        files = [each for each in archive.infolist() if not each.is_dir()]
+        files = [each for each in files if not each.filename.startswith("__MACOSX/")]
+        if len(files) != 1:
+            raise _RefusedError(
+                f"Only one file per ZIP archive, not {len(files)}: unpack it, and give the file "
+                "with the events."
+            )
+        return archive.read(files[0])
 
 
-def _from_zstandard(content: bytes) -> IO[bytes]:
+def _from_zstandard(content: bytes) -> bytes:
     """Return the text of a Zstandard file; its own reader takes an incomplete one without error."""
     import zstandard  # here, because workers that read no such file may lack it
 
@@ -225,14 +230,14 @@ def _from_zstandard(content: bytes) -> IO[bytes]:
         if not frame.eof:
             raise EOFError("the compressed data has no end")
         content = frame.unused_data
-    return io.BytesIO(b"".join(parts))
+    return b"".join(parts)
 
 
 # By how a file begins, because its name may lack the suffix, or have one that isn't true.
-_COMPRESSION: dict[bytes, Callable[[bytes], IO[bytes]]] = {
-    b"\x1f\x8b": lambda content: gzip.GzipFile(fileobj=io.BytesIO(content)),
-    b"BZh": lambda content: bz2.BZ2File(io.BytesIO(content)),
-    b"\xfd7zXZ\0": lambda content: io.BytesIO(lzma.decompress(content)),
+_COMPRESSION: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\0": lzma.decompress,
     b"\x28\xb5\x2f\xfd": _from_zstandard,
     b"PK\3\4": _from_zip,
 }
@@ -255,6 +260,11 @@ def _checked(events: pd.DataFrame, layout: list[str], path: str) -> pd.DataFrame
             f"{path} has values other than s and b in the column {LABEL!r}: write s for signal "
             "and b for background."
         )
+    if "KaggleSet" in layout and not events["KaggleSet"].dropna().isin(_SETS).all():
+        raise _RefusedError(
+            f"{path} has values other than {', '.join(_SETS)} in the column 'KaggleSet', as after "
+            f"a quote that isn't closed and swallows lines: download it again from {SOURCE}."
+        )
     return events[layout]
 
 
@@ -265,6 +275,11 @@ def _layout_of(header: pd.Index, path: str | os.PathLike[str]) -> list[str]:
         if header.isin(layout).all():
             break
     unknown = [name for name in header if name not in layout]
+    if unknown and any(separator in unknown[0] for separator in ";\t"):
+        raise _RefusedError(
+            f"{path} has values that a semicolon or a tab separates: write them with commas, and "
+            "numbers with a decimal point."
+        )
     if unknown:
         raise _RefusedError(f"{path} has the unknown column {unknown[0]!r}: remove or rename it.")
     missing = [name for name in layout if name not in header]
