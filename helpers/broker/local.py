@@ -267,18 +267,18 @@ class LocalKafka(BrokerAdmin):
         return True
 
     def _end(self, signal_number: signal.Signals) -> None:
-        """Dismiss the watcher, send the process a signal, and wait until it has ended."""
+        """Send the process a signal, dismiss the watcher, and wait until the process has ended."""
         process, self._process = self._process, None
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.close()  # the process has it as well
         if process is None:
             return
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(b"ended in order\n")
-            process.stdin.close()
-        process.send_signal(signal_number)
         try:
+            process.send_signal(signal_number)
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(b"ended in order\n")
+                process.stdin.close()
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
