@@ -55,7 +55,13 @@ def serve_metrics(
     ...
     """
     # Here, because a driver on a cluster's machine may not have the package.
-    from prometheus_client import CollectorRegistry, start_http_server
+    try:
+        from prometheus_client import CollectorRegistry, start_http_server
+    except ImportError:
+        raise OSError(
+            "the metrics need the package prometheus-client, which this machine lacks: install it "
+            "where the driver runs, or do without metrics."
+        ) from None
 
     registry = CollectorRegistry()
     registry.register(_Figures(monitor, model_version))
