@@ -19,4 +19,4 @@ USER 1000
 RUN ./setup.sh && rm -rf "$HOME/.cache/uv"
 ENV PATH="/opt/kit/.venv/bin:$PATH"
 EXPOSE 8888
-CMD ["jupyter", "lab", "notebooks", "--ip=0.0.0.0", "--no-browser"]
+CMD ["jupyter", "lab", "--LabApp.default_url=/lab/tree/notebooks", "--ip=0.0.0.0", "--no-browser"]

@@ -5,7 +5,7 @@
 # test-long  runs the tests that take longest, such as those that repeat crashes, in three hours
 # test-cluster  runs notebooks and jobs on a real YARN with HDFS, on a standalone cluster and on older
 #        versions of Spark, in this machine, which takes 25 minutes and 10 GB of memory; if the
-#        headers of Kerberos are there (libkrb5-dev), also kafka-python's part of it
+#        headers of Kerberos are installed (libkrb5-dev), also kafka-python's part of it
 # test-hub   runs the walkthrough as two users of a JupyterHub, and as a user of CERN SWAN; it needs
 #        npm, and installs the packages of requirements-hub.txt and tests/requirements-swan.txt
 # pack   packs the Python packages and `helpers` for a cluster's machines: see docs/clusters.md
@@ -67,8 +67,9 @@ bench: setup
 	@./setup.sh -r requirements-bench.txt
 	@.venv/bin/python examples/benchmark.py compare
 
+# The server's root is the kit, because the notebooks link to its other folders.
 lab: setup
-	@.venv/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+	@.venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: setup
 	@for notebook in notebooks/*.ipynb; do \

@@ -77,14 +77,15 @@ def test_make_run_ends_with_the_totals_and_listens_on_loopback_only():
 
 
 def test_make_lab_opens_the_notebooks():
-    """`make lab` serves the notebooks."""
+    """`make lab` opens the folder of the notebooks, and serves the pages to which they link."""
     (command,) = commands("make lab")
     with running(shlex.split(command), env={**without_make(), "BROWSER": "true"}) as process:
         lines = iter(process.stdout.readline, "")
         address = next(found for line in lines if (found := re.search(r"http://127\S+", line)))[0]
-        server, token = address.split("/lab?")
-        names = wait_until(lambda: names_at(f"{server}/api/contents?{token}"))
-    assert "1_walkthrough.ipynb" in names
+        server, token = address.split("/lab/tree/notebooks?")
+        names = wait_until(lambda: names_at(f"{server}/api/contents/notebooks?{token}"))
+        linked = wait_until(lambda: names_at(f"{server}/api/contents/docs?{token}"))
+    assert "1_walkthrough.ipynb" in names and "glossary.md" in linked
 
 
 def names_at(address):
