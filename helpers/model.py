@@ -457,17 +457,26 @@ def _functions_agree(network: keras.Model, copy: keras.Model) -> bool:
 
     sizes = np.concatenate([[0], np.logspace(-6, 30, 73)])
     grid = np.random.default_rng(0).permuted(np.tile([*-sizes, *sizes], (4, 1)), axis=1).T
-    layers = zip(network._flatten_layers(), copy._flatten_layers(), strict=True)
-    for one, other in layers:
-        for name in ("activation", "recurrent_activation"):
-            functions = [getattr(layer, name, None) for layer in (one, other)]
-            if functions[0] is functions[1]:
-                continue
-            with contextlib.suppress(Exception):  # a function may take another shape only
-                found = [each(keras.ops.convert_to_tensor(grid, "float32")) for each in functions]
-                if not _are_close(*found):
-                    return False
+    numbers = keras.ops.convert_to_tensor(grid, "float32")
+    for functions in zip(_activations(network), _activations(copy), strict=False):
+        if functions[0] is functions[1]:
+            continue
+        with contextlib.suppress(Exception):  # a function may take another shape only
+            found = [keras.ops.convert_to_numpy(each(numbers)) for each in functions]
+            known = np.isfinite(found[0]) & np.isfinite(found[1])  # a plain formula may overflow
+            if not _are_close(found[0][known], found[1][known]):
+                return False
     return True
+
+
+def _activations(layer: keras.Layer) -> Iterator[object]:
+    """Yield a layer's activations and those of the layers in it, of shared ones each time."""
+    import keras
+
+    yield getattr(layer, "activation", None)
+    yield getattr(layer, "recurrent_activation", None)
+    for part in layer.layers if isinstance(layer, keras.Model) else layer._layers:
+        yield from _activations(part)
 
 
 def _agree(model: keras.Model, copy: keras.Model) -> bool:

@@ -140,8 +140,8 @@ def of_length_16_or_more():
     [
         lambda: keras.Sequential([keras.Input((2,)), keras.layers.Dense(8, relu),
                                   keras.layers.Dense(2, "softmax")]),
-        lambda: keras.Sequential([keras.Input((4, 2)), keras.layers.Bidirectional(
-            keras.layers.LSTM(2, recurrent_activation=relu)), keras.layers.Dense(2, "softmax")]),
+        lambda: keras.Sequential([keras.Input((4, 2)), keras.layers.LSTM(
+            2, recurrent_activation=relu), keras.layers.Dense(2, "softmax")]),
         with_category,
         of_length_16_or_more,
     ],
@@ -151,6 +151,22 @@ def test_such_a_function_is_found_where_tried_events_do_not_show_it(make):
     """Functions are compared with numbers of all sizes; an event that fails hides no other."""
     with pytest.raises(UnservableModelError, match="saved copy returns other numbers"):
         servable_model(make())
+
+
+def plain_softmax(x):
+    """Softmax by its formula, which overflows for large numbers."""
+    return keras.ops.exp(x) / keras.ops.sum(keras.ops.exp(x), axis=-1, keepdims=True)
+
+
+def test_layers_that_are_shared_attached_or_by_their_formula_are_served():
+    """A layer that is used twice or not at all, and a function that may overflow, are no fault."""
+    shared = keras.layers.LeakyReLU(0.1)
+    features = keras.Input((30,))
+    hidden = keras.layers.Dense(4, shared)(keras.layers.Dense(8, shared)(features))
+    plain_softmax.__name__ = "softmax"
+    model = keras.Model(features, keras.layers.Dense(2, plain_softmax)(hidden))
+    model.encoder = keras.Model(features, hidden)
+    servable_model(model)
 
 
 @pytest.mark.parametrize("place", [0, 1])
