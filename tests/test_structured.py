@@ -461,7 +461,7 @@ def test_a_query_with_two_sources_has_no_ranges(spark, kafka, produce, settings,
 def test_a_query_skips_what_retention_deleted_in_a_long_break(
     query_of, kafka, topic, produce, settings, interval
 ):
-    """Spark would plan a batch for each few of the deleted offsets; this takes one for all."""
+    """Spark would plan many small batches of deleted offsets; the query skips them in one."""
     values, parts = Values(), [TopicPartition(topic, number) for number in (0, 1)]
     query = query_of([topic], settings, max_offsets=10)
     query.foreachBatch(values)

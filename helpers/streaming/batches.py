@@ -91,7 +91,7 @@ class Batches:
         ------
         pickle.PicklingError
             If the stream has stopped or failed. Spark makes further intervals until its context has
-            stopped, and would note in the checkpoint that those before are done.
+            stopped, and would note in the checkpoint that the earlier ones are done.
         """
         self._unsaved = self._unsaved or self.error or self.listener.failure()
         if self._unsaved or self._stopped.is_set():
@@ -164,8 +164,9 @@ class Batches:
                     records = few_tasks(self.source.read(batch_id, ranges), ranges)
                     function(PlannedBatch(batch_id, ranges, records))
                     return
-                except Exception:
+                except Exception as error:
                     if is_last_try:
+                        self._unsaved = f"batch {batch_id} failed: {summary(error)}"
                         self._stopped.set()
                     if self._stopped.is_set() or spark_has_ended():
                         raise

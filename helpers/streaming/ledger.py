@@ -200,7 +200,8 @@ class Ledger:
             pending = [part for planned in self._planned for part in planned.ranges]
             begins = {part.topicAndPartition(): part.fromOffset for part in reversed(pending)}
             reached = {**self._positions, **begins}
-        return all(reached[partition] >= end for partition, end in ends.items())
+        # Another stream of the group may have taken over a topic.
+        return all(reached.get(partition, end) >= end for partition, end in ends.items())
 
     def waiting(self) -> int:
         """Return how many batches are submitted but not done."""

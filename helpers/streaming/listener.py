@@ -88,6 +88,8 @@ class ContextListener(StreamingListener):
 
         def stop() -> None:
             first()
+            # Again, because the checkpoints that were not written are reported as errors as well.
+            self.context.scheduler().reportError(reason, exception)
             self.context.stop(False, False)
 
         # In a thread that the context doesn't wait for.
@@ -133,7 +135,7 @@ class ContextListener(StreamingListener):
         try:
             self.context.awaitTerminationOrTimeout(0)
         except JAVA_ERRORS as error:
-            return summary(error)
+            return summary(error).removeprefix("_pickle.PicklingError: ")
         return None
 
     def _join_active(self) -> None:

@@ -172,7 +172,7 @@ class OffsetPlanner:
 
     def unread(self) -> int:
         """Return how many offsets were left when the last batch was planned."""
-        return sum(end - self._positions[partition] for partition, end in self._ends.items())
+        return sum(max(0, end - self._positions[part]) for part, end in self._ends.items())
 
     def ends(self) -> dict[TopicAndPartition, int]:
         """Return where the partitions ended when the last batch was planned."""

@@ -78,6 +78,8 @@ def source_options(settings: Mapping[str, str]) -> ClientSettings:
     --------
     >>> source_options({"bootstrap.servers": "127.0.0.1:9092"})["kafka.bootstrap.servers"]
     '127.0.0.1:9092'
+    >>> source_options({"allow.auto.create.topics": "true"})["kafka.allow.auto.create.topics"]
+    'false'
     """
     merged = {**_READER_SETTINGS, **settings}
     # Kafka rejects a time-out for a whole call that is shorter than the one for a request.

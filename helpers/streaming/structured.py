@@ -367,7 +367,8 @@ class KafkaQuery:
         records = read_stream(self._spark, self._topics, self._settings, self._starts, limit)
         if limit != self._max_offsets:
             self._skips_from = self._batches_begun
-            trigger = {"processingTime": "1 day"}  # one batch, and then again with the usual limit
+            # One batch, and then again with the usual limit: Spark's next time is in 2069.
+            trigger = {"processingTime": "36500 days"}
         elif interval is None:
             trigger = {"availableNow": True}
         else:
@@ -392,10 +393,12 @@ class KafkaQuery:
         """
         if not self._max_offsets:
             return None
-        positions = self.positions()
-        begins, ends = self._client.begins(positions), self._client.ends(positions)
-        left = {part: max(0, end - positions[part]) for part, end in ends.items()}
-        deleted = {part: min(left[part], max(0, begins[part] - positions[part])) for part in left}
+        topics = self._client.topics(self._topics).values()
+        parts = [part for topic in topics for part in topic.partitions]
+        begins, ends = self._client.begins(parts), self._client.ends(parts)
+        positions = {**begins, **self.positions()}  # a new partition is read from its beginning
+        left = {part: max(0, ends[part] - positions[part]) for part in parts}
+        deleted = {part: min(left[part], max(0, begins[part] - positions[part])) for part in parts}
         total = sum(left.values())
 
         def has_room(limit: int) -> bool:  # Spark takes the same share of each partition
@@ -409,7 +412,8 @@ class KafkaQuery:
     def _has_skipped(self, query: StreamingQuery) -> bool:
         """Return whether a query that skips deleted offsets has done its only batch."""
         has_begun = self._skips_from is not None and self._batches_begun > self._skips_from
-        return has_begun and query.isActive and not query.status["isTriggerActive"]
+        # In this order: a query that fails is no longer active first.
+        return has_begun and not query.status["isTriggerActive"] and query.isActive
 
     def _check_transactions(self) -> None:
         """Refuse to resume inside a transaction that is still open, before Spark plans.
