@@ -201,7 +201,8 @@ def handled_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) ->
         )
         if noted is not None and noted.metadata in ("", topic_id):
             handled[number] = noted.offset
-    for record in read_records(consumer, letters_topic + REPLAYED):
+    last = {record.key: record for record in read_records(consumer, letters_topic + REPLAYED)}
+    for record in last.values():
         if record.value is None:  # somebody has deleted the note
             continue
         try:
@@ -210,8 +211,9 @@ def handled_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) ->
                 handled[number] = max(handled.get(number, 0), note["offset"])
         except (ValueError, TypeError, KeyError):
             raise ReplayError(
-                f"{letters_topic + REPLAYED} has a record at offset {record.offset} that is not of "
-                "this program: let nothing else write to that topic, and delete the record."
+                f"{letters_topic + REPLAYED} has a record at offset {record.offset} that this "
+                "program did not write: write one with the same key and no value, which deletes "
+                "it, and let nothing else write there."
             ) from None
     return handled
 

@@ -44,6 +44,7 @@ _LOGGER = logging.getLogger(__name__)
 DEAD_LETTERS = ".dead-letter"  # suffix of the name of a dead-letter topic
 
 _DEFAULT_LIMIT = 1_048_588  # Kafka's default max.message.bytes, if the topic's is unknown
+_LEAST_RETENTION_MS = 7 * 24 * 3_600 * 1_000  # time to repair letters: Kafka's default, a week
 _HEADERS_ROOM = 16 * 1024  # bytes; more than a letter's headers need
 _OVERHEAD = 200  # the most that Kafka adds to a letter with six headers
 _UNPACKED_LIMIT = 64 * 1024**2  # maximum size of a letter before compression
@@ -288,18 +289,18 @@ class _Admin:
         return self._describe_new(letters)
 
     def _letters_config(self, topic: str) -> dict[str, str]:
-        """Return a topic's settings with room for headers; its letters are kept as long as it is.
+        """Return the settings of a topic of letters, which are kept as long as their records.
 
-        While a record can be read again, the replay knows from its letter that it was sent back.
+        While a record can be read again, the replay recognizes by its letter that it was sent back.
         """
         found = self._topic_config(topic)
-        if not found:
-            return {}
-        limit = int(found["max.message.bytes"]) + _HEADERS_ROOM
-        kept = dict.fromkeys(("retention.ms", "retention.bytes"), "-1")
-        if "delete" in found["cleanup.policy"]:
-            kept = {name: found[name] for name in kept}
-        return {"max.message.bytes": str(limit), **kept}
+        limit, kept = found.get("max.message.bytes"), found.get("retention.ms")
+        settings = {"max.message.bytes": str(int(limit) + _HEADERS_ROOM)} if limit else {}
+        if kept:
+            is_deleted = kept != "-1" and "delete" in (found.get("cleanup.policy") or "")
+            kept = str(max(int(kept), _LEAST_RETENTION_MS)) if is_deleted else "-1"
+            settings |= {"retention.ms": kept, "retention.bytes": "-1"}
+        return settings
 
     def _describe_new(self, topic: str) -> JavaObject:
         """Return the description of a new topic, once the brokers' metadata includes it."""
