@@ -49,6 +49,7 @@ _ROWS = 10_000  # parsed at a time
 _SURPLUS = ["surplus 1", "surplus 2", "surplus 3"]  # for values that are in no column
 # Names of local files that Hadoop can't open, because of a colon, or that Spark ignores.
 _UNREADABLE = re.compile(r"^[._]|:")
+_OF_MACOS = re.compile(r"^__MACOSX/|(^|/)\.DS_Store$")
 _CONTENT = StructType().add("content", BinaryType())
 _VERDICT = StructType().add("columns", ArrayType(StringType())).add("fault", StringType())
 
@@ -173,7 +174,10 @@ def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
     """Yield the events in a file's content, `_ROWS` at a time."""
     unpackers = (unpack for start, unpack in _COMPRESSION.items() if content.startswith(start))
     try:
-        text = next(unpackers, bytes)(content)
+        try:
+            text = next(unpackers, bytes)(content)
+        except _RefusedError as error:
+            raise _RefusedError(f"{path} {error}") from None
         if b"\0" in text:  # where pandas would end a value
             raise _RefusedError(
                 f"{path} has bytes that are zero, which text doesn't have, so a part of it is "
@@ -210,11 +214,11 @@ def _from_zip(content: bytes) -> bytes:
     """Return the file in a ZIP archive, without what macOS adds to it."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         files = [each for each in archive.infolist() if not each.is_dir()]
-        files = [each for each in files if not each.filename.startswith("__MACOSX/")]
+        files = [each for each in files if not _OF_MACOS.search(each.filename)]
         if len(files) != 1:
             raise _RefusedError(
-                f"Only one file per ZIP archive, not {len(files)}: unpack it, and give the file "
-                "with the events."
+                f"is a ZIP archive of {len(files)} files: unpack it, and give the one with the "
+                "events."
             )
         return archive.read(files[0])
 

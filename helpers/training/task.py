@@ -75,9 +75,10 @@ def _features(column: pyarrow.Array, format_: Format) -> np.ndarray:
     if not np.issubdtype(features.dtype, np.floating):
         # From 2**53 on, Spark may have rounded a whole number to another one.
         for wrong in numbers[(features != numbers) | (np.abs(numbers) >= 2.0**53)]:
+            limit = " and from 2**53 on, numbers may be rounded" if abs(wrong) >= 2.0**53 else ""
             raise InvalidRowsError(
-                f"features has {wrong:g}, but the network's input is of type {format_.dtype}, and "
-                "takes whole numbers below 2**53: leave these rows out."
+                f"features has {wrong:g}, but the network's input is of type {format_.dtype}"
+                f"{limit}: leave these rows out."
             )
     return features
 
