@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import logging
 import os
@@ -83,6 +84,9 @@ def scratch_folder() -> Path:
         start_new_session=True,
     )
     _WATCHERS.append(watcher)
+    # systemd removes what has not been used in /tmp for ten days, but nothing in a locked folder.
+    with contextlib.suppress(OSError):  # a file system may have no locks
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
     return Path(folder)
 
 

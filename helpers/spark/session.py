@@ -244,6 +244,8 @@ def _settings(
         "spark.ui.showConsoleProgress": "false",
         # The page asks for no password, and any web site could make the browser send the request.
         "spark.ui.killEnabled": "false",
+        # Otherwise the 18th session of a machine, whoever has the others, ends its Java.
+        "spark.port.maxRetries": "1000",
         # Transfer columns to pandas as Arrow batches, not row by row.
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         # Batches of 4,096 events fit in the processor's caches: 5 to 10 % faster than 10,000.
@@ -396,7 +398,7 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         conf.setIfMissing("spark.ui.enabled", "false")
     try:
         return SparkSession(SparkContext(conf=conf, gateway=gateway))
-    except JAVA_ERRORS as error:
+    except (*JAVA_ERRORS, Py4JError, ConnectionError) as error:  # the latter if Java has exited
         raise SessionError(
             f"Spark did not start on {settings['spark.master']}: {summary(error)} "
             f"Its log ends with: {log_end() or '(nothing)'}"
