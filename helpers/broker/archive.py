@@ -6,7 +6,10 @@ start instead of 5, with half the processor time.
 
 from __future__ import annotations
 
+import subprocess
 import sys
+
+from kafka.errors import KafkaError
 
 from helpers.broker import BrokerError, LocalKafka, fetch
 from helpers.broker.server import KAFKA_PROGRAM
@@ -29,5 +32,5 @@ if __name__ == "__main__":
         sys.exit(str(error))
     try:
         write_class_archive()
-    except (BrokerError, OSError) as error:
+    except (BrokerError, KafkaError, OSError, subprocess.TimeoutExpired) as error:
         print(f"Brokers will start more slowly: {error}", file=sys.stderr)

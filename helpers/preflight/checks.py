@@ -460,6 +460,8 @@ def _free_space(folder: str) -> tuple[str, bool]:
         found = f"{free / _GB:,.1f} GB free in {folder}"
         if free < _DISK:
             return f"{found}, {_DISK / _GB:,.1f} GB needed", False
+        if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):  # macOS lacks it
+            return f"{folder} is mounted noexec, so Java can't load libraries from it", False
         with tempfile.TemporaryFile(dir=folder):
             return found, True
     except OSError as error:

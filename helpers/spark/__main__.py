@@ -7,12 +7,14 @@ instead of 15. `get_spark` uses the archive if it exists.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 from pyspark import SparkContext
 from pyspark.sql import functions as F
 
 from helpers.spark import (
+    JAVA_ERRORS,
     JarsError,
     SessionError,
     fetch,
@@ -48,5 +50,5 @@ if __name__ == "__main__":
         sys.exit(str(error))
     try:
         write_class_archive()
-    except (SessionError, OSError) as error:
+    except (*JAVA_ERRORS, SessionError, OSError, subprocess.TimeoutExpired) as error:
         print(f"Spark will start more slowly: {error}", file=sys.stderr)
