@@ -182,6 +182,8 @@ def test_a_new_version_serves_from_the_next_batch_on(
     file = ModelFile(path)
     before = file.current()
     assert file.current() is before
+    save_serving_model(serving_model, path)
+    assert file.current() is before  # the same version, written again
     second = save_serving_model(make_serving_model(seed=2), path)
     assert second.version != first.version
     after = file.current().transform(table)
