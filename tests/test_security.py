@@ -134,6 +134,7 @@ def test_no_client_connects_in_plain_text_by_mistake(settings, reason):
 def test_a_login_is_read_as_java_reads_it(entry, login):
     """Values in either kind of quotes, or without, are the same for both clients, and hidden."""
     settings = {"security.protocol": "SASL_SSL", "sasl.jaas.config": entry}
+    settings["sasl.mechanism"] = "PLAIN"
     found = python_settings({"bootstrap.servers": "127.0.0.1:9092", **settings})
     assert (found["sasl_plain_username"], found["sasl_plain_password"]) == login
     assert without_secrets(f"no {login[1]} for me", settings) == "no *** for me"
@@ -258,6 +259,7 @@ def test_settings_become_arguments_of_the_client_that_knows_them():
         ({"ssl.truststore.location": "/"}, "'/': name a file that you can read"),
         ({"security.protocol": "TLS"}, "'TLS': it must be one of PLAINTEXT, SSL, SASL_"),
         ({"sasl.mechanism": "GSSAPI"}, "needs a package: pip install gssapi"),
+        ({"security.protocol": "sasl_ssl"}, "GSSAPI, Kafka's default, for which"),
         ({"ssl.keystore.key": "-----BEGIN X-----a-----END X-----"}, "can't be read"),
     ],
 )
@@ -271,8 +273,9 @@ def test_what_kafka_python_cannot_take_is_named(settings, reason):
 def test_a_protocol_is_read_as_java_reads_it(text):
     """Case and blanks don't matter; an unknown protocol is refused, not taken for plain text."""
     settings = {"security.protocol": text, "compression.type": " gzip "}
+    settings["sasl.mechanism"] = "PLAIN"
     assert python_settings(settings, KafkaProducer) == {
-        "security_protocol": "SASL_SSL", "compression_type": "gzip",
+        "security_protocol": "SASL_SSL", "compression_type": "gzip", "sasl_mechanism": "PLAIN",
     }  # fmt: skip
 
 

@@ -287,6 +287,16 @@ def _refusal(error: Exception, servers: str) -> str:
             f"Kafka at {servers} refuses ({error}): check sasl.mechanism, and user and password in "
             "sasl.jaas.config."
         )
+    if re.search("expired|not yet valid", str(error)):
+        return (
+            f"the certificate of Kafka at {servers} is valid at another time ({error}): renew it, "
+            "or correct this machine's clock."
+        )
+    if re.search("(Hostname|IP address) mismatch", str(error)):
+        return (
+            f"the certificate of Kafka at {servers} is for another name ({error}): use an address "
+            "that the certificate contains."
+        )
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return (
             f"the certificate of Kafka at {servers} isn't trusted: set ssl.truststore.location to "

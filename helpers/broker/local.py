@@ -254,10 +254,16 @@ class LocalKafka(BrokerAdmin):
             )
 
     def _has_locked(self) -> bool:
-        with contextlib.suppress(BlockingIOError):
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        return False
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise BrokerError(
+                f"the folder {self._folder} can't be locked ({error.strerror}): choose one on a "
+                "local disk."
+            ) from None
+        return True
 
     def _answers(self) -> bool:
         """Request the list of topics; raise `BrokerError` if the broker has ended."""

@@ -210,15 +210,18 @@ def python_settings(
     >>> python_settings({"linger.ms": "50", "group.id": "scoring"}, KafkaProducer)
     {'linger_ms': 50}
     """
-    if settings.get("sasl.mechanism") == "GSSAPI" and find_spec("gssapi") is None:
-        raise ValueError(
-            "sasl.mechanism is GSSAPI, for which kafka-python needs a package: "
-            "pip install gssapi (it is compiled, with gcc and the headers in libkrb5-dev)."
-        )
     # As Kafka's Java clients do.
     settings = {name: value.strip() for name, value in settings.items()}
     if "security.protocol" in settings:
         settings["security.protocol"] = _protocol(settings["security.protocol"])
+        if settings["security.protocol"].startswith("SASL_"):
+            settings.setdefault("sasl.mechanism", "GSSAPI")
+    if settings.get("sasl.mechanism") == "GSSAPI" and find_spec("gssapi") is None:
+        raise ValueError(
+            "sasl.mechanism is GSSAPI, Kafka's default, for which kafka-python needs a package: "
+            "pip install gssapi (it is compiled, with gcc and the headers in libkrb5-dev). For a "
+            "login with a password, set PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512."
+        )
     arguments = ClientSettings()
     tls = {name: value for name, value in settings.items() if name.startswith("ssl.")}
     for name, value in settings.items():
