@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
 import queue
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, FloatType
 
 from helpers.higgs import FEATURES, SCHEMA
+from helpers.spark import available_cores
 
 if TYPE_CHECKING:
     import keras
@@ -226,7 +226,7 @@ def _score_with_loop(read: Read, task: Task) -> Scored:
 
 def _cores(task: Task) -> int:
     """Return how many processes can share the partitions, one per core."""
-    return min(len(os.sched_getaffinity(0)), len(task.ends))
+    return min(available_cores(), len(task.ends))
 
 
 def _in_processes(function: Callable, arguments: list[tuple]) -> tuple[list[tuple], float]:
