@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import contextlib
+import copy
 import linecache
 import math
+import mimetypes
 import os
 import re
 import signal
@@ -31,6 +34,7 @@ from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CELL_SECONDS = 7_200  # trainings on the whole file of the challenge take up to an hour
+_IMAGE = re.compile(r"!\[[^]]*\]\((images/[^)]+)\)")
 _LONGEST_FOLDER = 80  # bytes: a socket in a folder of it may have a path of 107
 
 
@@ -410,10 +414,8 @@ def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name:
     Links in the notebook are relative to its folder, `home`; those of the page are relative to the
     page's.
     """
-    exporter = HTMLExporter(embed_images=True)
-    page, _ = exporter.from_notebook_node(
-        notebook, resources={"metadata": {"path": str(home), "name": name}}
-    )
+    resources = {"metadata": {"path": str(home), "name": name}}
+    page, _ = HTMLExporter().from_notebook_node(_with_images(notebook, home), resources)
     to_home = quote(os.path.relpath(home.resolve(), folder.resolve()))
     page = re.sub(r'(<a\s[^>]*?href=")(?![a-z]+:|[#/])', rf"\g<1>{to_home}/", page)
     target = folder / f"{name}.html"
@@ -424,6 +426,21 @@ def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name:
             f"the page {target} can't be written ({error.strerror}): choose another --html."
         ) from None
     return target
+
+
+def _with_images(notebook: nbformat.NotebookNode, home: Path) -> nbformat.NotebookNode:
+    """Return a notebook that contains the images of its text, which are files below `home`.
+
+    nbconvert can embed images as well, but then closes each `<details>` before its content.
+    """
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        for name in _IMAGE.findall(cell.source) if cell.cell_type == "markdown" else ():
+            kind, _ = mimetypes.guess_type(name)
+            content = base64.b64encode((home / name).read_bytes()).decode()
+            cell.setdefault("attachments", {})[name] = {kind: content}
+            cell.source = cell.source.replace(f"]({name})", f"](attachment:{name})")
+    return notebook
 
 
 def _make_folder(folder: str) -> None:

@@ -104,6 +104,24 @@ def test_the_links_of_its_page_lead_to_the_files_beside_the_notebook(make_notebo
     assert '<a href="../8_next.ipynb#Then">Next</a>' in page
 
 
+def test_its_page_contains_its_images_and_hides_solutions(make_notebook):
+    """The page needs no other file, and a solution is inside the part that a click opens."""
+    path = make_notebook("{'events': events}")
+    (path.parent / "images").mkdir()
+    (path.parent / "images" / "one.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    notebook = nbformat.read(path, as_version=4)
+    hidden = "<details><summary>Solution</summary>\n\n```python\n1 + 1\n```\n\n</details>"
+    text = f"![A picture](images/one.svg)\n\n{hidden}"
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(text))
+    nbformat.write(notebook, path)
+    run = run_notebook(path)
+    assert run.returncode == 0, run.stderr
+    page = (path.parent / "pages" / "7_small.html").read_text()
+    assert re.search(r'src="data:image/svg\+xml;base64,[^"]{20,}" alt="A picture"|'
+                     r'alt="A picture" src="data:image/svg\+xml;base64,[^"]{20,}"', page)
+    assert re.search(r"<summary>Solution</summary>\s*<div.*?</div>\s*</details>", page, re.S)
+
+
 def test_a_long_path_of_temporary_files_does_not_matter(make_notebook, tmp_path, monkeypatch):
     """The path of a socket, through which the kernel is reached, has a limit of 107 bytes."""
     folder = tmp_path / ("long" * 30)
