@@ -237,7 +237,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def over_sockets(folder: str | Path) -> dict[str, str]:
-    """Return the settings of a kernel manager whose kernels have sockets in a folder, no ports."""
+    """Return a kernel manager's settings for sockets in a folder instead of ports."""
     return {"transport": "ipc", "ip": f"{folder}/kernel"}
 
 

@@ -350,6 +350,13 @@ def test_what_is_not_known_is_not_a_metric():
     }  # fmt: skip
 
 
+def test_a_machine_without_the_package_for_metrics_is_told_so(monkeypatch):
+    """A driver on a cluster's machine may lack it."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(OSError, match="need the package prometheus-client"):
+        serve_metrics(Monitor(), 0).__enter__()
+
+
 def test_a_repeated_batch_is_counted_once_in_metrics():
     """A batch that is added again replaces its figures in the histogram as well."""
     monitor = monitor_of((10, 5, 0.2, 0))
