@@ -8,9 +8,8 @@ cd "$(dirname "$0")"
 # Settings of a user or a site would otherwise lead pip and uv to another environment.
 export PIP_USER=0 UV_SYSTEM_PYTHON=0 UV_PYTHON="$PWD/.venv"
 
-# The name depends on the files that define the environment, and on its folder, whose path is in it:
-# if one changes, .venv is rebuilt.
-stamp=.venv/.installed-$({ cat requirements.txt pyproject.toml; pwd -P; } | cksum | tr ' ' '-')
+# The name depends on the files that define the environment: if one changes, .venv is rebuilt.
+stamp=.venv/.installed-$(cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
 
 fail() {
     echo "$1" >&2

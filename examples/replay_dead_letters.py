@@ -201,20 +201,23 @@ def handled_up_to(consumer: KafkaConsumer, letters_topic: str, topic_id: str) ->
         )
         if noted is not None and noted.metadata in ("", topic_id):
             handled[number] = noted.offset
-    last = {record.key: record for record in read_records(consumer, letters_topic + REPLAYED)}
-    for record in last.values():
-        if record.value is None:  # somebody has deleted the note
+    foreign = {}
+    for record in read_records(consumer, letters_topic + REPLAYED):
+        foreign.pop(record.key, None)
+        if record.value is None:  # it deletes the one before it
             continue
         try:
             number, note = int(record.key), json.loads(record.value)
             if note["topic-id"] == topic_id:
                 handled[number] = max(handled.get(number, 0), note["offset"])
         except (ValueError, TypeError, KeyError):
-            raise ReplayError(
-                f"{letters_topic + REPLAYED} has a record at offset {record.offset} that this "
-                "program did not write: write one with the same key and no value, which deletes "
-                "it, and let nothing else write there."
-            ) from None
+            foreign[record.key] = record.offset
+    for offset in foreign.values():
+        raise ReplayError(
+            f"{letters_topic + REPLAYED} has a record at offset {offset} that this program did not "
+            "write: write one with the same key and no value, which deletes it, and let nothing "
+            "else write there."
+        )
     return handled
 
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import nbformat
 from nbconvert import HTMLExporter
@@ -34,7 +34,7 @@ from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CELL_SECONDS = 7_200  # trainings on the whole file of the challenge take up to an hour
-_IMAGE = re.compile(r"!\[[^]]*\]\((images/[^)]+)\)")
+_IMAGE = re.compile(r"(!\[[^]]*\]\()([^)\s:]+)")
 _LONGEST_FOLDER = 80  # bytes: a socket in a folder of it may have a path of 107
 
 
@@ -429,17 +429,19 @@ def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name:
 
 
 def _with_images(notebook: nbformat.NotebookNode, home: Path) -> nbformat.NotebookNode:
-    """Return a notebook that contains the images of its text, which are files below `home`.
+    """Return a notebook that contains the images of its text, if their files exist in `home`.
 
     nbconvert can embed images as well, but then closes each `<details>` before its content.
     """
     notebook = copy.deepcopy(notebook)
     for cell in notebook.cells:
-        for name in _IMAGE.findall(cell.source) if cell.cell_type == "markdown" else ():
-            kind, _ = mimetypes.guess_type(name)
-            content = base64.b64encode((home / name).read_bytes()).decode()
-            cell.setdefault("attachments", {})[name] = {kind: content}
-            cell.source = cell.source.replace(f"]({name})", f"](attachment:{name})")
+        if cell.cell_type == "markdown":
+            for name in {name for _, name in _IMAGE.findall(cell.source)}:
+                if (file := home / unquote(name)).is_file():
+                    content = base64.b64encode(file.read_bytes()).decode()
+                    kind, _ = mimetypes.guess_type(file)
+                    cell.setdefault("attachments", {})[name] = {kind or "image/png": content}
+                    cell.source = cell.source.replace(f"]({name}", f"](attachment:{name}")
     return notebook
 
 

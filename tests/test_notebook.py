@@ -111,7 +111,7 @@ def test_its_page_contains_its_images_and_hides_solutions(make_notebook):
     (path.parent / "images" / "one.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     notebook = nbformat.read(path, as_version=4)
     hidden = "<details><summary>Solution</summary>\n\n```python\n1 + 1\n```\n\n</details>"
-    text = f"![A picture](images/one.svg)\n\n{hidden}"
+    text = f"![A picture](images/one.svg)\n\n![Another](gone.png)\n\n{hidden}"
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell(text))
     nbformat.write(notebook, path)
     run = run_notebook(path)

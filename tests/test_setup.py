@@ -108,15 +108,13 @@ def test_a_second_call_needs_nothing(bare):
     """If everything is installed, neither the network nor pip is used."""
     program(bare, "java", """echo 'openjdk version "21.0.1" 2023-10-17' >&2""")
     stamp = subprocess.run(
-        ["sh", "-c", "{ cat requirements.txt pyproject.toml; pwd -P; } | cksum | tr ' ' '-'"],
+        ["sh", "-c", "cat requirements.txt pyproject.toml | cksum | tr ' ' '-'"],
         cwd=bare, capture_output=True, text=True, check=True, env=os.environ,
     ).stdout.strip()
     (bare / ".venv").mkdir()
     (bare / ".venv" / f".installed-{stamp}").touch()
     run = setup(bare)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
-    moved = bare.rename(bare.with_name("moved"))  # the paths in .venv are those of the old folder
-    assert "Python 3.11, 3.12 or 3.13 is needed" in setup(moved).stderr
 
 
 @pytest.fixture

@@ -287,7 +287,7 @@ def _refusal(error: Exception, servers: str) -> str:
             f"Kafka at {servers} refuses ({error}): check sasl.mechanism, and user and password in "
             "sasl.jaas.config."
         )
-    if re.search("expired|not yet valid", str(error)):
+    if re.search("certificate (has expired|is not yet valid)", str(error)):
         return (
             f"the certificate of Kafka at {servers} is valid at another time ({error}): renew it, "
             "or correct this machine's clock."

@@ -298,8 +298,8 @@ class _Admin:
         settings = {"max.message.bytes": str(int(limit) + _HEADERS_ROOM)} if limit else {}
         if kept:
             is_deleted = kept != "-1" and "delete" in (found.get("cleanup.policy") or "")
-            kept = str(max(int(kept), _LEAST_RETENTION_MS)) if is_deleted else "-1"
-            settings |= {"retention.ms": kept, "retention.bytes": "-1"}
+            least = max(int(kept), _LEAST_RETENTION_MS)
+            settings["retention.ms"] = str(least) if is_deleted else "-1"
         return settings
 
     def _describe_new(self, topic: str) -> JavaObject:

@@ -36,7 +36,7 @@ from helpers.spark.jars import (
     spark_home,
     spark_program,
 )
-from helpers.spark.java_exit import how_java_exited, java_has_exited
+from helpers.spark.java_exit import END_SECONDS, how_java_exited, java_has_exited
 from helpers.spark.machine import available_cores
 from helpers.spark.scratch import log_end, log_file, scratch_folder
 
@@ -244,8 +244,6 @@ def _settings(
         "spark.ui.showConsoleProgress": "false",
         # The page asks for no password, and any web site could make the browser send the request.
         "spark.ui.killEnabled": "false",
-        # Otherwise the 18th session of a machine, whoever has the others, ends its Java.
-        "spark.port.maxRetries": "1000",
         # Transfer columns to pandas as Arrow batches, not row by row.
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         # Batches of 4,096 events fit in the processor's caches: 5 to 10 % faster than 10,000.
@@ -275,6 +273,8 @@ def _settings(
         # and the tasks, which hold the settings of Kafka's clients. Spark makes the secret itself.
         if re.match(r"local(\[|$)", master):
             settings["spark.authenticate"] = "true"
+        # Otherwise the 18th session of a machine, whoever has the others, ends its Java.
+        settings["spark.port.maxRetries"] = "1000"
         settings["spark.python.daemon.module"] = _DAEMON
         settings["spark.executorEnv.PYTHONPATH"] = str(Path(helpers.__file__).parent.parent)
     else:
@@ -398,7 +398,9 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         conf.setIfMissing("spark.ui.enabled", "false")
     try:
         return SparkSession(SparkContext(conf=conf, gateway=gateway))
-    except (*JAVA_ERRORS, Py4JError, ConnectionError) as error:  # the latter if Java has exited
+    except (*JAVA_ERRORS, Py4JError, ConnectionError) as error:
+        if not (isinstance(error, JAVA_ERRORS) or java_has_exited(END_SECONDS)):
+            raise
         raise SessionError(
             f"Spark did not start on {settings['spark.master']}: {summary(error)} "
             f"Its log ends with: {log_end() or '(nothing)'}"

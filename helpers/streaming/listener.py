@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,8 @@ class ContextListener(StreamingListener):
         def stop() -> None:
             first()
             # Again, because the checkpoints that were not written are reported as errors as well.
-            self.context.scheduler().reportError(reason, exception)
+            with contextlib.suppress(*JAVA_ERRORS):  # the context may be stopped by now
+                self.context.scheduler().reportError(reason, exception)
             self.context.stop(False, False)
 
         # In a thread that the context doesn't wait for.
