@@ -436,6 +436,7 @@ class SteadyRun:
     """Measurements of a stream in the second half of a run at a steady rate."""
 
     seconds: list[float]  # for each batch
+    events: list[int]  # in each batch
     latencies: list[float]  # for each event, in seconds
     cores_busy: float
 
@@ -459,7 +460,14 @@ def run_steadily(
         Seconds between batches.
     seconds : float
         For how many seconds events are written.
+
+    Raises
+    ------
+    ValueError
+        If this is less than `LEAST_SECONDS`.
     """
+    if seconds < LEAST_SECONDS:
+        raise ValueError(f"a steady run takes at least {LEAST_SECONDS} s, not {seconds:g}.")
     score = definitions("1_walkthrough", "pipeline")["process_instances"]
     topic, folder = f"steady-{uuid.uuid4()}", f"{scratch_folder()}/steady-{uuid.uuid4()}"
     settings = {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
@@ -495,13 +503,14 @@ def run_steadily(
         else:
             stream.run(until=is_done, timeout=DRAIN_SECONDS, interval=interval)
     half = processes.samples[-1][0] - seconds / 2
-    scored = read_scored(spark, f"{folder}/scored").select("batch", "event_time").toPandas()
-    batches = scored.groupby("batch")["event_time"]  # sorted, as `monitor.stored` is
-    written = [times.dt.tz_localize("UTC").astype("int64") / 1e9 for _, times in batches]
+    event_time = (F.unix_micros("event_time") / 1e6).alias("event_time")
+    scored = read_scored(spark, f"{folder}/scored").select("batch", event_time).toPandas()
+    written = [times for _, times in scored.groupby("batch")["event_time"]]  # sorted, as `stored`
     stored = list(zip(monitor.stored, written, strict=True))
     late = [(at, took, times) for (at, took), times in stored if at >= half]
     return SteadyRun(
         seconds=[took for _, took, _ in late],
+        events=[len(times) for _, _, times in late],
         latencies=[at - event_time for at, _, times in late for event_time in times],
         cores_busy=processes.busy(since=half),
     )
@@ -515,12 +524,12 @@ def measure_small(seconds: float) -> Iterator[dict[str, Any]]:
     seconds : float
         For how many seconds events are written per engine.
     """
-    for engine, interval, run in _steady_runs(SMALL_RATE, [INTERVAL_SECONDS], seconds):
+    for engine, _, run in _steady_runs(SMALL_RATE, [INTERVAL_SECONDS], seconds):
         taken = {"min": min(run.seconds), "median": statistics.median(run.seconds)}
         taken["max"] = max(run.seconds)
         yield {
             "engine": engine,
-            "events_a_batch": round(SMALL_RATE * interval),
+            "events_a_batch": round(statistics.median(run.events)),
             "partitions": PARTITIONS,
             "seconds": {name: round(value, 3) for name, value in taken.items()},
             "cores_busy": round(run.cores_busy, 2),
@@ -579,6 +588,8 @@ def measure_training(events: int, csv: str | None, runs: int) -> dict[str, Any]:
             table = read_events_in_spark(spark, csv)
         else:
             table = spark.createDataFrame(generate_events(events, seed=1))
+        if LABEL not in table.columns:
+            raise ValueError(f"{csv} has no column {LABEL}, which training needs.")
         table = table.cache()
         found = {}
         for split in range(runs):

@@ -33,7 +33,7 @@ def test_small_batches_are_measured_with_each_engine():
     results = [json.loads(line) for line in run.stdout.splitlines()]
     assert [result["engine"] for result in results] == ENGINES
     for result in results:
-        assert (result["events_a_batch"], result["partitions"]) == (500, 4)
+        assert 200 < result["events_a_batch"] < 2_000 and result["partitions"] == 4
         assert 0 < result["seconds"]["min"] <= result["seconds"]["median"]
         assert result["seconds"]["median"] <= result["seconds"]["max"]
         assert result["cores_busy"] > 0
