@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Mapping
 
 from pyspark import SparkContext
@@ -47,13 +47,13 @@ class RateLimit:
     def __init__(self, context: SparkContext, interval: float) -> None:
         self._conf = context.getConf()
         self._interval = interval
-        self._max = self._number("kafka.maxRatePerPartition", 0)
+        self._max = self._number("kafka.maxRatePerPartition", 0) or math.inf
         self._min = self._number("kafka.minRatePerPartition", 1)
         self._initial = self._number("backpressure.initialRate", 0)
-        self._lock = threading.Lock()
-        self._estimate = 0  # records per second, of all partitions; 0 until there is one
+        self._rate = 0.0  # records per second, of all partitions; 0 if unknown
         self._estimator = None
         if self._conf.get(f"{_PREFIX}.backpressure.enabled", "false").lower() == "true":
+            self._rate = self._initial
             rate = context._jvm.org.apache.spark.streaming.scheduler.rate
             self._estimator = rate.PIDRateEstimator(
                 round(interval * 1000),
@@ -71,12 +71,14 @@ class RateLimit:
         left : mapping of TopicAndPartition to int
             How many offsets are left in each partition.
         """
-        total, rate = sum(left.values()), self._rate()
-        return {
+        total, rate, most = sum(left.values()), self._rate, dict(left)
+        for partition, count in left.items():
             # A partition's share of the rate is its share of the offsets that are left.
-            partition: self._bounded(count, rate * count / total if rate and total else None)
-            for partition, count in left.items()
-        }
+            share = rate * count / total if rate and total else math.inf
+            if min(share, self._max) < math.inf:
+                allowed = int(min(share, self._max) * self._interval)
+                most[partition] = max(allowed, int(self._min))
+        return most
 
     def completed(self, records: int, ended: int, processing: int, waiting: int) -> None:
         """Update the estimate with a completed batch.
@@ -92,24 +94,9 @@ class RateLimit:
         """
         if self._estimator is None:
             return
-        with self._lock:
-            estimate = self._estimator.compute(ended, records, processing, waiting)
-            if estimate.isDefined():
-                self._estimate = int(estimate.get())
-
-    def _rate(self) -> float:
-        """Return the estimated records per second, of all partitions; 0 if unknown."""
-        if self._estimator is None:
-            return 0
-        with self._lock:
-            return self._estimate or self._initial
-
-    def _bounded(self, count: int, share: float | None) -> int:
-        """Return how many of a partition's offsets a batch may have."""
-        rates = [rate for rate in (share, self._max or None) if rate is not None]
-        if not rates:
-            return count
-        return max(int(min(rates) * self._interval), int(self._min))
+        estimate = self._estimator.compute(ended, records, processing, waiting)
+        if estimate.isDefined():
+            self._rate = int(estimate.get()) or self._initial
 
     def _number(self, name: str, default: float) -> float:
         return float(self._conf.get(f"{_PREFIX}.{name}", str(default)))
