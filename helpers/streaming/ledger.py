@@ -26,9 +26,6 @@ class _Planned:
     batch_id: int | None = None  # of the batch that uses it, once Spark reports the batch
     is_done: bool = False
 
-    def count(self) -> int:
-        return sum(part.count() for part in self.ranges)
-
 
 class Ledger:
     """Keeps the plans of a stream until their offsets are committed, in order.
@@ -111,11 +108,11 @@ class Ledger:
                 planned.is_done = True
         return _count(used)
 
-    def unreported(self, before: int) -> list[int]:
-        """Return the ids of batches before another that are submitted and not done, in order."""
+    def waiting(self) -> list[int]:
+        """Return the ids of the batches that are submitted and not done, in order."""
         with self._lock:
             found = {planned.batch_id for planned in self._planned if not planned.is_done}
-        return sorted(batch_id for batch_id in found - {None} if batch_id < before)
+        return sorted(found - {None})
 
     def ask(self, ranges: Iterable[OffsetRange]) -> None:
         """Request the commit of ranges once their batches have succeeded.
@@ -203,12 +200,6 @@ class Ledger:
         # Another stream of the group may have taken over a topic.
         return all(reached.get(partition, end) >= end for partition, end in ends.items())
 
-    def waiting(self) -> int:
-        """Return how many batches are submitted but not done."""
-        with self._lock:
-            waiting = {planned.batch_id for planned in self._planned if not planned.is_done}
-        return len(waiting - {None})
-
     def is_settled(self) -> bool:
         """Return whether all plans are committed."""
         return not self._planned
@@ -244,4 +235,4 @@ def _advanced(offsets: Offsets, ends: Offsets) -> dict[TopicAndPartition, int]:
 
 
 def _count(plans: Iterable[_Planned]) -> int:
-    return sum(planned.count() for planned in plans)
+    return sum(part.count() for planned in plans for part in planned.ranges)

@@ -120,7 +120,7 @@ class ContextListener(StreamingListener):
         # for which Spark couldn't make a batch. That interval's plan must not pass for done with
         # the next batch.
         failure = self.failure()
-        missed = self._batches.ledger.unreported(before=batch_id)
+        missed = [each for each in self._batches.ledger.waiting() if each < batch_id]
         if missed and _one_at_a_time():
             for earlier in missed:
                 self._batches.completed(earlier, failure)

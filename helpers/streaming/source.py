@@ -198,7 +198,7 @@ class Source:
     def _new_plan(self, interval: int) -> Plan:
         """Plan an interval with the records that arrived since the last one."""
         # A stream that is behind gets one larger batch later, which is faster than many small ones.
-        is_behind = self._ledger.waiting() >= MOST_WAITING
+        is_behind = len(self._ledger.waiting()) >= MOST_WAITING
         limit = (lambda left: dict.fromkeys(left, 0)) if is_behind else self.limit.most
         try:
             ranges = self.planner.next_batch(limit)
