@@ -36,7 +36,6 @@ class ContextListener(StreamingListener):
         self._batches = batches
         self._joining = threading.Lock()
         self.context: JavaObject | None = None
-        self._remembered: int | None = None
 
     def join(self, context: JavaObject) -> None:
         """Join a streaming context, unless one was already joined."""
@@ -72,13 +71,6 @@ class ContextListener(StreamingListener):
     def checkpoint(self) -> str | None:
         """Return the folder of the context's checkpoint; None if it has none."""
         return None if self.context is None else self.context.checkpointDir()
-
-    def remembered(self) -> int:
-        """Return how long Spark remembers intervals, in milliseconds; windows need them."""
-        if self._remembered is None:
-            graph = self.context.graph()
-            self._remembered = graph.getMaxInputStreamRememberDuration().milliseconds()
-        return self._remembered
 
     def stop(self, reason: str, first: Callable[[], None]) -> None:
         """Call a function, and stop the context for a reason, which `awaitTermination` raises."""

@@ -139,8 +139,13 @@ class Recovery:
         return self._read(self._intervals[-1])
 
     def remembered(self) -> int | None:
-        """Return how long Spark remembers intervals, in ms; None until the context is known."""
-        return None if self._listener.context is None else self._listener.remembered()
+        """Return how long Spark remembers intervals, in ms; None until the context is known.
+
+        Windows need them.
+        """
+        if self._listener.context is None:
+            return None
+        return self._listener.context.graph().getMaxInputStreamRememberDuration().milliseconds()
 
     def known(self, interval: int) -> Plan | None:
         """Return the plan of an interval that was planned or missed before a crash."""

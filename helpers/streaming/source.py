@@ -160,8 +160,7 @@ class Source:
     def _forget(self, committed: list[int]) -> None:
         """Forget old plans, except those of intervals that a window may still read."""
         self._recovery.forget(committed)
-        remembered = self._recovery.remembered()
-        if committed and remembered is not None:
+        if committed and (remembered := self._recovery.remembered()) is not None:
             self._ledger.forget(before=committed[-1] - remembered)
 
     def _send(self, offsets: Mapping[TopicAndPartition, int], repeats: bool = False) -> None:
