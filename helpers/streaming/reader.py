@@ -30,11 +30,6 @@ _READER_SETTINGS = {
     "request.timeout.ms": "15000",
 }
 
-# Prefix of the group of a reader's consumers, which neither join it nor commit to it.
-_GROUP_PREFIX = "spark-kafka-reader"
-
-_PACKAGE = "org.apache.spark.sql.kafka010"
-
 # How many records make a task worth starting.
 RECORDS_PER_TASK = 1_000
 
@@ -116,11 +111,12 @@ class RangeReader:
         self._spark = spark
         quieten(spark)
         # Spark keeps consumers and their prefetched records for five minutes, by group. By default,
-        # each read has a new group, so they would pile up until Java's memory is full.
-        group = f"{_GROUP_PREFIX}-{uuid.uuid4()}"
+        # each read has a new group, so they would pile up until Java's memory is full. The
+        # consumers neither join this group nor commit to it.
         self._options = source_options(settings) | {
-            "kafka.group.id": group, "failOnDataLoss": str(not skip_deleted).lower()
-        }  # fmt: skip
+            "kafka.group.id": f"spark-kafka-reader-{uuid.uuid4()}",
+            "failOnDataLoss": str(not skip_deleted).lower(),
+        }
 
     def read(self, ranges: Iterable[OffsetRange]) -> DataFrame:
         """Return the records of the ranges.
@@ -161,7 +157,8 @@ def quieten(spark: SparkSession) -> None:
     """
     log4j, is_old = spark._jvm.org.apache.logging.log4j, spark.version.startswith("3.")
     for name in ("KafkaSourceProvider", "consumer.KafkaDataConsumer")[: 1 + is_old]:
-        log4j.core.config.Configurator.setLevel(f"{_PACKAGE}.{name}", log4j.Level.ERROR)
+        logger = f"org.apache.spark.sql.kafka010.{name}"
+        log4j.core.config.Configurator.setLevel(logger, log4j.Level.ERROR)
 
 
 def few_tasks(records: DataFrame, ranges: Iterable[OffsetRange]) -> DataFrame:
