@@ -393,12 +393,11 @@ class KafkaQuery:
         """
         if not self._max_offsets:
             return None
-        topics = self._client.topics(self._topics).values()
-        parts = [part for topic in topics for part in topic.partitions]
-        begins, ends = self._client.begins(parts), self._client.ends(parts)
+        ends = self._ends()
+        begins = self._client.begins(ends)
         positions = {**begins, **self.positions()}  # a new partition is read from its beginning
-        left = {part: max(0, ends[part] - positions[part]) for part in parts}
-        deleted = {part: min(left[part], max(0, begins[part] - positions[part])) for part in parts}
+        left = {part: max(0, end - positions[part]) for part, end in ends.items()}
+        deleted = {part: min(left[part], max(0, begins[part] - positions[part])) for part in ends}
         total = sum(left.values())
 
         def has_room(limit: int) -> bool:  # Spark takes the same share of each partition
