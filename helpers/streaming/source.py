@@ -76,25 +76,22 @@ class Source:
         self._sending = threading.RLock()  # so that no older offset follows a newer one
         self._committed_at = self._repeated_at = time.monotonic()
         spark, last = get_spark(), recovery.last()
-        positions, topic_ids = (
-            (last.positions, last.topic_ids) if last else (definition.positions, None)
-        )
+        positions = last.positions if last else definition.positions
         self.limit = RateLimit(spark.sparkContext, definition.interval)
         self._skips_deleted = definition.settings["auto.offset.reset"] != "none"
         self._reader = RangeReader(spark, definition.settings, self._skips_deleted)
         self._being_read: dict[int, list[OffsetRange]] = {}
         self.planner = OffsetPlanner(
             spark, definition.topics, definition.settings, definition.from_offsets, positions,
-            topic_ids,
+            last.topic_ids if last else None,
         )  # fmt: skip
         try:
-            committed = self.planner.committed()
+            self._in_group = self.planner.committed()
         except BaseException:
             self.planner.close()
             raise
-        self._in_group = committed
         # With the group's offsets, so that a batch that is repeated does not move a commit back.
-        repeated = committed if positions is not None else {}
+        repeated = {} if positions is None else self._in_group
         starts = {**self.planner.starts(), **repeated}
         ledger.begin(starts, self.planner.positions(), self.planner.unread())
 
@@ -166,20 +163,15 @@ class Source:
     def _send(self, offsets: Mapping[TopicAndPartition, int], repeats: bool = False) -> None:
         with self._sending:
             if self._ledger.by_hand and offsets:
-                offsets = {**self._owed_nothing(), **offsets}
+                # Partitions that the group has no offset of get their starts. Otherwise, a later
+                # stream would take one without records for one that was added meanwhile.
+                starts = self.planner.starts().items()
+                missing = {part: start for part, start in starts if part not in self._in_group}
+                offsets = {**missing, **offsets}
             commit = self.planner.repeat if repeats else self.planner.commit
             commit(offsets)
             self._in_group = {**self._in_group, **offsets}
             self._committed_at = time.monotonic()
-
-    def _owed_nothing(self) -> dict[TopicAndPartition, int]:
-        """Return where partitions begin that the group has no offset of.
-
-        They go with the first offsets that are committed by hand. Otherwise, a later stream would
-        take a partition without records for one that was added meanwhile.
-        """
-        starts = self.planner.starts()
-        return {part: start for part, start in starts.items() if part not in self._in_group}
 
     def _restore(self, repeats: bool) -> None:
         """Commit again what Kafka has forgotten, or repeat all, so that all expire together.
