@@ -66,7 +66,7 @@ _ASK_SECONDS = 5  # between questions to the broker while a batch runs
 _SOURCE_LINE = 2  # of a checkpoint's offsets file: after the version and Spark's settings
 
 
-class KafkaQuery:
+class KafkaQuery(contextlib.AbstractContextManager):
     """A query that scores the records of Kafka topics batch by batch.
 
     Parameters
@@ -140,9 +140,6 @@ class KafkaQuery:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> KafkaQuery:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
