@@ -203,7 +203,6 @@ class OffsetPlanner:
             partition: committed.offset
             for partition, committed in self._in_group(self._partitions).items()
             if not is_another(committed.topic_id, self._topic_ids[partition.topic])
-            and not committed.by_query
         }
 
     def close(self) -> None:
@@ -284,15 +283,8 @@ class OffsetPlanner:
         return {**committed, **starts}
 
     def _committed(self, partitions: list[TopicAndPartition]) -> dict[TopicAndPartition, int]:
-        """Return the group's offsets; raise if they belong to an earlier topic of the same name.
-
-        Those of a query only show its lag: what it has read, this stream has not.
-        """
-        found = {
-            partition: committed
-            for partition, committed in self._in_group(partitions).items()
-            if not committed.by_query
-        }
+        """Return the group's offsets; raise if they belong to an earlier topic of the same name."""
+        found = self._in_group(partitions)
         for partition, committed in found.items():
             if is_another(committed.topic_id, self._topic_ids[partition.topic]):
                 raise TopicRecreatedError(partition.topic)
@@ -301,12 +293,16 @@ class OffsetPlanner:
     def _in_group(
         self, partitions: Collection[TopicAndPartition]
     ) -> dict[TopicAndPartition, Committed]:
-        """Return the group's committed offsets, and note those that it had at first."""
+        """Return the group's committed offsets, and note those that it had at first.
+
+        Those of a query are left out. They only show its lag: what it has read, this stream has
+        not.
+        """
         found = self._client.committed(partitions)
         for partition in partitions:
             at_first = {found[partition].offset} if partition in found else set()
             self._expected.setdefault(partition, at_first)
-        return found
+        return {part: committed for part, committed in found.items() if not committed.by_query}
 
     def _check_commits(self, offsets: Mapping[TopicAndPartition, int]) -> None:
         """Raise `StreamError` if others have committed what these offsets would replace.
@@ -315,7 +311,7 @@ class OffsetPlanner:
         """
         for partition, committed in self._in_group(offsets).items():
             expected = self._expected[partition] | {offsets[partition]}
-            if committed.offset not in expected and not committed.by_query:
+            if committed.offset not in expected:
                 raise StreamError(
                     f"another program has committed offset {committed.offset} of "
                     f"{partition.topic}, partition {partition.partition}, for group "
