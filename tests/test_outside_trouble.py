@@ -96,7 +96,7 @@ def test_a_broker_that_comes_back_changes_no_total(spark, own_kafka, tmp_path):
         wait_until(slow.begun.exists)
         own_kafka.kill()
         slow.go_on.touch()
-        wait_until(lambda: stream.is_waiting)
+        wait_until(lambda: stream._batches.is_waiting)
         own_kafka.start()
 
     trouble = threading.Thread(target=restart)

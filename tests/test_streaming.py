@@ -244,7 +244,7 @@ def test_a_batch_that_cannot_be_made_stops_the_stream(ssc, kafka, one, produce, 
         ssc.awaitTerminationOrTimeout(SECONDS)
     produce(one, numbers(10, start=10))
     wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED", 60)
-    assert "a bug in one interval" in stream.error
+    assert "a bug in one interval" in stream._batches.error
     assert committed(kafka, settings["group.id"]) == {0: 0}
     assert failed and done == []
 

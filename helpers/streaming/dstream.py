@@ -69,16 +69,6 @@ class KafkaDirectStream(TransformedDStream):
             lambda batch_time, _: batches.elements(batch_time, to_element),
         )
 
-    @property
-    def error(self) -> str | None:
-        """Why the stream stopped, if it failed; None otherwise."""
-        return self._batches.error
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the stream waits for a broker that is away, which it does for at most 60 s."""
-        return self._batches.is_waiting
-
     def foreachBatch(  # noqa: N802 (named as in Structured Streaming)
         self, function: Callable[[DataFrame, int], None]
     ) -> None:
