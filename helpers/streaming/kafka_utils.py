@@ -21,15 +21,18 @@ from helpers.streaming.offsets import Broker, OffsetRange, TopicAndPartition
 from helpers.streaming.reader import ELEMENT_COLUMNS, RangeReader
 from helpers.streaming.recovery import StreamDefinition
 from helpers.streaming.settings import (
-    NO_ZOOKEEPER,
+    ZOOKEEPER_PORT,
     as_text,
     modern_settings,
-    refuse_zookeeper,
     topic_names,
     without_group,
 )
 
 Decoder = Callable[[bytes | None], Any]
+
+_NO_ZOOKEEPER = (
+    "Kafka 4 has no ZooKeeper: pass the brokers' addresses instead, such as '127.0.0.1:9092'."
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class KafkaUtils:
         if not isinstance(topics, Mapping):
             raise TypeError("topics must be a dict from topics to numbers, such as {'events': 1}.")
         brokers = as_text(zkQuorum)
-        refuse_zookeeper(brokers)
+        _refuse_zookeeper(brokers)
         settings = modern_settings(
             {**(kafkaParams or {}), "bootstrap.servers": brokers, "group.id": groupId}
         )
@@ -140,7 +143,7 @@ class KafkaUtils:
             return _stream(ssc, to_element, topic_names(topics), settings, shares=True)
         except BrokerAwayError as error:
             raise BrokerAwayError(
-                f"{error} It may be ZooKeeper's address. {NO_ZOOKEEPER}"
+                f"{error} It may be ZooKeeper's address. {_NO_ZOOKEEPER}"
             ) from None
 
     @staticmethod
@@ -286,6 +289,13 @@ def _stream(
     )
     batches.connect(ssc)
     return KafkaDirectStream(ssc, batches, to_element)
+
+
+def _refuse_zookeeper(addresses: str) -> None:
+    """Raise `ValueError` for ZooKeeper's addresses, which end in a path or have the port 2181."""
+    servers, path, _ = addresses.partition("/")
+    if path or any(server.strip().endswith(f":{ZOOKEEPER_PORT}") for server in servers.split(",")):
+        raise ValueError(f"{addresses!r} is ZooKeeper's address. {_NO_ZOOKEEPER}")
 
 
 def _check_from_offsets(

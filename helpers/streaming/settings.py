@@ -12,9 +12,6 @@ from pyspark.sql import SparkSession
 from helpers.kafka_settings import check_address, check_protocol
 
 ZOOKEEPER_PORT = 2181
-NO_ZOOKEEPER = (
-    "Kafka 4 has no ZooKeeper: pass the brokers' addresses instead, such as '127.0.0.1:9092'."
-)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -190,27 +187,6 @@ def use_added_jars(spark: SparkSession) -> None:
     """Let this thread's Java find the jars that were added to a running session (`ADD JAR`)."""
     loader = spark._jsparkSession.sharedState().jarClassLoader()
     spark._jvm.java.lang.Thread.currentThread().setContextClassLoader(loader)
-
-
-def refuse_zookeeper(addresses: str) -> None:
-    """Raise `ValueError` for ZooKeeper's addresses, which end in a path or have the port 2181.
-
-    Parameters
-    ----------
-    addresses : str
-        One or more ``host:port``, separated by commas, and perhaps a ``/path`` at the end.
-
-    Examples
-    --------
-    >>> refuse_zookeeper("127.0.0.1:9092")
-    >>> refuse_zookeeper("127.0.0.1:2181")
-    Traceback (most recent call last):
-    ...
-    ValueError: '127.0.0.1:2181' is ZooKeeper's address. Kafka 4 has no ZooKeeper: ...
-    """
-    servers, path, _ = addresses.partition("/")
-    if path or any(server.strip().endswith(f":{ZOOKEEPER_PORT}") for server in servers.split(",")):
-        raise ValueError(f"{addresses!r} is ZooKeeper's address. {NO_ZOOKEEPER}")
 
 
 def _names(spark: SparkSession, client: str) -> set[str]:
