@@ -6,6 +6,7 @@ import abc
 import contextlib
 import logging
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +31,7 @@ from kafka.errors import (
     UnsupportedSaslMechanismError,
 )
 
-from helpers.broker.security import jaas, new_password, python_settings
+from helpers.broker.security import PASSWORD_BYTES, jaas, python_settings
 from helpers.broker.server import START_SECONDS, BrokerError
 from helpers.kafka_settings import ANSWER_SECONDS, ClientSettings, check_address
 
@@ -113,7 +114,7 @@ class BrokerAdmin(abc.ABC):
         >>> reader["security.protocol"], reader["sasl.mechanism"]
         ('SASL_SSL', 'SCRAM-SHA-512')
         """
-        password = new_password()
+        password = secrets.token_urlsafe(PASSWORD_BYTES)
         user = UserScramCredentialUpsertion(name, ScramMechanism.SCRAM_SHA_512, password)
         with _admin(self.settings) as admin:
             refusals = admin.alter_user_scram_credentials([user])

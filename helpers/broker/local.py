@@ -18,8 +18,8 @@ from typing import IO
 from helpers.broker import security as secured
 from helpers.broker import server
 from helpers.broker.admin import BrokerAdmin, wait_until
-from helpers.broker.security import LOOPBACK
-from helpers.broker.server import ADMINISTRATOR, KAFKA_VERSION, START_SECONDS, BrokerError
+from helpers.broker.security import ADMINISTRATOR, LOOPBACK
+from helpers.broker.server import KAFKA_VERSION, START_SECONDS, BrokerError
 from helpers.kafka_settings import ClientSettings
 
 STOP_SECONDS = 30
@@ -101,7 +101,7 @@ class LocalKafka(BrokerAdmin):
             raise ValueError(f"security is {security!r}: it must be 'SASL_SSL', or None.")
         if security and folder is not None:
             raise ValueError("a secured broker keeps passwords in memory only: leave out folder=.")
-        self._passwords = server.Passwords() if security else None
+        self._passwords = secured.Passwords() if security else None
         self._temporary = _temporary_folder() if folder is None else None
         if folder is not None:
             _check_name(str(folder))

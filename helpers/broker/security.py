@@ -29,6 +29,8 @@ MECHANISM = "SCRAM-SHA-512"
 LOOPBACK = "127.0.0.1"
 KEYTOOL_SECONDS = 30
 CERTIFICATE_DAYS = 365
+ADMINISTRATOR = "admin"
+PASSWORD_BYTES = 24
 
 _SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule"
 _PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
@@ -51,15 +53,13 @@ _TLS_SETTINGS = {
 }  # fmt: skip
 
 
-def new_password() -> str:
-    """Return a random password.
+class Passwords:
+    """The passwords of a secured broker, its key store and its administrator."""
 
-    Examples
-    --------
-    >>> len(new_password())
-    32
-    """
-    return secrets.token_urlsafe(24)
+    def __init__(self) -> None:
+        self.broker, self.store, self.administrator = (
+            secrets.token_urlsafe(PASSWORD_BYTES) for _ in range(3)
+        )
 
 
 def make_certificate(folder: Path, password: str) -> None:
@@ -94,9 +94,7 @@ def make_certificate(folder: Path, password: str) -> None:
     )  # fmt: skip
 
 
-def broker_settings(
-    folder: Path, store_password: str, administrator: str, admin_password: str, password: str
-) -> dict[str, Any]:
+def broker_settings(folder: Path, passwords: Passwords) -> dict[str, Any]:
     """Return a broker's security settings, except its listeners.
 
     Clients authenticate with SCRAM-SHA-512, and only operations granted by an ACL are allowed. The
@@ -107,15 +105,10 @@ def broker_settings(
     ----------
     folder : pathlib.Path
         The folder with the files of `make_certificate`.
-    store_password : str
-        The key's password.
-    administrator : str
-        The superuser's name.
-    admin_password : str
-        The superuser's password.
-    password : str
-        The broker's password for its controller.
+    passwords : Passwords
+        Those of the broker for its controller, of its key, and of the superuser.
     """
+    password = passwords.broker
     controller = f'username="{_ALIAS}" password="{password}" user_{_ALIAS}="{password}"'
     return {
         "listener.security.protocol.map": f"{PROTOCOL}:{PROTOCOL},CONTROLLER:{PROTOCOL}",
@@ -124,16 +117,16 @@ def broker_settings(
         "sasl.mechanism.inter.broker.protocol": MECHANISM,
         "sasl.mechanism.controller.protocol": "PLAIN",
         f"listener.name.{PROTOCOL.lower()}.scram-sha-512.sasl.jaas.config": jaas(
-            administrator, admin_password
+            ADMINISTRATOR, passwords.administrator
         ),
         "listener.name.controller.sasl.enabled.mechanisms": "PLAIN",
         "listener.name.controller.plain.sasl.jaas.config": f"{_PLAIN} required {controller};",
         "ssl.keystore.type": "PKCS12",
         "ssl.keystore.location": folder / "broker.p12",
-        "ssl.keystore.password": store_password,
+        "ssl.keystore.password": passwords.store,
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": folder / "certificate.pem",
-        "super.users": f"User:{administrator};User:{_ALIAS}",
+        "super.users": f"User:{ADMINISTRATOR};User:{_ALIAS}",
         "allow.everyone.if.no.acl.found": "false",
     }
 

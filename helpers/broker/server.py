@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from helpers.broker import security
-from helpers.broker.security import LOOPBACK
+from helpers.broker.security import ADMINISTRATOR, LOOPBACK, Passwords
 from helpers.spark import archive_option, fetch_jars, java_command, spark_home
 
 KAFKA_VERSION = "4.4.0"
@@ -23,7 +23,6 @@ KAFKA_JARS = (
     f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}",
     "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it, the broker logs nothing
 )
-ADMINISTRATOR = "admin"
 START_SECONDS = 60
 
 _LOGGING = """
@@ -45,13 +44,6 @@ _JVM_OPTIONS = (
 
 class BrokerError(RuntimeError):
     """The broker doesn't start or doesn't answer; the message says why."""
-
-
-class Passwords:
-    """The passwords of a secured broker, its key store and its administrator."""
-
-    def __init__(self) -> None:
-        self.broker, self.store, self.administrator = (security.new_password() for _ in range(3))
 
 
 def fetch() -> None:
@@ -167,9 +159,7 @@ def _broker_settings(
         "group.initial.rebalance.delay.ms": 0,
     }
     if passwords:
-        settings |= security.broker_settings(
-            folder, passwords.store, ADMINISTRATOR, passwords.administrator, passwords.broker
-        )  # fmt: skip
+        settings |= security.broker_settings(folder, passwords)
     return settings
 
 
