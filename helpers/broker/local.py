@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import re
 import signal
 import socket
@@ -239,7 +240,7 @@ class LocalKafka(BrokerAdmin):
             self._process = subprocess.Popen(
                 watched + command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that Ctrl-C in the terminal or kernel doesn't reach it
-                pass_fds=[self._lock.fileno()], env=server.environment(),
+                pass_fds=[self._lock.fileno()], env=os.environ | server.LOCALE,
             )  # fmt: skip
 
     def _lock_folder(self) -> None:

@@ -24,6 +24,7 @@ KAFKA_JARS = (
     "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it, the broker logs nothing
 )
 START_SECONDS = 60
+LOCALE = {"LC_ALL": "C.UTF-8"}  # of Kafka's programs: Java can use any name of a folder in it
 
 _LOGGING = """
 appender.console.type = Console
@@ -102,17 +103,6 @@ def prepare(
     return _java(folder, "kafka.Kafka", str(file), class_option)
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of Kafka's programs, in which Java can use any name of a folder.
-
-    Examples
-    --------
-    >>> environment()["LC_ALL"]
-    'C.UTF-8'
-    """
-    return {**os.environ, "LC_ALL": "C.UTF-8"}
-
-
 def last_lines(log: str) -> str:
     r"""Return the end of a log, for an error message.
 
@@ -176,7 +166,7 @@ def _format(folder: Path, settings: Path, passwords: Passwords | None) -> None:
     run = subprocess.run(
         _java(folder, "kafka.tools.StorageTool", f"@{file}"),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS,
-        env=environment(),
+        env=os.environ | LOCALE,
     )  # fmt: skip
     if run.returncode != 0:
         output = last_lines(run.stdout + run.stderr)
