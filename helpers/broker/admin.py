@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import logging
 import re
@@ -41,13 +40,11 @@ _STOP_SECONDS = 10  # how long a client's thread may take to end
 
 CONNECT_TIME_OUT = {"bootstrap_timeout_ms": ANSWER_SECONDS * 1000}
 
-class BrokerAdmin(abc.ABC):
+
+class BrokerAdmin:
     """Administers a broker through Kafka clients; a subclass defines how they connect."""
 
-    @property
-    @abc.abstractmethod
-    def settings(self) -> ClientSettings:
-        """Client settings of the administrator, by Kafka's names."""
+    settings: ClientSettings  # of the administrator's clients, by Kafka's names
 
     def create_topic(
         self, name: str, partitions: int = 4, config: Mapping[str, object] | None = None
