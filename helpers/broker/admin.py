@@ -36,6 +36,18 @@ from helpers.kafka_settings import ANSWER_SECONDS, ClientSettings, check_address
 
 _REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
 
+# Messages for the errors of TLS, by a pattern of their text; the first that matches is meant.
+_TLS_REFUSALS = {
+    "certificate (has expired|is not yet valid)": "the certificate of Kafka at {servers} is valid "
+    "at another time ({error}): renew it, or correct this machine's clock.",
+    "(Hostname|IP address) mismatch": "the certificate of Kafka at {servers} is for another name "
+    "({error}): use an address that the certificate contains.",
+    "CERTIFICATE_VERIFY_FAILED": "the certificate of Kafka at {servers} isn't trusted: set "
+    "ssl.truststore.location to a file with its certificate, or its authority's.",
+    "ALERT_.*CERTIFICATE": "Kafka at {servers} wants a client's certificate that it trusts: set "
+    "ssl.keystore.location to a file with your key and certificate.",
+}
+
 _STOP_SECONDS = 10  # how long a client's thread may take to end
 
 CONNECT_TIME_OUT = {"bootstrap_timeout_ms": ANSWER_SECONDS * 1000}
@@ -275,36 +287,14 @@ def _is_of_kerberos(error: BaseException | None) -> bool:
 
 def _refusal(error: Exception, servers: str) -> str:
     """Return why a client can't connect, as a sentence with its remedy."""
+    refuses = f"Kafka at {servers} refuses ({error}): check"
     if _is_of_kerberos(error):
-        return (
-            f"Kafka at {servers} refuses ({error}): check your Kerberos ticket with klist, and "
-            "sasl.kerberos.service.name."
-        )
+        return f"{refuses} your Kerberos ticket with klist, and sasl.kerberos.service.name."
     if isinstance(error, _REFUSALS):
-        return (
-            f"Kafka at {servers} refuses ({error}): check sasl.mechanism, and user and password in "
-            "sasl.jaas.config."
-        )
-    if re.search("certificate (has expired|is not yet valid)", str(error)):
-        return (
-            f"the certificate of Kafka at {servers} is valid at another time ({error}): renew it, "
-            "or correct this machine's clock."
-        )
-    if re.search("(Hostname|IP address) mismatch", str(error)):
-        return (
-            f"the certificate of Kafka at {servers} is for another name ({error}): use an address "
-            "that the certificate contains."
-        )
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return (
-            f"the certificate of Kafka at {servers} isn't trusted: set ssl.truststore.location to "
-            "a file with its certificate, or its authority's."
-        )
-    if re.search("ALERT_.*CERTIFICATE", str(error)):
-        return (
-            f"Kafka at {servers} wants a client's certificate that it trusts: set "
-            "ssl.keystore.location to a file with your key and certificate."
-        )
+        return f"{refuses} sasl.mechanism, and user and password in sasl.jaas.config."
+    for pattern, message in _TLS_REFUSALS.items():
+        if re.search(pattern, str(error)):
+            return message.format(servers=servers, error=error)
     if _was_closed(error):
         return (
             f"Kafka at {servers} closes the connection: check the address and security.protocol; "
@@ -318,7 +308,7 @@ def _refusal(error: Exception, servers: str) -> str:
         )
     if isinstance(error, KafkaConfigurationError):
         return f"the settings for Kafka don't fit: {error}"
-    return f"Kafka at {servers} refuses ({error}): check the settings for Kafka."
+    return f"{refuses} the settings for Kafka."
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
