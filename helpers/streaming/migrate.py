@@ -101,48 +101,37 @@ def _parse(source: str) -> Iterator[_Statement]:
     bracket that was opened last, if there is one.
     """
     lines = "\n".join(line.lstrip() for line in source.split("\n"))
-    statement, end, brackets = _Pieces(), None, []
+    pieces, end, brackets = [], None, []
     try:
         for token in tokenize.generate_tokens(io.StringIO(_OLD_NUMBER.sub(MARK, lines)).readline):
             if token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
-                if not _ONLY_STRINGS.fullmatch("".join(statement.code)):
-                    yield statement.joined()
-                statement, brackets = _Pieces(), []
+                statement = _joined(pieces)
+                if not _ONLY_STRINGS.fullmatch(statement.code):
+                    yield statement
+                pieces, brackets = [], []
             elif token.type != tokenize.COMMENT and token.string.strip():
                 if token.string in _OPENING:
                     brackets.append(token.start)
                 elif token.string in _CLOSING and brackets:
                     brackets.pop()
-                statement.add(*_strings(token), token.start[0], is_apart=token.start != end)
+                text, code = _strings(token)
+                before = pieces[-1][0] if pieces else "("
+                is_apart = token.start != end and not before.endswith(_OPENING)
+                space = " " if is_apart and text[0] not in ")]}.,:" else ""
+                pieces.append((space + text, space + code, token.start[0]))
                 end = token.end
     except tokenize.TokenError as error:
-        yield statement.joined()
+        yield _joined(pieces)
         if brackets:
             raise tokenize.TokenError("a bracket is not closed", brackets[-1]) from error
         raise
 
 
-class _Pieces:
-    """The pieces of a statement: its text, the same with blanks for strings, and the lines."""
-
-    def __init__(self) -> None:
-        self.text: list[str] = []
-        self.code: list[str] = []
-        self.lines: list[int] = []
-
-    def add(self, piece: str, blank: str, line: int, is_apart: bool) -> None:
-        """Add a token, after a space where one makes a difference."""
-        if is_apart and self.text and not (
-            self.text[-1].endswith(_OPENING) or piece[0] in ")]}.,:"
-        ):
-            piece, blank = f" {piece}", f" {blank}"
-        self.text.append(piece)
-        self.code.append(blank)
-        self.lines += [line] * len(piece)
-
-    def joined(self) -> _Statement:
-        """Return the statement."""
-        return _Statement("".join(self.text), "".join(self.code), self.lines)
+def _joined(pieces: list[tuple[str, str, int]]) -> _Statement:
+    """Return the statement of some tokens: text, text with blanks, and the line of each."""
+    text = "".join(text for text, _, _ in pieces)
+    code = "".join(code for _, code, _ in pieces)
+    return _Statement(text, code, [line for text, _, line in pieces for _ in text])
 
 
 def _strings(token: tokenize.TokenInfo) -> tuple[str, str]:
