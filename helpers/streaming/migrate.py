@@ -197,9 +197,8 @@ def _report(file: str) -> int:
         print(f"{file} can't be read: {error.strerror}.", file=sys.stderr)
         return 2
     except (ValueError, SyntaxError, RecursionError):
-        kind = "notebook" if _is_notebook(file) else "Python script"
-        remedy = "" if kind == "notebook" else _REMEDY
-        print(f"{file} can't be read: it is not a {kind} in UTF-8.{remedy}", file=sys.stderr)
+        kind = "notebook in UTF-8." if _is_notebook(file) else f"Python script in UTF-8.{_REMEDY}"
+        print(f"{file} can't be read: it is not a {kind}", file=sys.stderr)
         return 2
     status = int(bool(found))
     for cell, line, advice in found:
