@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
 from processes import run_python
 
-from helpers.broker import python_settings
-from helpers.broker.security import client_settings, make_certificate
+from helpers.broker import LocalKafka, python_settings
+from helpers.broker.security import jaas, make_certificate
 from helpers.kafka_settings import (
     ClientSettings,
     _properties,
@@ -316,10 +316,11 @@ def test_keys_in_the_settings_are_loaded(tmp_path):
     assert [ca["subject"] for ca in context.get_ca_certs()] == [((("commonName", "x"),),)]
 
 
-def test_a_users_settings_are_enough(tmp_path):
+def test_a_users_settings_are_enough():
     """The settings that a secured broker issues for a user work in kafka-python."""
-    make_certificate(tmp_path, "swordfish")
-    settings = client_settings("127.0.0.1:9092", tmp_path / "certificate.pem", "reader", "secret")
+    kafka = LocalKafka(security="SASL_SSL")
+    make_certificate(kafka.log_file.parent, "swordfish")
+    settings = kafka.settings | {"sasl.jaas.config": jaas("reader", "secret")}
     arguments = python_settings(settings, KafkaProducer)
     assert arguments["sasl_plain_password"] == "secret"
     assert arguments["ssl_context"].check_hostname

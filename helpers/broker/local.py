@@ -130,12 +130,16 @@ class LocalKafka(BrokerAdmin):
         ...     list(kafka.settings)
         ['bootstrap.servers']
         """
+        settings = ClientSettings({"bootstrap.servers": self.bootstrap_servers})
         if self._passwords is None:
-            return ClientSettings({"bootstrap.servers": self.bootstrap_servers})
-        certificate, password = self._folder / "certificate.pem", self._passwords.administrator
-        return secured.client_settings(
-            self.bootstrap_servers, certificate, ADMINISTRATOR, password
-        )
+            return settings
+        return settings | {
+            "security.protocol": secured.PROTOCOL,
+            "sasl.mechanism": secured.MECHANISM,
+            "sasl.jaas.config": secured.jaas(ADMINISTRATOR, self._passwords.administrator),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(self._folder / "certificate.pem"),
+        }
 
     @property
     def pid(self) -> int | None:

@@ -131,36 +131,6 @@ def broker_settings(folder: Path, passwords: Passwords) -> dict[str, Any]:
     }
 
 
-def client_settings(
-    bootstrap_servers: str, certificate: Path, user: str, password: str
-) -> ClientSettings:
-    """Return a client's settings, by Kafka's names.
-
-    Parameters
-    ----------
-    bootstrap_servers : str
-        The brokers' addresses.
-    certificate : pathlib.Path
-        The file with the certificate to trust.
-    user, password : str
-        The client's credentials.
-
-    Examples
-    --------
-    >>> settings = client_settings("127.0.0.1:9092", Path("certificate.pem"), "reader", "swordfish")
-    >>> settings["sasl.mechanism"]
-    'SCRAM-SHA-512'
-    """
-    return ClientSettings({
-        "bootstrap.servers": bootstrap_servers,
-        "security.protocol": PROTOCOL,
-        "sasl.mechanism": MECHANISM,
-        "sasl.jaas.config": jaas(user, password),
-        "ssl.truststore.type": "PEM",
-        "ssl.truststore.location": str(certificate),
-    })
-
-
 def jaas(user: str, password: str) -> str:
     """Return the value of ``sasl.jaas.config`` for a user.
 
