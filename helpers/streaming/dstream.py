@@ -99,11 +99,7 @@ class KafkaDirectStream(TransformedDStream):
             Takes a `PlannedBatch`.
         """
         batches = self._batches
-
-        def run(batch_time: datetime, _: RDD) -> None:
-            batches.run(function, batch_time)
-
-        self.prev.foreachRDD(run)
+        self.prev.foreachRDD(lambda batch_time, _: batches.run(function, batch_time))
 
     def foreachRDD(self, func: Callable) -> None:  # noqa: N802 (Spark's name)
         """Call a function with each batch's `KafkaRDD`, or with its time and the RDD.
