@@ -6,7 +6,6 @@ Secret settings come from a file, because every user of a machine can see its co
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -243,14 +242,14 @@ def setting_option(text: str) -> tuple[str, str]:
 
 def _properties(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield the names and values in a properties file's text, with the numbers of their lines."""
-    numbers, lines = itertools.count(1), iter(re.split(r"\r\n|\r|\n", text))
-    for number, line in zip(numbers, lines, strict=False):
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    for number, line in lines:
         logical = line.lstrip(_BLANKS)
         if logical in ("", "\\") or logical[0] in "#!":
             continue
         while re.search(r"(?<!\\)(?:\\\\)*\\$", logical):
-            next(numbers)
-            logical = logical[:-1] + next(lines, "").lstrip(_BLANKS)
+            _, following = next(lines, (0, ""))
+            logical = logical[:-1] + following.lstrip(_BLANKS)
         name, value = re.fullmatch(
             rf"((?:[^\\=:{_BLANKS}]|\\.)*)[{_BLANKS}]*[=:]?[{_BLANKS}]*(.*)", logical, re.DOTALL
         ).groups()
