@@ -370,10 +370,8 @@ class KafkaClient:
         """Return a Java set of partitions; the last one again, if it has the same partitions."""
         wanted = set(partitions)
         if self._last_set is None or self._last_set[0] != wanted:
-            java_set = self._jvm.java.util.HashSet()
-            for partition in wanted:
-                java_set.add(self._java_partition(partition))
-            self._last_set = wanted, java_set
+            partitions = [self._java_partition(partition) for partition in wanted]
+            self._last_set = wanted, self._jvm.java.util.HashSet(partitions)
         return self._last_set[1]
 
     def _java_partition(self, partition: TopicAndPartition) -> Any:
