@@ -104,8 +104,7 @@ def run_stream(ssc: StreamingContext, until: Callable[[], bool], timeout: float)
                 if ssc.awaitTerminationOrTimeout(0.1):
                     raise StreamError("the stream was stopped before it was done.")
         except (*JAVA_ERRORS, StreamError) as error:
-            reasons = [stream.error for stream in streams if stream.error]
-            reason = reasons[0] if reasons else summary(error)
+            reason = next((each.error for each in streams if each.error), None) or summary(error)
             raise StreamError(f"the stream stopped: {reason}") from None
         finally:
             finished = stop_streaming(ssc, gracefully=bool(done))
