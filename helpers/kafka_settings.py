@@ -155,11 +155,9 @@ def read_config(path: str | Path) -> ClientSettings:
 
     Raises
     ------
-    OSError
-        If the file can't be read.
     ValueError
-        If a line doesn't begin with the name of a setting, such as the second line of a key, or has
-        a ``\u`` that four hexadecimal digits don't follow.
+        If the file can't be read, or a line doesn't begin with the name of a setting, such as the
+        second line of a key, or has a ``\u`` that four hexadecimal digits don't follow.
 
     Warns
     -----
