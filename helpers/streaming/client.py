@@ -173,13 +173,11 @@ class KafkaClient:
 
     def begins(self, partitions: Iterable[TopicAndPartition]) -> dict[TopicAndPartition, int]:
         """Return the first available offset of each partition."""
-        with self._asking():
-            return self._numbers(self._consumer.beginningOffsets, partitions)
+        return self._numbers(self._consumer.beginningOffsets, partitions)
 
     def ends(self, partitions: Iterable[TopicAndPartition]) -> dict[TopicAndPartition, int]:
         """Return the offset after the last readable record of each partition."""
-        with self._asking():
-            return self._numbers(self._consumer.endOffsets, partitions)
+        return self._numbers(self._consumer.endOffsets, partitions)
 
     def last_written(self, partition: TopicAndPartition) -> int:
         """Return the offset after a partition's last record, also of an unfinished transaction."""
@@ -358,7 +356,8 @@ class KafkaClient:
         The answer comes as one text: a call to Java for each of a thousand partitions takes longer
         than Kafka does.
         """
-        text = ask(self._java_set(partitions), self._answer_time).toString()
+        with self._asking():
+            text = ask(self._java_set(partitions), self._answer_time).toString()
         found = {}
         for entry in text.strip("{}").split(", ") if len(text) > 2 else ():
             name, number = entry.rsplit("=", 1)
