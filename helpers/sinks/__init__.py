@@ -5,12 +5,11 @@ to Kafka, as dead letters.
 
 `parquet` has the steps from a scored batch to its commit, `columns` what they store, `parts` the
 data files, `commits` the manifests, `progress` the offsets that are stored, `starts` where topics
-begin, `lease` the claim that keeps a second job out, `bad_records` what is done with bad records,
-and `dead_letters` their way to Kafka.
+begin, `lease` the claim that keeps a second job out, and `dead_letters` the way of bad records to
+Kafka.
 """
 
-from helpers.sinks.bad_records import ON_BAD_RECORD
 from helpers.sinks.dead_letters import DEAD_LETTERS, prepare_dead_letters, send_dead_letters
 from helpers.sinks.errors import SinkError
-from helpers.sinks.parquet import Counts, ParquetSink, read_bad_records, read_scored
+from helpers.sinks.parquet import ON_BAD_RECORD, Counts, ParquetSink, read_bad_records, read_scored
 from helpers.sinks.progress import check_topics

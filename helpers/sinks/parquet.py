@@ -30,10 +30,10 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID
-from helpers.records import MODEL_VERSION, name_faults, observed
-from helpers.sinks.bad_records import policy_for
+from helpers.records import MODEL_VERSION, BadRecordError, name_faults, observed
 from helpers.sinks.columns import bounded, metrics, stored_columns
 from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
+from helpers.sinks.dead_letters import send_dead_letters
 from helpers.sinks.errors import SinkError
 from helpers.sinks.lease import Lease
 from helpers.sinks.parts import PartFiles
@@ -43,6 +43,8 @@ from helpers.spark import exact_path, folder_names
 from helpers.streaming import OffsetRange, TopicAndPartition
 
 _LOGGER = logging.getLogger(__name__)
+
+ON_BAD_RECORD = ("dead-letter", "skip", "stop")
 
 
 class Counts(NamedTuple):
@@ -128,8 +130,13 @@ class ParquetSink:
         if signal_index not in (0, 1):
             raise ValueError(f"signal_index is {signal_index!r}: give 0 or 1, one of two classes.")
         self._spark, self.path = spark, exact_path(spark, path).rstrip("/")
-        self._treat_bad_records = policy_for(on_bad_record, settings)
-        self._on_bad_record = on_bad_record
+        if on_bad_record not in ON_BAD_RECORD:
+            raise ValueError(
+                f"on_bad_record is {on_bad_record!r}: it must be {', '.join(ON_BAD_RECORD)}."
+            )
+        if on_bad_record == "dead-letter" and not settings:
+            raise ValueError("dead letters are sent to Kafka: pass its settings as well.")
+        self._on_bad_record, self._settings = on_bad_record, settings
         self._meaning = {"event_id": event_id, "signal_index": signal_index}
         self._files = PartFiles(spark, self.path, event_id)
         self._from_beginning = from_beginning
@@ -275,7 +282,7 @@ class ParquetSink:
             try:
                 rows, counts = self._write_files(scored, ranges, left, folder)  # 1
                 part = self._files.finished(folder, rows, self._state.number + 1)  # 2
-                unsent = self._treat_bad_records(self._bad(part), ranges) if counts.bad else 0  # 3
+                unsent = self._handle_bad_records(part, ranges) if counts.bad else 0  # 3
                 before_commit()  # 4
                 self._lease.check()
             except BaseException:
@@ -392,9 +399,15 @@ class ParquetSink:
         unused = sorted(json.loads(found["unused"]))
         return found["rows"], Counts(found["events"], found["signal"], found["bad"], unused)
 
-    def _bad(self, part: Part) -> DataFrame:
-        """Return the bad records in a batch's files."""
-        return self._files.read([part]).where(F.col("bad").isNotNull())
+    def _handle_bad_records(self, part: Part, ranges: Iterable[OffsetRange]) -> int:
+        """Do what `on_bad_record` says, and return how many records could not be sent."""
+        bad = self._files.read([part]).where(F.col("bad").isNotNull())
+        if self._on_bad_record == "stop":
+            _stop_at_first(bad)
+        if self._on_bad_record == "dead-letter":
+            topic_ids = {each.topic: each.topic_id for each in ranges}
+            return send_dead_letters(bad, self._settings, topic_ids)
+        return 0  # `read_bad_records` finds them in the sink's files
 
     def _commit(self, part: Part, ranges: list[OffsetRange], counts: Mapping[str, Any]) -> None:
         """Commit a batch by writing its manifest."""
@@ -518,3 +531,14 @@ def _check_classes(scored: DataFrame) -> None:
             "of two: combine the others in `prediction` and `predicted_index`, or store them with "
             "Spark's own file sink."
         )
+
+
+def _stop_at_first(bad: DataFrame) -> None:
+    """Raise `BadRecordError` that names the offset of the first bad record."""
+    place = ("topic", "partition", "offset")
+    first = bad.select(*place, "bad.reason").orderBy(*place).first()
+    raise BadRecordError(
+        f"{first.topic}, partition {first.partition}, offset {first.offset} is not an event: "
+        f"{first.reason}. To continue without such records, set on_bad_record to dead-letter "
+        "or skip."
+    )
