@@ -53,9 +53,9 @@ class DyingSink(ParquetSink):
         self.die_at("before writing")
         return super().write(*arguments)
 
-    def _commit(self, *arguments):
+    def _publish(self, *arguments):
         self.die_at("before committing")
-        super()._commit(*arguments)
+        super()._publish(*arguments)
         self.die_at("after committing")
 
     def die_at(self, point):

@@ -289,8 +289,9 @@ class ParquetSink:
                 with contextlib.suppress(Exception):  # must not hide the original error
                     self._files.remove(folder)
                 raise
+            state = self._state.with_batch(part, self._state.progress.after(left))
             known = {"events": counts.events, "bad": counts.bad, "unsent": unsent, "rows": rows}
-            self._commit(part, left, known)  # 5
+            self._publish(state, {"ranges": [astuple(each) for each in left], **known})  # 5
             if self._leftovers:
                 self._remove_leftovers()
             self._tidy()
@@ -408,11 +409,6 @@ class ParquetSink:
             topic_ids = {each.topic: each.topic_id for each in ranges}
             return send_dead_letters(bad, self._settings, topic_ids)
         return 0  # `read_bad_records` finds them in the sink's files
-
-    def _commit(self, part: Part, ranges: list[OffsetRange], counts: Mapping[str, Any]) -> None:
-        """Commit a batch by writing its manifest."""
-        state = self._state.with_batch(part, self._state.progress.after(ranges))
-        self._publish(state, {"ranges": [astuple(part) for part in ranges], **counts})
 
     def _publish(self, state: State, batch: Mapping[str, Any] | None = None) -> None:
         """Write a manifest, and adopt its state."""
