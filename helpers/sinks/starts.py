@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from pyspark.sql import SparkSession
 
+from helpers.sinks.progress import Progress
 from helpers.spark import JsonFolder
-from helpers.streaming import TopicAndPartition, is_another
+from helpers.streaming import TopicAndPartition, by_partition, by_topic
 
 # Kafka allows topic names that begin with "_" or ".", which mark files to ignore.
 _PREFIX = "topic-"
@@ -48,43 +49,30 @@ class StartLog:
 
     def starts(self, topic_ids: Mapping[str, str]) -> dict[TopicAndPartition, int]:
         """Return where streams began; 0 in topics whose ids have changed."""
-        starts = {}
-        for topic, content in self._kept.items():
-            is_new = self._differs(topic, topic_ids)
-            for partition, offset in content["offsets"].items():
-                starts[TopicAndPartition(topic, int(partition))] = 0 if is_new else offset
-        return starts
+        return self._begun().restarted(topic_ids).positions
 
     def changed(self, topic_ids: Mapping[str, str]) -> list[str]:
         """Return the topics whose ids have changed since a stream began above offset 0."""
-        return [
-            topic
-            for topic, content in self._kept.items()
-            if self._differs(topic, topic_ids) and any(content["offsets"].values())
-        ]
-
-    def _differs(self, topic: str, topic_ids: Mapping[str, str]) -> bool:
-        return is_another(self._kept[topic]["topic_id"], topic_ids.get(topic))
+        changed = self._begun().changed(topic_ids)
+        return [topic for topic in changed if any(self._kept[topic]["offsets"].values())]
 
     def keep(self, starts: Mapping[TopicAndPartition, int], topic_ids: Mapping[str, str]) -> None:
         """Record where a stream begins, unless an earlier one began in the same topic."""
+        changed, offsets = self._begun().changed(topic_ids), by_topic(starts)
         for topic, topic_id in topic_ids.items():
-            kept = self._kept.get(topic)
-            if kept and not is_another(kept["topic_id"], topic_id):
-                continue
-            if kept:
+            if topic in changed:
                 self._files.delete(_file_of(topic))
-            start = {
-                "topic": topic,
-                "topic_id": topic_id,
-                "offsets": {
-                    str(part.partition): offset
-                    for part, offset in starts.items()
-                    if part.topic == topic
-                },
-            }
+            elif topic in self._kept:
+                continue
+            start = {"topic": topic, "topic_id": topic_id, "offsets": offsets.get(topic, {})}
             self._files.write(_file_of(topic), start)
             self._kept[topic] = start
+
+    def _begun(self) -> Progress:
+        """Return where streams began, and the ids of their topics."""
+        kept = self._kept.items()
+        offsets = {topic: start["offsets"] for topic, start in kept}
+        return Progress(by_partition(offsets), {topic: start["topic_id"] for topic, start in kept})
 
 
 def _file_of(topic: str) -> str:

@@ -38,6 +38,8 @@ from helpers.streaming.offsets import (
     OffsetRange,
     PlannedBatch,
     TopicAndPartition,
+    by_partition,
+    by_topic,
     is_another,
 )
 from helpers.streaming.planner import OffsetPlanner
