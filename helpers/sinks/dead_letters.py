@@ -7,10 +7,10 @@ detect letters that it can't take: Kafka's client would fail the whole batch on 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow
@@ -128,10 +128,14 @@ def prepare_dead_letters(
     {'events': LetterTopic(limit=1064972, codec='zstd')}
     """
     settings = modern_settings(settings)
-    with _asking(spark, settings) as admin:
-        places = {topic: admin.letter_topic(topic) for topic in topics}
-        for topic, place in places.items():
-            admin.check_producer(topic, _producer_settings(settings, place))
+    use_added_jars(spark)
+    try:
+        with contextlib.closing(_Admin(spark, settings)) as admin:
+            places = {topic: admin.letter_topic(topic) for topic in topics}
+            for topic, place in places.items():
+                admin.check_producer(topic, _producer_settings(settings, place))
+    except JAVA_ERRORS as error:
+        raise explained(error, settings) from None
     return places
 
 
@@ -326,20 +330,6 @@ class _Admin:
 
     def _answer(self, future: JavaObject) -> JavaObject:
         return future.get(ANSWER_SECONDS, self._jvm.java.util.concurrent.TimeUnit.SECONDS)
-
-
-@contextmanager
-def _asking(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[_Admin]:
-    """Provide an admin client, with Kafka's exceptions translated into readable errors."""
-    use_added_jars(spark)
-    try:
-        admin = _Admin(spark, settings)
-        try:
-            yield admin
-        finally:
-            admin.close()
-    except JAVA_ERRORS as error:
-        raise explained(error, settings) from None
 
 
 def _letters(bad: DataFrame, topic_id: str | None) -> DataFrame:
