@@ -334,7 +334,7 @@ class _Admin:
 
 def _letters(bad: DataFrame, topic_id: str | None) -> DataFrame:
     """Return a topic's bad records as messages, with headers that locate the records."""
-    headers = {
+    values = {
         "topic": F.col("topic"),
         "topic-id": F.lit(topic_id),
         "partition": F.col("partition"),
@@ -343,36 +343,31 @@ def _letters(bad: DataFrame, topic_id: str | None) -> DataFrame:
         "reason": F.col("bad.reason"),
     }
     if not topic_id:
-        del headers["topic-id"]
-    return bad.select(
-        F.struct("topic", "partition", "offset").alias("source"),
-        F.concat("topic", F.lit(DEAD_LETTERS)).alias("topic"),
-        F.col("bad.key").alias("key"),
-        F.col("bad.value").alias("value"),
-        _headers(headers),
-    )
-
-
-def _headers(values: Mapping[str, Column]) -> Column:
-    """Return a message's headers in the form that Spark's Kafka sink expects."""
-    fields = [
+        del values["topic-id"]
+    # Headers in the form that Spark's Kafka sink expects.
+    headers = [
         F.struct(F.lit(name).alias("key"), value.cast("string").cast("binary").alias("value"))
         for name, value in values.items()
     ]
-    return F.array(*fields).alias("headers")
+    return bad.select(
+        F.struct("topic", "partition", "offset").alias("source"),
+        F.concat("topic", F.lit(DEAD_LETTERS)).alias("topic"),
+        "bad.key",
+        "bad.value",
+        F.array(*headers).alias("headers"),
+    )
 
 
 def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[str, str]) -> int:
     """Send the letters that their topic accepts, and return how many are too large."""
-    room = _room(place)
     sized = letters.withColumn("size", _size())
     large = sized.where(F.col("size") > place.limit)
     with changed_settings(letters.sparkSession, _FEW_RECORDS):
-        checked = large.select("source.*", "size", _fits(place, room).alias("fits")).collect()
+        checked = large.select("source.*", "size", _fits(place).alias("fits")).collect()
         unsent = [letter for letter in checked if not letter.fits]
         messages = sized.where(F.col("size") <= place.limit)
         if len(unsent) < len(checked):
-            messages = messages.union(large.where(_fits(place, room)))
+            messages = messages.union(large.where(_fits(place)))
         _send(messages.drop("source", "size").coalesce(1), _producer_settings(settings, place))
     for letter in unsent[:_PLACES_LOGGED]:
         _LOGGER.error(
@@ -391,15 +386,12 @@ def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[st
 
 def _size() -> Column:
     """Return an upper bound of a letter's size in bytes, before compression."""
-    parts = [F.octet_length("key"), F.octet_length("value")]
-    parts.append(F.octet_length(F.to_json("headers")))  # Base64, so an overestimate
-    total = F.lit(_OVERHEAD).cast("bigint")
-    for part in parts:
-        total += F.coalesce(part, F.lit(0))
-    return total
+    parts = ("key", "value", F.to_json("headers"))  # JSON has Base64, so it is an overestimate
+    sizes = (F.coalesce(F.octet_length(part), F.lit(0)) for part in parts)
+    return sum(sizes, F.lit(_OVERHEAD).cast("bigint"))
 
 
-def _fits(place: LetterTopic, room: int) -> Column:
+def _fits(place: LetterTopic) -> Column:
     """Return whether a letter that is too large fits when it is compressed."""
     if place.codec == "none":
         return F.lit(False)
@@ -408,7 +400,7 @@ def _fits(place: LetterTopic, room: int) -> Column:
         lambda contents: _packed_sizes(contents, codec), BinaryType(), LongType()
     )
     content = F.concat(*(F.coalesce(F.col(name), F.lit(b"")) for name in ("key", "value")))
-    unpacked = F.when(F.col("size") <= room, content)
+    unpacked = F.when(F.col("size") <= _room(place), content)
     # The margin exceeds the difference from Kafka's own compression.
     return F.coalesce(packed(unpacked) * 1.02 + _HEADERS_ROOM <= place.limit, F.lit(False))
 
