@@ -468,13 +468,6 @@ def printable(text: str) -> str:
     )
 
 
-class _Event(NamedTuple):
-    """A good record's content: the id and the features in order, and the unused names."""
-
-    numbers: Sequence[float]
-    unused: list[str]
-
-
 class _Integers(NamedTuple):
     """The range of integers that a field accepts."""
 
@@ -545,11 +538,14 @@ class _Parser:
 
     def row(self, value: bytes) -> Row:
         """Return a record's event as a row, or raise `BadRecordError`."""
-        numbers = zip(self._kinds, self.event(value).numbers, strict=True)
-        return self._row(*(kind(number) for kind, number in numbers))
+        numbers, _ = self.event(value)
+        return self._row(*(kind(n) for kind, n in zip(self._kinds, numbers, strict=True)))
 
-    def event(self, value: bytes | None) -> _Event:
-        """Return a record's event, or raise `BadRecordError` with the first reason found."""
+    def event(self, value: bytes | None) -> tuple[Sequence[float], list[str]]:
+        """Return a record's id and features in order, and the names of its unused fields.
+
+        Raises `BadRecordError` with the first reason found if the record is bad.
+        """
         event = _json_object(value)
         for name in self._names:
             if name not in event:
@@ -565,7 +561,7 @@ class _Parser:
         for name in self._names[1:]:
             if abs(event[name]) > LARGEST:
                 raise BadRecordError(f"{name} is {event[name]}, too large for a 32-bit float")
-        return _Event(self._numbers_of(event), sorted(event.keys() - self._integers.keys()))
+        return self._numbers_of(event), sorted(event.keys() - self._integers.keys())
 
     def events(self, values: pyarrow.BinaryArray) -> pyarrow.StructArray:
         """Return the events of an Arrow batch, as `parse_events` describes them."""
