@@ -586,14 +586,6 @@ class _Parser:
             pack_into(table, index * size, *numbers)
         return self._as_arrow(table, reasons, unused, values)
 
-    def _reason(self, value: bytes) -> str | None:
-        """Return why a record is bad; None if it is good."""
-        try:
-            self.event(value)
-        except BadRecordError as error:
-            return str(error)
-        return None
-
     def _fast_numbers(self, value: bytes | None) -> Sequence[float] | None:
         """Return a record's numbers if it is certainly good; otherwise None, and `event` decides.
 
@@ -623,7 +615,10 @@ class _Parser:
         features = np.frombuffer(table, dtype="<f8").reshape(len(reasons), -1)[:, 1:]
         # All events at once, because checking each number separately takes as long as parsing.
         for index in np.flatnonzero((np.abs(features) > LARGEST).any(axis=1)):
-            reasons[index] = self._reason(values[index].as_py())
+            try:
+                self.event(values[index].as_py())
+            except BadRecordError as error:
+                reasons[index] = str(error)
         bad = np.array([reason is not None for reason in reasons], dtype=bool)
         if self._narrow:
             features[:, self._narrow] = features[:, self._narrow].astype("float32")
