@@ -140,21 +140,20 @@ def name_faults(event_id: str, features: Sequence[str]) -> list[str]:
     """
     if not all(isinstance(name, str) and name for name in (event_id, *features)):
         return ["a field has no name"]
-    id_folded, folded = event_id.lower(), [name.lower() for name in features]
-    counts = Counter(folded)
-    repeated = {name for name, key in zip(features, folded, strict=True) if counts[key] > 1}
+    folded = Counter(name.lower() for name in features)
+    repeated = {name for name in features if folded[name.lower()] > 1}
     faults = [f"features are named twice: {', '.join(sorted(repeated))}"] if repeated else []
-    if id_folded in counts:
+    if event_id.lower() in folded:
         faults.append(f"the id {event_id!r} is also a feature")
-    if id_folded in _BESIDE_THE_ID:
+    if event_id.lower() in _BESIDE_THE_ID:
         faults.append(
             f"the id {event_id!r} has the name of a column of Kafka or of the results: rename it, "
             f"such as to {event_id + '_id'!r}"
         )
     return faults + [
         f"the feature {name!r} has the name of a column of the results: rename it"
-        for name, key in zip(features, folded, strict=True)
-        if key in _RESULTS
+        for name in features
+        if name.lower() in _RESULTS
     ]
 
 
