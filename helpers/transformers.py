@@ -10,7 +10,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow
@@ -351,13 +351,6 @@ def _network_function(
     return arrow_function(predict, takes, returns, deterministic=False)
 
 
-class _Loaded(NamedTuple):
-    """A network in a worker's memory."""
-
-    score: Callable[[np.ndarray], np.ndarray]
-    width: int | None  # the number of features; None: any
-
-
 # On a worker: the most recently used networks, by the digest of their bytes or by the name of the
 # training. A stream whose model is replaced repeatedly needs the current one and, briefly, the
 # previous one.
@@ -409,21 +402,22 @@ def _predict_lists(
     features: pyarrow.ListArray, digest: str, model: Broadcast[bytes]
 ) -> pyarrow.ListArray:
     """Run the network on an Arrow batch; null stays null, and NaN becomes null."""
-    network = kept_network(digest, lambda: _load(model))
-    scores = network.score(matrix_of(features, network.width))
+    scores_of = kept_network(digest, lambda: _load(model))
+    scores = scores_of(features)
     finite = np.isfinite(scores).all(axis=1)
     missing = np.array(features.is_null())
     missing[~missing] = ~finite
     return list_array(scores[finite], missing)
 
 
-def _load(model: Broadcast[bytes]) -> _Loaded:
-    """Load the network, on a worker's first batch."""
+def _load(model: Broadcast[bytes]) -> Callable[[pyarrow.ListArray], np.ndarray]:
+    """Load the network, on a worker's first batch; return a function from features to scores."""
     import keras
 
     keras.config.set_epsilon(EPSILON)
     network = model_from_bytes(model.value)
-    return _Loaded(scoring_function(network), interface_of(network).features)
+    score, width = scoring_function(network), interface_of(network).features
+    return lambda features: score(matrix_of(features, width))
 
 
 def _vector(scores: Column, name: str, width: int, are_probabilities: bool) -> Column:
