@@ -30,36 +30,31 @@ _UNKNOWN = "-"
 Contents = dict[str, str]
 
 
-class Table:
-    """A table in a notebook, displayed below the cell that created it."""
+def open_display(contents: Callable[[], Contents]) -> Callable[[Batch], None]:
+    """Display a new table below a notebook's cell; elsewhere, print a line per batch.
 
-    def __init__(self, contents: Contents) -> None:
+    Parameters
+    ----------
+    contents : callable
+        Returns the table's current content.
+
+    Returns
+    -------
+    callable
+        Shows a batch that has been added.
+    """
+    if in_notebook():
         from IPython.display import display  # a driver on a cluster's machine may not have it
 
-        self._handle = display(contents, raw=True, display_id=True)
+        table = display(contents(), raw=True, display_id=True)
+        return lambda batch: table.update(contents(), raw=True)
+    heading = [_line(_HEADINGS)]
 
-    def show(self, batch: Batch, contents: Callable[[], Contents]) -> None:
-        """Update the table."""
-        self._handle.update(contents(), raw=True)
+    def show(batch: Batch) -> None:
+        print(*heading, _line(_cells(batch)), sep="\n", flush=True)
+        heading.clear()
 
-
-class Lines:
-    """Lines for a terminal or a log."""
-
-    def __init__(self) -> None:
-        self._begun = False
-
-    def show(self, batch: Batch, contents: Callable[[], Contents]) -> None:
-        """Print a batch; the first is preceded by a heading."""
-        if not self._begun:
-            print(_line(_HEADINGS), flush=True)
-            self._begun = True
-        print(_line(_cells(batch)), flush=True)
-
-
-def open_display() -> Table | Lines:
-    """Return a new table in a notebook, otherwise lines."""
-    return Table(contents_of([], Counter(), set())) if in_notebook() else Lines()
+    return show
 
 
 def in_notebook() -> bool:

@@ -14,8 +14,6 @@ from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
 from helpers.monitor.display import (
-    Lines,
-    Table,
     about_unused,
     contents_of,
     in_notebook,
@@ -62,7 +60,7 @@ class Monitor:
         self._batches: dict[int, Batch] = {}  # the last ones
         self._totals: Counter[str] = Counter()  # over all batches
         self._listener: QueryListener | None = None  # within `follow`
-        self._display: Table | Lines | None = None
+        self._display: Callable[[Batch], None] | None = None
         self._unused: set[str] = set()  # since `begin`
         self._warned: set[str] = set()  # already named in a warning, also before `begin`
 
@@ -84,7 +82,7 @@ class Monitor:
                 raise ValueError("the monitor shows another running stream: use one per stream.")
             self._is_used = is_used
             self._batches, self._totals, self._unused = {}, Counter(), set()
-            self._display = open_display()
+            self._display = open_display(self.contents)
 
     @contextlib.contextmanager
     def follow(self, spark: SparkSession) -> Iterator[None]:
@@ -167,8 +165,8 @@ class Monitor:
             if len(self._batches) > BATCHES_KEPT:
                 del self._batches[min(self._batches)]
             if self._display is None:
-                self._display = open_display()
-            self._display.show(batch, self.contents)
+                self._display = open_display(self.contents)
+            self._display(batch)
 
     @property
     def batches(self) -> list[Batch]:
