@@ -221,7 +221,7 @@ class CommitLog:
             "parts": [astuple(part) for part in state.parts],
             "replaced": state.replaced,
         }
-        name = _name(state)
+        name = f"{state.number:020d}"
         try:
             self._files.write(name, content)
         except FileExistsError:
@@ -236,10 +236,8 @@ class CommitLog:
 
     def is_last(self, state: State) -> bool:
         """Return whether the last manifest is a state's; no other state has the same files."""
-        name = _name(state)
-        if self._files.names()[-1:] != [name]:
-            return False
-        return [Part(*part) for part in self._files.read(name)["parts"]] == state.parts
+        last = self.last()
+        return (last.number, last.parts) == (state.number, state.parts)
 
 
 def _longest_run(group: list[Part]) -> list[Part]:
@@ -255,7 +253,3 @@ def _longest_run(group: list[Part]) -> list[Part]:
         if len(run) > len(longest):
             longest = list(run)
     return longest
-
-
-def _name(state: State) -> str:
-    return f"{state.number:020d}"
