@@ -7,11 +7,11 @@ In a notebook, the table is displayed below the cell that called `score_stream` 
 updated with each batch; elsewhere, a line is printed per batch. On a JupyterHub with
 ``jupyter-server-proxy``, a link below the table leads to Spark's web page.
 
-`figures` has a batch's numbers, `log` keeps and sums them, `display` prints the table, `plots`
-draws it, `metrics` serves them to Prometheus, and `listener` takes the numbers from Spark's reports
-on a query.
+`display` has a batch's numbers and prints the table, `log` keeps and sums them, `plots` draws them,
+`metrics` serves them to Prometheus, and `listener` takes the numbers from Spark's reports on a
+query.
 """
 
-from helpers.monitor.figures import Batch
+from helpers.monitor.display import Batch
 from helpers.monitor.log import Monitor
 from helpers.monitor.metrics import serve_metrics

@@ -1,4 +1,4 @@
-"""Display a stream's batches: as a table in a notebook, line by line in a terminal."""
+"""A batch's figures, and their display: as a table in a notebook, line by line in a terminal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 from pyspark import SparkContext
-
-from helpers.monitor.figures import Batch
 
 # How many of the last batches the table in a notebook shows.
 ROWS_SHOWN = 20
@@ -28,6 +27,49 @@ _UNKNOWN = "-"
 
 # A table's content for a notebook, by MIME type.
 Contents = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The figures of one batch.
+
+    Attributes
+    ----------
+    batch_id : int
+        Spark's id of the batch; for a DStream, its time in milliseconds since 1970.
+    events, signal, bad : int
+        How many events the batch had, how many of them are signal, and how many records are bad.
+    seconds : float
+        Processing time.
+    lag : int or None
+        How many records were left in the topic after the batch; None if unknown.
+    planned_at : int or None
+        When the batch was planned, in milliseconds since 1970, if its id is not that time:
+        Structured Streaming numbers its batches.
+
+    Examples
+    --------
+    >>> Batch(1_700_000_000_000, events=500, signal=270, bad=0, seconds=0.5).events_per_second
+    1000.0
+    """
+
+    batch_id: int
+    events: int
+    signal: int
+    bad: int
+    seconds: float
+    lag: int | None = None
+    planned_at: int | None = None
+
+    @property
+    def time(self) -> int:
+        """When the batch was planned, in milliseconds since 1970."""
+        return self.batch_id if self.planned_at is None else self.planned_at
+
+    @property
+    def events_per_second(self) -> float:
+        """Events per second of processing time; NaN if the batch took no time."""
+        return self.events / self.seconds if self.seconds else math.nan
 
 
 def open_display(contents: Callable[[], Contents]) -> Callable[[Batch], None]:

@@ -14,7 +14,7 @@ from pyspark import SparkContext
 from pyspark.sql.streaming import StreamingQueryListener
 from pyspark.sql.streaming.listener import SourceProgress, StreamingQueryProgress
 
-from helpers.monitor.figures import Batch
+from helpers.monitor.display import Batch
 
 # How long to wait for the report of a query's termination, after the query ends.
 _REPORT_SECONDS = 10

@@ -14,13 +14,13 @@ from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
 from helpers.monitor.display import (
+    Batch,
     about_unused,
     contents_of,
     in_notebook,
     open_display,
     shortened,
 )
-from helpers.monitor.figures import Batch
 from helpers.monitor.listener import QueryListener
 
 if TYPE_CHECKING:
