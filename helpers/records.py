@@ -389,40 +389,6 @@ def list_array(rows: np.ndarray, missing: np.ndarray) -> pyarrow.ListArray:
     return pyarrow.ListArray.from_arrays(offsets, np.ascontiguousarray(rows).ravel(), mask=mask)
 
 
-def matrix_of(lists: pyarrow.ListArray, width: int | None) -> np.ndarray:
-    """Return the lists that are not null as the rows of a matrix.
-
-    Parameters
-    ----------
-    lists : pyarrow.ListArray
-        Lists of numbers.
-    width : int or None
-        Required length of each list; None: the length of the first one.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (lists that are not null, width).
-
-    Raises
-    ------
-    ValueError
-        If a list has another length.
-
-    Examples
-    --------
-    >>> matrix_of(pyarrow.array([None, [1.0, 2.0]]), width=2)
-    array([[1., 2.]])
-    """
-    lengths = lists.drop_null().value_lengths().to_numpy()
-    if width is None:
-        width = int(lengths[0]) if len(lengths) else 0
-    if (lengths != width).any():
-        wrong = lengths[lengths != width][0]
-        raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
-    return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lengths), width)
-
-
 def vector_entries(vector: Column) -> Column:
     """Return a vector column as an array column, null where the vector is null.
 

@@ -51,7 +51,7 @@ from helpers.model import (
     scoring_function,
     servable_model,
 )
-from helpers.records import EXACT, LARGEST, list_array, matrix_of, named, vector_entries
+from helpers.records import EXACT, LARGEST, list_array, named, vector_entries
 from helpers.spark import arrow_function, exact_path, exact_reader
 
 if TYPE_CHECKING:
@@ -417,7 +417,18 @@ def _load(model: Broadcast[bytes]) -> Callable[[pyarrow.ListArray], np.ndarray]:
     keras.config.set_epsilon(EPSILON)
     network = model_from_bytes(model.value)
     score, width = scoring_function(network), interface_of(network).features
-    return lambda features: score(matrix_of(features, width))
+    return lambda features: score(_matrix_of(features, width))
+
+
+def _matrix_of(lists: pyarrow.ListArray, width: int | None) -> np.ndarray:
+    """Return the lists that are not null as rows; without a width, the first list defines it."""
+    lengths = lists.drop_null().value_lengths().to_numpy()
+    if width is None:
+        width = int(lengths[0]) if len(lengths) else 0
+    if (lengths != width).any():
+        wrong = lengths[lengths != width][0]
+        raise ValueError(f"the model takes {width} features, but a row has {wrong}.")
+    return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lengths), width)
 
 
 def _vector(scores: Column, name: str, width: int, are_probabilities: bool) -> Column:
