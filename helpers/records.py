@@ -27,7 +27,6 @@ import functools
 import json
 import operator
 import struct
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,10 +35,9 @@ import msgspec
 import numpy as np
 import orjson
 import pyarrow
-from py4j.protocol import Py4JError
 from pyspark import SparkContext
 from pyspark.ml.functions import vector_to_array
-from pyspark.sql import Column, DataFrame, Observation, Row
+from pyspark.sql import Column, DataFrame, Row
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
     ArrayType,
@@ -53,9 +51,6 @@ from pyspark.sql.types import (
 
 from helpers.higgs import SCHEMA
 from helpers.spark import arrow_function
-
-# How long to wait for an action's counts; after this time they never arrive.
-COUNTS_SECONDS = 10
 
 MODEL_VERSION = "model_version"  # the column with the version of the model that scored an event
 
@@ -315,40 +310,6 @@ def keep_bad_records(scored: DataFrame) -> DataFrame:
     return scored.select(
         event[event_id].alias(event_id), *others, bad.alias("bad"), event["unused"].alias("unused")
     )
-
-
-def observed(counts: Observation) -> dict[str, Any] | None:
-    """Return the metrics of an action; None if there are none and `get` would block forever.
-
-    Parameters
-    ----------
-    counts : pyspark.sql.Observation
-        The observation that was passed to `DataFrame.observe`.
-
-    Examples
-    --------
-    >>> counts = Observation()
-    >>> observe = spark.range(3).observe(counts, F.count("id").alias("events"))
-    >>> observe.write.format("noop").mode("overwrite").save()
-    >>> observed(counts)
-    {'events': 3}
-    """
-    deadline = time.monotonic() + COUNTS_SECONDS
-    while not _is_complete(counts):
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.05)
-    return counts.get
-
-
-def _is_complete(counts: Observation) -> bool:
-    """Return whether an observation has its metrics."""
-    try:
-        return counts._jo.future().isCompleted()
-    except Py4JError:  # Spark 3.5, where only `get` is public, and that blocks
-        metrics = counts._jo.getClass().getDeclaredField("metrics")
-        metrics.setAccessible(True)
-        return metrics.get(counts._jo).isDefined()
 
 
 def event_type(schema: StructType = SCHEMA) -> StructType:

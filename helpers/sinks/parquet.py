@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, replace
 from typing import Any, NamedTuple
 
+from py4j.protocol import Py4JError
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID
-from helpers.records import MODEL_VERSION, BadRecordError, name_faults, observed
+from helpers.records import MODEL_VERSION, BadRecordError, name_faults
 from helpers.sinks.columns import bounded, metrics, stored_columns
 from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
 from helpers.sinks.dead_letters import send_dead_letters
@@ -45,6 +46,9 @@ from helpers.streaming import OffsetRange, TopicAndPartition
 _LOGGER = logging.getLogger(__name__)
 
 ON_BAD_RECORD = ("dead-letter", "skip", "stop")
+
+# How long to wait for an action's counts; after this time they never arrive.
+_COUNTS_SECONDS = 10
 
 
 class Counts(NamedTuple):
@@ -389,9 +393,7 @@ class ParquetSink:
         columns = stored_columns(context, self._meaning["event_id"], has_version)
         counted = records.observe(counts, *metrics(context, self._meaning["signal_index"]))
         self._files.write(counted.select(*columns), folder)
-        found = observed(counts)
-        if found is None:
-            raise SinkError("Spark wrote a batch without counting it, so the batch is not stored.")
+        found = _counted(counts)
         if found["outside"]:
             raise SinkError(
                 f"{found['outside']} records are not in the offset ranges of their batch, such as "
@@ -527,6 +529,26 @@ def _check_classes(scored: DataFrame) -> None:
             "of two: combine the others in `prediction` and `predicted_index`, or store them with "
             "Spark's own file sink."
         )
+
+
+def _counted(counts: Observation) -> dict[str, Any]:
+    """Return the metrics of an action; raise if there are none and `get` would block forever."""
+    deadline = time.monotonic() + _COUNTS_SECONDS
+    while not _is_complete(counts):
+        if time.monotonic() > deadline:
+            raise SinkError("Spark wrote a batch without counting it, so the batch is not stored.")
+        time.sleep(0.05)
+    return counts.get
+
+
+def _is_complete(counts: Observation) -> bool:
+    """Return whether an observation has its metrics."""
+    try:
+        return counts._jo.future().isCompleted()
+    except Py4JError:  # Spark 3.5, where only `get` is public, and that blocks
+        found = counts._jo.getClass().getDeclaredField("metrics")
+        found.setAccessible(True)
+        return found.get(counts._jo).isDefined()
 
 
 def _stop_at_first(bad: DataFrame) -> None:
