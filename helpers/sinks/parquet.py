@@ -229,11 +229,6 @@ class ParquetSink:
         starts = self._starts.starts({**progress.topic_ids, **(topic_ids or {})})
         return {**starts, **progress.positions}
 
-    def topic_ids(self) -> dict[str, str]:
-        """Return the Kafka ids of the topics whose events are stored, by topic name."""
-        self._check_open()
-        return dict(self._state.progress.topic_ids)
-
     def left(self, ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
         """Return the parts of a batch's offset ranges that are not stored yet.
 
