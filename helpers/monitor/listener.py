@@ -74,9 +74,6 @@ class QueryListener(StreamingQueryListener):
                 batch = replace(batch, planned_at=planned_at)
             self._show(batch)
 
-    def onQueryIdle(self, event: Any) -> None:  # noqa: N802
-        """Do nothing; Spark calls this when there is no new data."""
-
     def onQueryTerminated(self, event: Any) -> None:  # noqa: N802
         """Record the end of a query, its last report; Spark calls this."""
         with self._changed:
