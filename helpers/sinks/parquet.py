@@ -38,8 +38,7 @@ from helpers.sinks.dead_letters import send_dead_letters
 from helpers.sinks.errors import SinkError
 from helpers.sinks.lease import Lease
 from helpers.sinks.parts import PartFiles
-from helpers.sinks.progress import Progress, check_ranges
-from helpers.sinks.starts import StartLog
+from helpers.sinks.progress import Progress, StartLog, check_ranges
 from helpers.spark import exact_path, folder_names
 from helpers.streaming import OffsetRange, TopicAndPartition
 
