@@ -35,10 +35,6 @@ _JARS = dict.fromkeys(("abfs", "abfss", "wasb", "wasbs"), "hadoop-azure")
 _JARS |= {"s3a": "hadoop-aws", "oss": "hadoop-aliyun", "gs": "hadoop-gcp"}
 
 
-class _CannotLinkError(Exception):
-    """The file system doesn't support hard links; many network file systems don't."""
-
-
 def _is(name: str, error: Exception) -> bool:
     """Return whether a Java error, or one of its causes (as with HDFS), has a simple class name."""
     return name in (cause.getClass().getSimpleName() for cause in java_causes(error))
@@ -93,14 +89,13 @@ class JsonFolder:
     """
 
     def __init__(self, spark: SparkSession, folder: str | os.PathLike[str]) -> None:
-        self._jvm, self._gateway = spark._jvm, spark.sparkContext._gateway
         self._spark = spark
         path, self._files = _file_system(spark, folder)
         self._folder = self._files.makeQualified(path)
         self._local = _local_path(self._folder)
         self._make()
         # FileContext.rename fails if the target exists; FileSystem.rename may replace it.
-        self._context = self._jvm.org.apache.hadoop.fs.FileContext.getFileContext(
+        self._context = java_class(spark, "org.apache.hadoop.fs.FileContext").getFileContext(
             self._folder.toUri(), spark._jsc.hadoopConfiguration()
         )
         self.uri = self._folder.toString()
@@ -129,20 +124,18 @@ class JsonFolder:
             If the file can't be written, for example because the disk is full.
         """
         # The draft's name doesn't contain `name`, which may have the maximum length already.
-        draft = self._path(f".{uuid.uuid4()}.draft")
-        is_written = False
+        draft = f".{uuid.uuid4()}.draft"
         try:
             self._write_draft(draft, f"{json.dumps(content)}\n".encode())
-            is_written = True
-            self._publish(draft, self._path(f"{name}.json"))
+            self._publish(draft, f"{name}.json")
+        except FileExistsError:
+            raise FileExistsError(f"{self.uri}/{name}.json exists already") from None
         except JAVA_ERRORS as error:
-            if is_written and _is("FileAlreadyExistsException", error):
-                raise FileExistsError(f"{self.uri}/{name}.json exists already") from None
             raise OSError(f"{self.uri}/{name}.json can't be written: {summary(error)}") from None
         finally:
             # A leftover draft is harmless, and failing to delete it must not hide an earlier error.
             with contextlib.suppress(*JAVA_ERRORS):
-                self._files.delete(draft, False)
+                self._files.delete(self._path(draft), False)
         if self._local:
             _flush(self._local)  # the directory entry
 
@@ -174,7 +167,7 @@ class JsonFolder:
         """Create the folder and its parents."""
         missing = []
         if self._local:
-            above = Path(self._local)
+            above = self._local
             while not above.exists():
                 missing.append(above)
                 above = above.parent
@@ -187,39 +180,36 @@ class JsonFolder:
         for folder in missing:
             _flush(folder.parent)
 
-    def _write_draft(self, draft: JavaObject, content: bytes) -> None:
+    def _write_draft(self, draft: str, content: bytes) -> None:
         """Write a file, and flush it to disk."""
-        file = self._files.create(draft, False)
+        file = self._files.create(self._path(draft), False)
         try:
             file.write(content)
             file.hsync()
         finally:
             file.close()
         if self._local:  # where Hadoop's hsync reaches only the system's cache
-            _flush(_local_path(draft))
+            _flush(self._local / draft)
 
-    def _publish(self, draft: JavaObject, path: JavaObject) -> None:
-        """Give a file its name atomically; fail if the name is taken."""
+    def _publish(self, draft: str, name: str) -> None:
+        """Give a file its name atomically; raise `FileExistsError` if the name is taken."""
         if self._local:
             # Hadoop checks for the target before it renames; another process may create it between.
-            with contextlib.suppress(_CannotLinkError):
-                return self._link(draft, path)
-        no_options = self._gateway.new_array(
-            getattr(self._jvm.org.apache.hadoop.fs, "Options$Rename"), 0
-        )
-        self._context.rename(draft, path, no_options)
-
-    def _link(self, draft: JavaObject, path: JavaObject) -> None:
-        """Create a hard link to a local file; raise `_CannotLinkError` if that isn't possible."""
-        files, paths = (
-            java_class(self._spark, f"java.nio.file.{name}") for name in ("Files", "Path")
+            try:
+                return os.link(self._local / draft, self._local / name)
+            except FileExistsError:
+                raise
+            except OSError:  # many network file systems don't support hard links
+                pass
+        no_options = self._spark.sparkContext._gateway.new_array(
+            java_class(self._spark, "org.apache.hadoop.fs.Options$Rename"), 0
         )
         try:
-            files.createLink(paths.of(path.toUri()), paths.of(draft.toUri()))
+            self._context.rename(self._path(draft), self._path(name), no_options)
         except JAVA_ERRORS as error:
             if _is("FileAlreadyExistsException", error):
-                raise
-            raise _CannotLinkError from error
+                raise FileExistsError from None
+            raise
 
     def _path(self, name: str) -> JavaObject:
         return java_class(self._spark, "org.apache.hadoop.fs.Path")(self._folder, name)
