@@ -35,9 +35,9 @@ _JARS = dict.fromkeys(("abfs", "abfss", "wasb", "wasbs"), "hadoop-azure")
 _JARS |= {"s3a": "hadoop-aws", "oss": "hadoop-aliyun", "gs": "hadoop-gcp"}
 
 
-def _is(name: str, error: Exception) -> bool:
+def _is(error: Exception, *names: str) -> bool:
     """Return whether a Java error, or one of its causes (as with HDFS), has a simple class name."""
-    return name in (cause.getClass().getSimpleName() for cause in java_causes(error))
+    return any(cause.getClass().getSimpleName() in names for cause in java_causes(error))
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def _missing_as_python(files: JavaObject, path: JavaObject) -> Iterator[None]:
     except JAVA_ERRORS as error:
         reason = summary(error)
         may_be_there = re.search(r"\((?!No such file or directory)[^()]*\)$", reason)
-        if not _is("FileNotFoundException", error) or (may_be_there and files.exists(path)):
+        if not _is(error, "FileNotFoundException") or (may_be_there and files.exists(path)):
             raise
         raise FileNotFoundError(reason) from None
 
@@ -207,7 +207,7 @@ class JsonFolder:
         try:
             self._context.rename(self._path(draft), self._path(name), no_options)
         except JAVA_ERRORS as error:
-            if _is("FileAlreadyExistsException", error):
+            if _is(error, "FileAlreadyExistsException"):
                 raise FileExistsError from None
             raise
 
@@ -465,8 +465,7 @@ def _file_system(
         path = java_class(spark, "org.apache.hadoop.fs.Path")(name)
         return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
     except JAVA_ERRORS as error:
-        names = {cause.getClass().getSimpleName() for cause in java_causes(error)}
-        if names & {"ClassNotFoundException", "UnsupportedFileSystemException"}:
+        if _is(error, "ClassNotFoundException", "UnsupportedFileSystemException"):
             raise JarsError(_missing_jar(spark, name)) from None
         raise OSError(f"{name!r} can't be used: {summary(error)}") from None
 
