@@ -7,9 +7,10 @@ import subprocess
 
 from pyspark import SparkContext
 
-from helpers.spark.scratch import log_end, log_file
+from helpers.spark.scratch import log_file
 
 _TAIL = 2**20  # bytes; the log of a long run may not fit in memory
+_LOG_END = 500  # characters
 
 END_SECONDS = 10  # how long Java may still be exiting when Python notices the first error
 
@@ -45,12 +46,20 @@ def java_ran_out_of_memory() -> bool:
     >>> java_ran_out_of_memory()
     False
     """
-    try:
-        with log_file().open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
-            return b"OutOfMemoryError" in log.read()
-    except FileNotFoundError:
-        return False
+    return "OutOfMemoryError" in _log_tail(_TAIL)
+
+
+def log_end() -> str:
+    """Return the end of Spark's log on one line, for a message that outlasts the log.
+
+    Examples
+    --------
+    >>> len(log_end()) <= 500
+    True
+    """
+    lines = " | ".join(_log_tail(_LOG_END).splitlines())
+    text = "".join(letter if letter.isprintable() else " " for letter in lines)
+    return text[-_LOG_END:] or "(nothing)"
 
 
 def how_java_exited() -> str:
@@ -71,5 +80,15 @@ def how_java_exited() -> str:
         )
     return (
         f"Java exited unexpectedly; committed batches are kept. To go on, {again}. The system may "
-        f"have killed it to free memory. Its log ends with: {log_end() or '(nothing)'}"
+        f"have killed it to free memory. Its log ends with: {log_end()}"
     )
+
+
+def _log_tail(size: int) -> str:
+    """Return the last bytes of Spark's log as text; '' if there is no log."""
+    try:
+        with log_file().open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - size))
+            return log.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

@@ -19,8 +19,6 @@ from helpers.spark.files import exact_path
 
 _LOGGER = logging.getLogger(__name__)
 
-_LOG_END = 500  # characters
-
 # Names of files that Spark and the kit write into the checkpoint of a streaming context.
 _CHECKPOINT_FILES = (
     r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
@@ -47,24 +45,6 @@ def log_file() -> Path:
     'spark.log'
     """
     return scratch_folder() / "spark.log"
-
-
-def log_end() -> str:
-    """Return the end of Spark's log on one line, for a message that outlasts the log.
-
-    Examples
-    --------
-    >>> len(log_end()) <= 500
-    True
-    """
-    try:
-        with log_file().open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_END))
-            lines = log.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return ""
-    text = "".join(letter if letter.isprintable() else " " for letter in " | ".join(lines))
-    return text[-_LOG_END:]
 
 
 @functools.cache

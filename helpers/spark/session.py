@@ -36,9 +36,9 @@ from helpers.spark.jars import (
     spark_home,
     spark_program,
 )
-from helpers.spark.java_exit import END_SECONDS, how_java_exited, java_has_exited
+from helpers.spark.java_exit import END_SECONDS, how_java_exited, java_has_exited, log_end
 from helpers.spark.machine import available_cores
-from helpers.spark.scratch import log_end, log_file, scratch_folder
+from helpers.spark.scratch import log_file, scratch_folder
 
 # Names of settings with secrets of Kafka and of object stores.
 _SECRET = re.compile(
@@ -403,7 +403,7 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
             raise
         raise SessionError(
             f"Spark did not start on {settings['spark.master']}: {summary(error)} "
-            f"Its log ends with: {log_end() or '(nothing)'}"
+            f"Its log ends with: {log_end()}"
         ) from None
 
 
