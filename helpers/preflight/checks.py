@@ -91,7 +91,7 @@ class Check(NamedTuple):
     what: str
     ok: bool
     found: str
-    remedy: str
+    remedy: str = ""
 
 
 def preflight(
@@ -134,7 +134,7 @@ def preflight(
         check_broker(bootstrap_servers, kafka_config),
         check_memory(memory, cores),
         check_disk(),
-        _available("ports", "none is needed") if bootstrap_servers else check_ports(),
+        Check("ports", True, "none is needed") if bootstrap_servers else check_ports(),
     ]
     return pd.DataFrame(checks)
 
@@ -158,7 +158,7 @@ def check_java() -> Check:
     if int(re.match(r"\d*", version)[0] or 0) < OLDEST_JAVA:
         found = f"{version or 'no version'}, but {OLDEST_JAVA} or newer is needed: {command}"
         return _missing("Java", found, remedy)
-    return _available("Java", f"{version}, {command}")
+    return Check("Java", True, f"{version}, {command}")
 
 
 def check_spark() -> Check:
@@ -178,7 +178,7 @@ def check_spark() -> Check:
     if f"pyspark=={pyspark.__version__}" != pinned:
         found = f"PySpark {pyspark.__version__}, but {pinned} is needed"
         return _missing("Spark", found, _python("-m", "pip", "install", pinned))
-    return _available("Spark", pyspark.__version__)
+    return Check("Spark", True, pyspark.__version__)
 
 
 def check_connector() -> Check:
@@ -196,7 +196,7 @@ def check_connector() -> Check:
         return _missing(what, str(error), "unset SPARK_HOME")
     found = f"for Spark {spark} and Scala {scala}"
     if names_connector():
-        return _available(what, f"named in {SUBMIT_ARGUMENTS}")
+        return Check(what, True, f"named in {SUBMIT_ARGUMENTS}")
     return _check_jars(what, found, CONNECTOR.format(scala=scala, spark=spark))
 
 
@@ -218,7 +218,7 @@ def check_worker_python() -> Check:
     if missing:
         install = _python("-m", "pip", "install", "-r", str(_REQUIREMENTS))
         return _missing(what, f"{sys.executable} can't import {', '.join(missing)}", install)
-    return _available(what, f"{_PYTHON_VERSION}, this one")
+    return Check(what, True, f"{_PYTHON_VERSION}, this one")
 
 
 def check_broker(bootstrap_servers: str = "", kafka_config: str = "") -> Check:
@@ -247,7 +247,7 @@ def check_broker(bootstrap_servers: str = "", kafka_config: str = "") -> Check:
         remedy = f"write it like {LOOPBACK}:{BROKER_PORT}"
         return _missing(what, str(error), f"correct {kafka_config}" if kafka_config else remedy)
     if not refusal:
-        return _available(what, f"answers at {bootstrap_servers}")
+        return Check(what, True, f"answers at {bootstrap_servers}")
     found, colon, remedy = refusal.rstrip(".").rpartition(": ")
     if not colon:
         found, remedy = refusal, "check the address, and that the broker is running"
@@ -281,7 +281,7 @@ def check_memory(memory: str = "2g", cores: int | None = None) -> Check:
     available = available_memory()
     found = f"{available / _GB:,.1f} GB free, {needed / _GB:,.1f} GB needed"
     if available >= needed:
-        return _available("memory", found)
+        return Check("memory", True, found)
     return _missing("memory", found, "make run MEMORY=1g CORES=1  # needs 3 GB")
 
 
@@ -297,7 +297,7 @@ def check_disk() -> Check:
     folder = os.environ.get("TMPDIR") or "/tmp"
     found, has_space = _free_space(folder)
     if has_space:
-        return _available("disk", found)
+        return Check("disk", True, found)
     others = ("/tmp", "/var/tmp", str(Path.home()))
     better = next((other for other in others if _free_space(other)[1]), "/a/folder/with/space")
     return _missing("disk", found, f"export TMPDIR={shlex.quote(better)}")
@@ -317,15 +317,11 @@ def check_ports(port: int = BROKER_PORT) -> Check:
     True
     """
     if port_is_free(port):
-        return _available("ports", f"{port} is free")
+        return Check("ports", True, f"{port} is free")
     if not _refusal({"bootstrap.servers": f"{LOOPBACK}:{port}"}):
-        return _available("ports", f"a Kafka broker answers at {port}")
+        return Check("ports", True, f"a Kafka broker answers at {port}")
     found = f"{port} is taken by a program that is not a Kafka broker"
     return _missing("ports", found, _start_broker(free_port()))
-
-
-def _available(what: str, found: str) -> Check:
-    return Check(what, True, found, "")
 
 
 def _missing(what: str, found: str, remedy: str) -> Check:
@@ -364,7 +360,7 @@ def _check_sites_spark(home: str) -> Check:
     except JarsError as error:
         return _missing("Spark", str(error), "unset SPARK_HOME")
     if _OLDEST_SPARK <= _release(version) == _release(pyspark.__version__):
-        return _available("Spark", f"{version}, {home}")
+        return Check("Spark", True, f"{version}, {home}")
     needed = "{}.{} or newer is needed, the same for both".format(*_OLDEST_SPARK)
     found = f"Spark {version} in {home} and PySpark {pyspark.__version__}, but {needed}"
     return _missing("Spark", found, _other_spark(home, version))
@@ -396,7 +392,7 @@ def _check_jars(what: str, found: str, *coordinates: str) -> Check:
         elif os.environ.get("SPARK_HOME") and isinstance(error, OSError):
             remedy = "unset SPARK_HOME"  # it has no spark-submit, so it is not a Spark
         return _missing(what, str(error), check_java().remedy or remedy)
-    return _available(what, found)
+    return Check(what, True, found)
 
 
 def _check_workers(what: str, context: SparkContext) -> Check:
@@ -427,7 +423,7 @@ def _check_workers(what: str, context: SparkContext) -> Check:
     for python, missing in answers:
         if missing:
             return _missing(what, f"{python} can't import {', '.join(missing)}", remedy)
-    return _available(what, f"{_PYTHON_VERSION}, {answers[0][0]}")
+    return Check(what, True, f"{_PYTHON_VERSION}, {answers[0][0]}")
 
 
 def _refusal(settings: Mapping[str, str]) -> str:
