@@ -20,6 +20,7 @@ from helpers.spark.files import (
     folder_size,
     full_path,
     java_class,
+    protect_folder,
     read_file,
     remove_folder,
 )
@@ -43,7 +44,7 @@ from helpers.spark.java_exit import (
     java_ran_out_of_memory,
 )
 from helpers.spark.machine import available_cores, available_memory
-from helpers.spark.scratch import log_file, protect_folder, scratch_folder
+from helpers.spark.scratch import log_file, scratch_folder
 from helpers.spark.session import (
     SUBMIT_ARGUMENTS,
     SessionError,

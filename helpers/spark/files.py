@@ -2,7 +2,7 @@
 
 Hadoop and Spark interpret parts of a path as patterns, a scheme or a host; `exact_path` and
 `exact_reader` prevent this. On the local file system, small files are flushed to disk, so that they
-survive a power cut.
+survive a power cut. `protect_folder` keeps other users out of a folder with settings.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import time
@@ -33,6 +34,13 @@ _WITH_HOST = re.compile(r"file://([^/].*)", re.IGNORECASE | re.DOTALL)
 # Hadoop's jars for the file systems of clouds, by scheme; Spark doesn't include them.
 _JARS = dict.fromkeys(("abfs", "abfss", "wasb", "wasbs"), "hadoop-azure")
 _JARS |= {"s3a": "hadoop-aws", "oss": "hadoop-aliyun", "gs": "hadoop-gcp"}
+
+# Names of files that Spark and the kit write into the checkpoint of a streaming context.
+_CHECKPOINT_FILES = (
+    r"\.?checkpoint-.*|[0-9a-f-]{36}|kafka-plans|receivedBlockMetadata|receivedData|temp"
+)
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def _is(error: Exception, *names: str) -> bool:
@@ -415,6 +423,41 @@ def remove_folder(spark: SparkSession, folder: str) -> None:
     """Remove a folder and its contents, if it exists."""
     path, files = _file_system(spark, folder)
     files.delete(path, True)
+
+
+def protect_folder(spark: SparkSession, path: str) -> None:
+    """Make a folder that holds settings, including passwords, private to this user.
+
+    A missing folder is created. A folder that contains anything other than Spark's files stays
+    unchanged, and a warning is logged.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        The session whose Hadoop client is used.
+    path : str
+        The folder's path or URI, such as a streaming context's checkpoint.
+
+    Examples
+    --------
+    >>> protect_folder(spark, str(getfixture("tmp_path") / "checkpoint"))
+    >>> oct((getfixture("tmp_path") / "checkpoint").stat().st_mode)
+    '0o40700'
+    """
+    folder, files = _file_system(spark, path)
+    if not files.exists(folder):
+        files.mkdirs(folder)
+    elif not files.getFileStatus(folder).getPermission().toShort() & 0o077:
+        return
+    if all(re.fullmatch(_CHECKPOINT_FILES, name) for name in folder_names(spark, path)):
+        only_mine = java_class(spark, "org.apache.hadoop.fs.permission.FsPermission")("700")
+        with contextlib.suppress(*JAVA_ERRORS):  # the folder belongs to another user
+            files.setPermission(folder, only_mine)
+            return
+    _LOGGER.warning(
+        "%s holds settings, including passwords, and other users can read it: chmod 700 it, or use "
+        "a separate folder.", path,
+    )  # fmt: skip
 
 
 def _status(files: JavaObject, path: JavaObject) -> JavaObject | None:
