@@ -34,8 +34,8 @@ from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CELL_SECONDS = 7_200  # trainings on the whole file of the challenge take up to an hour
-_IMAGE = re.compile(r"(!\[[^]]*\]\()([^)\s:]+)")
-_LONGEST_FOLDER = 80  # bytes: a socket in a folder of it may have a path of 107
+_IMAGE = re.compile(r"!\[[^]]*\]\(([^)\s:]+)")
+_LONGEST_FOLDER = 76  # bytes: a socket in a folder of it may have a path of 107
 
 
 class NotebookError(RuntimeError):
@@ -221,11 +221,13 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     new_folder = tempfile.TemporaryDirectory(prefix="kernel-", dir=_folder_for_sockets())
     with _Signals() as signals, new_folder as folder:
         executed = Path(folder) / path.name
+        # With sockets in this private folder, beside that file: ports are open to all users.
+        kernel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
         try:
             execute_notebook(
                 path, executed, values, cwd=path.parent, kernel_name="python3", language="python",
                 progress_bar=False, execution_timeout=CELL_SECONDS,
-                config=_over_sockets(folder), on_cell_start=progress.cell_starts,
+                config=Config({"KernelManager": kernel}), on_cell_start=progress.cell_starts,
                 on_cell_execute=signals.end_now, on_cell_executed=signals.end_later,
             )  # fmt: skip
         except PapermillExecutionError as error:
@@ -352,12 +354,6 @@ def _folder_for_sockets() -> str:
     return folder if len(os.fsencode(folder)) < _LONGEST_FOLDER else "/tmp"
 
 
-def _over_sockets(folder: str) -> Config:
-    """Return settings for a kernel on sockets in a private folder: ports are open to all users."""
-    connection = {"ip": f"{folder}/kernel", "connection_file": f"{folder}/connection.json"}
-    return Config({"KernelManager": {"transport": "ipc", **connection}})
-
-
 def _store_outputs(executed: nbformat.NotebookNode, path: Path) -> None:
     """Store the outputs of a run in the notebook, and change nothing else in it."""
     notebook = nbformat.read(path, as_version=4)
@@ -436,7 +432,7 @@ def _with_images(notebook: nbformat.NotebookNode, home: Path) -> nbformat.Notebo
     notebook = copy.deepcopy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            for name in {name for _, name in _IMAGE.findall(cell.source)}:
+            for name in set(_IMAGE.findall(cell.source)):
                 if (file := home / unquote(name)).is_file():
                     content = base64.b64encode(file.read_bytes()).decode()
                     kind, _ = mimetypes.guess_type(file)
