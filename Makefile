@@ -23,7 +23,7 @@ typed = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(n
 quoted = '$(subst ','\'',$(1))'
 parameters = $(foreach name,$(filter-out NOTEBOOK PYTHON,$(typed)),$(call quoted,$(name)=$(value $(name))))
 
-# What Spark's workers import, as in helpers/preflight/checks.py, and zstandard for some files.
+# What Spark's workers import, as in helpers/preflight.py, and zstandard for some files.
 packed = numpy|pandas|pyarrow|orjson|msgspec|keras|tensorflow(-cpu)?|zstandard
 
 .PHONY: run test test-long test-cluster test-hub pack bench lab notebooks clean setup

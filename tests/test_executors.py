@@ -13,7 +13,7 @@ from processes import ROOT, dry_run_make, run_python
 from standalone import standalone
 
 from helpers.notebook import find_notebook, parameters
-from helpers.preflight.checks import WORKERS_IMPORT
+from helpers.preflight import WORKERS_IMPORT
 
 # Without the module `site`, Python ignores installed links to this repository.
 PYTHON = """#!/bin/sh

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from processes import ROOT
 
-from helpers.preflight import checks
+from helpers import preflight as checks
 from helpers.spark import available_cores, available_memory, machine
 
 GIB = 2**30

@@ -14,10 +14,10 @@ import pyspark
 import pytest
 from processes import ROOT, run_python, running
 
+from helpers import preflight as checks
 from helpers.broker import LOOPBACK, admin, free_port
 from helpers.notebook import find_notebook, parameters
-from helpers.preflight import checks, preflight
-from helpers.preflight.__main__ import main
+from helpers.preflight import main, preflight
 from helpers.spark import jars
 
 PROXY = "-D{0}.proxyHost=127.0.0.1 -D{0}.proxyPort=9"
@@ -356,7 +356,7 @@ def test_missing_modules_of_the_workers_are_named_before_the_run(check_in):
 ON_A_CLUSTER = """
 import json, os, sys, threading, time
 from pyspark import SparkConf, SparkContext
-from helpers.preflight import checks
+from helpers import preflight as checks
 python, spark, marker = sys.argv[1:]
 os.environ["SPARK_HOME"] = spark
 settings = {

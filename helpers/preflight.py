@@ -1,7 +1,11 @@
-"""One check per requirement of a run: its result, and the command that provides what is missing."""
+"""Check the requirements of a run, and name the command that provides each missing one.
+
+`preflight` returns the checks as a table for a notebook; ``python -m helpers.preflight`` prints it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -137,6 +141,27 @@ def preflight(
         Check("ports", True, "none is needed") if bootstrap_servers else check_ports(),
     ]
     return pd.DataFrame(checks)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a run's requirements and whether they are met; return 1 if one is missing."""
+    description = "Check what a run needs, and name the command that provides what is missing."
+    parser = argparse.ArgumentParser(prog="python -m helpers.preflight", description=description)
+    parser.add_argument(
+        "--bootstrap-servers", default="", metavar="host:port", help="the broker of the run"
+    )
+    parser.add_argument("--memory", default="2g", help="Java's memory; default: %(default)s")
+    parser.add_argument("--cores", type=int, help="concurrent tasks; default: one per core")
+    parser.add_argument(
+        "--kafka-config", default="", metavar="FILE",
+        help="settings for Kafka clients, including passwords, in Kafka's properties format",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    table = preflight(
+        options.bootstrap_servers, options.memory, options.cores, options.kafka_config
+    )
+    print(_as_text(table))
+    return 0 if table["ok"].all() else 1
 
 
 def check_java() -> Check:
@@ -324,6 +349,17 @@ def check_ports(port: int = BROKER_PORT) -> Check:
     return _missing("ports", found, _start_broker(free_port()))
 
 
+def _as_text(table: pd.DataFrame) -> str:
+    """Return the checks as aligned lines of text, with a remedy below each failed one."""
+    width = table["what"].str.len().max()
+    lines = []
+    for check in table.itertuples():
+        lines.append(f"{'ok' if check.ok else 'MISSING':<7}  {check.what:<{width}}  {check.found}")
+        if not check.ok:
+            lines.append(f"{'':<7}  {'':<{width}}  fix it with: {check.remedy}")
+    return "\n".join(lines)
+
+
 def _missing(what: str, found: str, remedy: str) -> Check:
     return Check(what, False, " ".join(found.split()), remedy)
 
@@ -462,3 +498,7 @@ def _free_space(folder: str) -> tuple[str, bool]:
             return found, True
     except OSError as error:
         return f"{folder} can't be used: {error.strerror}", False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
