@@ -12,7 +12,6 @@ import argparse
 import ast
 import base64
 import contextlib
-import copy
 import linecache
 import math
 import mimetypes
@@ -410,8 +409,9 @@ def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name:
     Links in the notebook are relative to its folder, `home`; those of the page are relative to the
     page's.
     """
+    _embed_images(notebook, home)
     resources = {"metadata": {"path": str(home), "name": name}}
-    page, _ = HTMLExporter().from_notebook_node(_with_images(notebook, home), resources)
+    page, _ = HTMLExporter().from_notebook_node(notebook, resources)
     to_home = quote(os.path.relpath(home.resolve(), folder.resolve()))
     page = re.sub(r'(<a\s[^>]*?href=")(?![a-z]+:|[#/])', rf"\g<1>{to_home}/", page)
     target = folder / f"{name}.html"
@@ -424,12 +424,11 @@ def _write_html(notebook: nbformat.NotebookNode, home: Path, folder: Path, name:
     return target
 
 
-def _with_images(notebook: nbformat.NotebookNode, home: Path) -> nbformat.NotebookNode:
-    """Return a notebook that contains the images of its text, if their files exist in `home`.
+def _embed_images(notebook: nbformat.NotebookNode, home: Path) -> None:
+    """Put the images of a notebook's text into it, if their files exist in `home`.
 
     nbconvert can embed images as well, but then closes each `<details>` before its content.
     """
-    notebook = copy.deepcopy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             for name in set(_IMAGE.findall(cell.source)):
@@ -438,7 +437,6 @@ def _with_images(notebook: nbformat.NotebookNode, home: Path) -> nbformat.Notebo
                     kind, _ = mimetypes.guess_type(file)
                     cell.setdefault("attachments", {})[name] = {kind or "image/png": content}
                     cell.source = cell.source.replace(f"]({name}", f"](attachment:{name}")
-    return notebook
 
 
 def _make_folder(folder: str) -> None:
