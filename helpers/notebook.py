@@ -284,14 +284,13 @@ class _Signals:
     def __init__(self) -> None:
         self._running = False
         self._received: int | None = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
-        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-        handlers = {number: signal.getsignal(number) for number in numbers}
-        # One that is ignored stays so: nohup asks for that.
-        self._previous = {key: old for key, old in handlers.items() if old != signal.SIG_IGN}
-        for number in self._previous:
-            signal.signal(number, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # One that is ignored stays so: nohup asks for that.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
