@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from py4j.java_gateway import JavaObject
 from py4j.protocol import Py4JJavaError
@@ -94,9 +95,8 @@ def summary(error: Exception | str) -> str:
     """
     # PySpark's exceptions drop Java's causes, but keep the text that contains them.
     text = error if isinstance(error, str) else getattr(error, "_stackTrace", None) or str(error)
-    starts = [0, *(found.end() for found in _BEFORE_AN_EXCEPTION.finditer(text))]
-    ends = [*starts[1:], len(text)]
-    exceptions = [_reason(text[start:end]) for start, end in zip(starts, ends, strict=True)]
+    bounds = [0, *(found.end() for found in _BEFORE_AN_EXCEPTION.finditer(text)), len(text)]
+    exceptions = [_reason(text[start:end]) for start, end in pairwise(bounds)]
     return next(
         (reason for reason in reversed(exceptions) if not _ONLY_WRAPS.fullmatch(reason)),
         exceptions[-1],
