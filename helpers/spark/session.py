@@ -306,8 +306,7 @@ def _refuse_another_python_api() -> None:
         return
     version, _ = spark_and_scala()
     # A vendor's Spark has further numbers, which its PySpark may lack.
-    is_another = version.split(".")[:2] != pyspark.__version__.split(".")[:2]
-    if is_another:
+    if version.split(".")[:2] != pyspark.__version__.split(".")[:2]:
         raise SessionError(
             f"PySpark {pyspark.__version__} was imported, and the Spark in {spark_home()} is "
             f"{version}: restart Python, and import helpers before pyspark, so that SPARK_HOME's "
