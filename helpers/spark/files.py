@@ -173,12 +173,8 @@ class JsonFolder:
 
     def _make(self) -> None:
         """Create the folder and its parents."""
-        missing = []
-        if self._local:
-            above = self._local
-            while not above.exists():
-                missing.append(above)
-                above = above.parent
+        folders = (self._local, *self._local.parents) if self._local else ()
+        missing = [folder for folder in folders if not folder.exists()]
         try:
             reason = None if self._files.mkdirs(self._folder) else "permission is missing"
         except JAVA_ERRORS as error:
