@@ -458,11 +458,9 @@ def protect_folder(spark: SparkSession, path: str) -> None:
 
 def _status(files: JavaObject, path: JavaObject) -> JavaObject | None:
     """Return Hadoop's status of a file or folder; None if it is missing."""
-    try:
-        with _missing_as_python(files, path):
-            return files.getFileStatus(path)
-    except FileNotFoundError:
-        return None
+    with contextlib.suppress(FileNotFoundError), _missing_as_python(files, path):
+        return files.getFileStatus(path)
+    return None
 
 
 def _default_scheme(spark: SparkSession) -> str:
