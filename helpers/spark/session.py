@@ -134,7 +134,7 @@ def get_spark(
         master = {**(config or {}), **submitted}.get("spark.master", master)
         settings = _settings(app_name, master, executors, cores, memory, config or {})
         spark = _start({**settings, **submitted})
-    if not _has_connector(spark):  # an existing session, or Java of an earlier one, may lack it
+    if _connector_class(spark) is None:  # as in an existing session, or Java of an earlier one
         _add_connector(spark)
     _refuse_another_connector(spark)
     hide_secrets(spark)
@@ -448,19 +448,13 @@ def _artifact(file_name: str) -> str:
     return re.sub(r"-\d+\.[^-]*(-[A-Za-z0-9.]+)*\.jar$", "", file_name)
 
 
-def _has_connector(spark: SparkSession) -> bool:
-    """Return whether a running session can load Spark's Kafka connector."""
+def _connector_class(spark: SparkSession) -> JavaObject | None:
+    """Return a class of Spark's Kafka connector; None if a running session can't load it."""
     try:
-        _connector_class(spark)
+        loader = spark._jsparkSession.sharedState().jarClassLoader()
+        return spark._jvm.java.lang.Class.forName(_CONNECTOR_CLASS, False, loader)
     except Exception:  # py4j wraps Java's ClassNotFoundException
-        return False
-    return True
-
-
-def _connector_class(spark: SparkSession) -> JavaObject:
-    """Return a class of Spark's Kafka connector, as a running session loads it."""
-    loader = spark._jsparkSession.sharedState().jarClassLoader()
-    return spark._jvm.java.lang.Class.forName(_CONNECTOR_CLASS, False, loader)
+        return None
 
 
 def _add_connector(spark: SparkSession) -> None:
@@ -469,7 +463,7 @@ def _add_connector(spark: SparkSession) -> None:
     can_fetch = (spark_home() / "bin" / "spark-submit").exists()
     for jar in _connector_jars(spark.version, _scala(spark)) if can_fetch else []:
         spark.sql(f"ADD JAR '{jar.as_uri()}'")
-    if not _has_connector(spark):
+    if _connector_class(spark) is None:
         raise SessionError(
             "this Spark session has no Kafka connector and can't load one: restart it with "
             f"spark.jars.packages={CONNECTOR.format(scala=_scala(spark), spark=spark.version)}."
