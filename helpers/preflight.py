@@ -463,13 +463,7 @@ def _check_workers(what: str, context: SparkContext) -> Check:
 
 
 def _refusal(settings: Mapping[str, str]) -> str:
-    """Return why no broker answers; '' if one does.
-
-    Raises
-    ------
-    ValueError
-        If kafka-python can't use the settings.
-    """
+    """Return why no broker answers, '' if one does; raise `ValueError` if settings are unusable."""
     milliseconds = ANSWER_SECONDS * 1000
     limits = {"bootstrap_timeout_ms": milliseconds, "request_timeout_ms": milliseconds}
     arguments = {**python_settings(settings), **limits}

@@ -488,15 +488,7 @@ def _path_error(path: str, fault: str) -> ValueError:
 def _file_system(
     spark: SparkSession, name: str | os.PathLike[str]
 ) -> tuple[JavaObject, JavaObject]:
-    """Return the Hadoop path and file system for a name.
-
-    Raises
-    ------
-    JarsError
-        If Spark lacks the jar of the file system.
-    OSError
-        If the name or its file system can't be used.
-    """
+    """Return a name's Hadoop path and file system; raise `JarsError` if Spark lacks its jar."""
     name = exact_path(spark, name)
     try:
         path = java_class(spark, "org.apache.hadoop.fs.Path")(name)
