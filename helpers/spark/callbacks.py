@@ -13,7 +13,7 @@ import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from py4j.java_gateway import CallbackServer, JavaGateway
 from pyspark.sql import SparkSession
@@ -22,15 +22,6 @@ _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _USER = os.getuid()
 
 Address = tuple[IPv4Address | IPv6Address, int]
-
-
-class _Row(NamedTuple):
-    """A socket in Linux' list."""
-
-    local: Address
-    peer: Address
-    user: int
-    inode: int  # 0 if its program has closed it
 
 
 def guard_callbacks(spark: SparkSession) -> None:
@@ -76,15 +67,18 @@ def _is_ours(connection: socket.socket) -> bool:
         for host, port, *_ in (connection.getsockname(), connection.getpeername())
     )
     rows = _rows({ours[1], peer[1]})
-    if not any(row.local[1] == ours[1] and row.peer[1] == 0 for row in rows):
+    if not any(local[1] == ours[1] and other[1] == 0 for local, other, *_ in rows):
         return True  # not even the server is listed: this system has no such list
     return any(
-        (row.local, row.peer, row.user) == (peer, ours, _USER) and row.inode for row in rows
+        (local, other, user) == (peer, ours, _USER) and inode for local, other, user, inode in rows
     )
 
 
-def _rows(ports: set[int]) -> list[_Row]:
-    """Return the sockets at some ports that Linux lists."""
+def _rows(ports: set[int]) -> list[tuple[Address, Address, int, int]]:
+    """Return the sockets at some ports that Linux lists: address, peer, user and inode.
+
+    The inode is 0 if its program has closed the socket.
+    """
     rows = []
     for table in _TABLES:
         try:
@@ -94,7 +88,7 @@ def _rows(ports: set[int]) -> list[_Row]:
         for line in lines:
             _, local, peer, *_, user, _, inode = line.split()[:10]
             if int(local.rpartition(":")[2], 16) in ports:
-                rows.append(_Row(_address(local), _address(peer), int(user), int(inode)))
+                rows.append((_address(local), _address(peer), int(user), int(inode)))
     return rows
 
 
