@@ -53,6 +53,8 @@ from helpers.higgs import SCHEMA
 from helpers.spark import arrow_function
 
 MODEL_VERSION = "model_version"  # the column with the version of the model that scored an event
+# In a column's metadata: whether its predictions are probabilities, as far as a model was tried.
+ARE_PROBABILITIES = "probabilities"
 
 # The columns that scoring adds to a table of features.
 _RESULTS = ("prediction", "predicted_index", MODEL_VERSION)
@@ -67,7 +69,7 @@ _BESIDE_THE_ID = frozenset((
 _HIGGS_JSON = SCHEMA.json()
 _DENSE = 1  # how VectorUDT marks a dense vector
 _NUMBERS = frozenset((int, float))  # not bool, which Python treats as an int
-LARGEST = float(np.finfo("float32").max)  # that a feature may be
+LARGEST = float(np.nextafter(2.0**128 - 2.0**103, 0))  # the last that is finite as a 32-bit float
 _INTEGER_BITS = {"byte": 8, "short": 16, "integer": 32, "long": 64}
 _FLOATS = ("float", "double")
 EXACT = 2**53  # below this integer, each number has a 64-bit float of its own

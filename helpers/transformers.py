@@ -51,16 +51,20 @@ from helpers.model import (
     scoring_function,
     servable_model,
 )
-from helpers.records import EXACT, LARGEST, list_array, named, vector_entries
+from helpers.records import (
+    ARE_PROBABILITIES,
+    EXACT,
+    LARGEST,
+    list_array,
+    named,
+    vector_entries,
+)
 from helpers.spark import arrow_function, exact_path, exact_reader
 
 if TYPE_CHECKING:
     import keras
 
 _SCORES = ArrayType(DoubleType())
-
-# In a column's metadata: whether its predictions are probabilities, as far as a model was tried.
-_ARE_PROBABILITIES = "probabilities"
 
 NO_PREDICTION = "the model has no finite prediction for its features"
 
@@ -295,7 +299,7 @@ class LabelIndexTransformer(Transformer, HasInputCol, HasOutputCol, MLWritable, 
         found = _width_in_metadata(dataset, name)
         if found not in (None, classes):
             raise ValueError(_wrong_output_dim(found, classes))
-        if not dataset.schema[name].metadata.get(_ARE_PROBABILITIES, True):
+        if not dataset.schema[name].metadata.get(ARE_PROBABILITIES, True):
             raise ValueError(
                 f"the predictions in column {name!r} are not probabilities, so no class can be "
                 "chosen: end the network with a softmax over the classes, or with a single sigmoid."
@@ -434,7 +438,7 @@ def _matrix_of(lists: pyarrow.ListArray, width: int | None) -> np.ndarray:
 def _vector(scores: Column, name: str, width: int, are_probabilities: bool) -> Column:
     """Return lists as vectors, under a name; null stays null."""
     # Spark ML's metadata for the number of entries, and the kit's own.
-    metadata = {"ml_attr": {"num_attrs": width}, _ARE_PROBABILITIES: are_probabilities}
+    metadata = {"ml_attr": {"num_attrs": width}, ARE_PROBABILITIES: are_probabilities}
     return F.when(scores.isNotNull(), array_to_vector(scores)).alias(name, metadata=metadata)
 
 

@@ -269,10 +269,11 @@ class Monitor:
         # Here, because importing Matplotlib takes a second, and a job never plots.
         from helpers.monitor.plots import figure_of
 
-        table = self.table()
+        with self._lock:
+            table, totals = self.table(), self.totals()
         if table.empty:
             raise ValueError("there is no batch to plot yet: run the stream first.")
-        return figure_of(table, self.totals())
+        return figure_of(table, totals)
 
     def _note_unused(self, names: Iterable[str]) -> list[str]:
         """Keep names of unused fields for the table, and return the new ones.

@@ -31,7 +31,7 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from helpers.higgs import EVENT_ID
-from helpers.records import MODEL_VERSION, BadRecordError, name_faults
+from helpers.records import ARE_PROBABILITIES, MODEL_VERSION, BadRecordError, name_faults
 from helpers.sinks.columns import bounded, metrics, stored_columns
 from helpers.sinks.commits import FAN_IN, CommitLog, Part, State
 from helpers.sinks.dead_letters import send_dead_letters
@@ -515,8 +515,14 @@ def _read_committed(spark: SparkSession, path: str | os.PathLike[str]) -> DataFr
 
 
 def _check_classes(scored: DataFrame) -> None:
-    """Raise `SinkError` if it is known that the predictions don't have two entries."""
-    entries = scored.schema["prediction"].metadata.get("ml_attr", {}).get("num_attrs", 2)
+    """Raise `SinkError` if it is known that the predictions aren't two probabilities."""
+    metadata = scored.schema["prediction"].metadata
+    if not metadata.get(ARE_PROBABILITIES, True):
+        raise SinkError(
+            "the sink stores probabilities, but the network's output is something else: end it "
+            "with a softmax over the classes, or with a single sigmoid."
+        )
+    entries = metadata.get("ml_attr", {}).get("num_attrs", 2)
     if entries != 2:
         raise SinkError(
             f"the network distinguishes {entries} classes, but the sink stores the probabilities "
