@@ -51,6 +51,7 @@ _SURPLUS = ["surplus 1", "surplus 2", "surplus 3"]  # for values that are in no 
 _UNREADABLE = re.compile(r"^[._]|:")
 _OF_MACOS = re.compile(r"^__MACOSX/|(^|/)\.DS_Store$")
 _CONTENT = StructType().add("content", BinaryType())
+_EMPTY = f"is empty: download it again from {SOURCE}."
 _VERDICT = StructType().add("columns", ArrayType(StringType())).add("fault", StringType())
 
 
@@ -132,7 +133,7 @@ def read_events_in_spark(spark: SparkSession, path: str | os.PathLike[str]) -> D
     if size is None:
         raise _no_file(path)
     if size == 0:  # Spark returns no row for an empty file
-        raise _empty(name)
+        raise ValueError(f"{name} {_EMPTY}")
     content = _content(spark, path)
     verdict = content.mapInPandas(lambda parts: _verdicts(parts, name), _VERDICT).first()
     if verdict.fault:
@@ -174,30 +175,27 @@ def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
     """Yield the events in a file's content, `_ROWS` at a time."""
     unpackers = (unpack for start, unpack in _COMPRESSION.items() if content.startswith(start))
     try:
-        try:
-            text = next(unpackers, bytes)(content)
-        except _RefusedError as error:
-            raise _RefusedError(f"{path} {error}") from None
+        text = next(unpackers, bytes)(content)
         if b"\0" in text:  # where pandas would end a value
             raise _RefusedError(
-                f"{path} has bytes that are zero, which text doesn't have, so a part of it is "
-                f"missing or damaged: download it again from {SOURCE}."
+                "has bytes that are zero, which text doesn't have, so a part of it is missing or "
+                f"damaged: download it again from {SOURCE}."
             )
         with io.TextIOWrapper(io.BytesIO(text), "utf-8-sig", newline="") as lines:
             header = next((line for line in lines if line.strip()), None)
             if header is None:
-                raise _empty(path)
+                raise _RefusedError(_EMPTY)
             columns = pd.read_csv(io.StringIO(header)).columns
-            layout = _layout_of(columns, path)
+            layout = _layout_of(columns)
             chunks = pd.read_csv(
                 lines, header=None, names=[*columns, *_SURPLUS],
                 dtype=dict.fromkeys((*_TEXTS, *_SURPLUS), str), float_precision="round_trip",
                 low_memory=False, chunksize=_ROWS,
             )  # fmt: skip
             for chunk in chunks:
-                yield _checked(chunk, layout, path)
-    except _RefusedError:
-        raise
+                yield _checked(chunk, layout)
+    except _RefusedError as error:
+        raise ValueError(f"{path} {error}") from None
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{path} needs the package {error.name} where it is read, which is on the workers if "
@@ -248,31 +246,31 @@ _COMPRESSION: dict[bytes, Callable[[bytes], bytes]] = {
 
 
 class _RefusedError(ValueError):
-    """A file's columns or values are not those of the challenge."""
+    """A file can't be used; the message says why, and `_parsed` puts the path in front of it."""
 
 
-def _checked(events: pd.DataFrame, layout: list[str], path: str) -> pd.DataFrame:
+def _checked(events: pd.DataFrame, layout: list[str]) -> pd.DataFrame:
     """Return events with their types and in the published order; refuse invalid values."""
     # pandas takes more surplus values for names of rows.
     if not isinstance(events.index, pd.RangeIndex) or events[_SURPLUS].notna().any(axis=None):
-        raise _RefusedError(f"{path} has rows with more values than columns: remove the surplus.")
+        raise _RefusedError("has rows with more values than columns: remove the surplus.")
     for column in layout:
         if column not in _TEXTS:
-            events[column] = _numbers(events[column], path)
+            events[column] = _numbers(events[column])
     if LABEL in layout and not events[LABEL].isin(LABELS).all():
         raise _RefusedError(
-            f"{path} has values other than s and b in the column {LABEL!r}: write s for signal "
-            "and b for background."
+            f"has values other than s and b in the column {LABEL!r}: write s for signal and b for "
+            "background."
         )
     if "KaggleSet" in layout and not events["KaggleSet"].dropna().isin(_SETS).all():
         raise _RefusedError(
-            f"{path} has values other than {', '.join(_SETS)} in the column 'KaggleSet', as after "
-            f"a quote that isn't closed and swallows lines: download it again from {SOURCE}."
+            f"has values other than {', '.join(_SETS)} in the column 'KaggleSet', as after a quote "
+            f"that isn't closed and swallows lines: download it again from {SOURCE}."
         )
     return events[layout]
 
 
-def _layout_of(header: pd.Index, path: str | os.PathLike[str]) -> list[str]:
+def _layout_of(header: pd.Index) -> list[str]:
     """Return the columns of the smallest layout that contains all of `header`."""
     for bookkeeping in _LAYOUTS:
         layout = [EVENT_ID, *FEATURES, *bookkeeping]
@@ -281,20 +279,20 @@ def _layout_of(header: pd.Index, path: str | os.PathLike[str]) -> list[str]:
     unknown = [name for name in header if name not in layout]
     if unknown and any(separator in unknown[0] for separator in ";\t"):
         raise _RefusedError(
-            f"{path} has values that a semicolon or a tab separates: write them with commas, and "
-            "numbers with a decimal point."
+            "has values that a semicolon or a tab separates: write them with commas, and numbers "
+            "with a decimal point."
         )
     if unknown:
-        raise _RefusedError(f"{path} has the unknown column {unknown[0]!r}: remove or rename it.")
+        raise _RefusedError(f"has the unknown column {unknown[0]!r}: remove or rename it.")
     missing = [name for name in layout if name not in header]
     if missing:
         raise _RefusedError(
-            f"{path} lacks the column {missing[0]!r}: use a file with the columns of {SOURCE}."
+            f"lacks the column {missing[0]!r}: use a file with the columns of {SOURCE}."
         )
     return layout
 
 
-def _numbers(values: pd.Series, path: str) -> pd.Series:
+def _numbers(values: pd.Series) -> pd.Series:
     """Return `values` as int64 or float64, depending on the column."""
     numbers = pd.to_numeric(values, errors="coerce")
     if values.dtype == bool or not np.isfinite(numbers).all():
@@ -302,27 +300,23 @@ def _numbers(values: pd.Series, path: str) -> pd.Series:
             f"write {MISSING} where a value is missing"
         )
         raise _RefusedError(
-            f"{path} has values that are not numbers in the column {values.name!r}: {remedy}."
+            f"has values that are not numbers in the column {values.name!r}: {remedy}."
         )
     if values.name not in INTEGERS:
         return numbers.astype("float64")
     if (numbers % 1 != 0).any():
         raise _RefusedError(
-            f"{path} has fractions in the column {values.name!r}: write whole numbers there."
+            f"has fractions in the column {values.name!r}: write whole numbers there."
         )
     limit = 2**63 if spark_type(values.name) == LongType() else 2**31
     if numbers.dtype == "float64":
         limit = min(limit, 2**53)  # above, a float may be another integer, rounded
     if not ((numbers > -limit) & (numbers < limit)).all():
         raise _RefusedError(
-            f"{path} has numbers of {limit} or more in the column {values.name!r}: write smaller "
-            "ones, and all without a decimal point."
+            f"has numbers of {limit} or more in the column {values.name!r}: write smaller ones, "
+            "and all without a decimal point."
         )
     return numbers.astype("int64")
-
-
-def _empty(path: str) -> ValueError:
-    return _RefusedError(f"{path} is empty: download it again from {SOURCE}.")
 
 
 def _no_file(path: str | os.PathLike[str]) -> FileNotFoundError:
