@@ -481,32 +481,26 @@ def _activations(layer: keras.Layer) -> Iterator[object]:
 
 def _agree(model: keras.Model, copy: keras.Model) -> bool:
     """Return whether two models return the same numbers for the tried events that both take."""
+    (given,) = copy.inputs
     # A size that is open may be any, unless the network's layers say otherwise.
-    is_open = any(None in given.shape[1:] for given in copy.inputs)
-    verdicts = (_agree_on(model, copy, size) for size in _OPEN_SIZES[: None if is_open else 1])
-    return next((verdict for verdict in verdicts if verdict is not None), True)
+    for open_size in _OPEN_SIZES if None in given.shape[1:] else _OPEN_SIZES[:1]:
+        shape = tuple(open_size if size is None else size for size in given.shape[1:])
+        verdict = _agree_on(model, copy, _sample(copy, shape, given.dtype), given.dtype)
+        if verdict is not None:
+            return verdict
+    return True
 
 
-def _agree_on(model: keras.Model, copy: keras.Model, open_size: int) -> bool | None:
-    """Return whether two models agree on events of an open size; None if they take none of them."""
+def _agree_on(model: keras.Model, copy: keras.Model, sample: np.ndarray, dtype: str) -> bool | None:
+    """Return whether two models agree on events; None if they take none of them."""
     import keras
 
-    shapes = [
-        tuple(open_size if size is None else size for size in given.shape[1:])
-        for given in copy.inputs
-    ]
-    dtypes = [given.dtype for given in copy.inputs]
-    events = [
-        keras.ops.convert_to_tensor(each, dtype)
-        for each, dtype in zip(_sample(copy, shapes, dtypes), dtypes, strict=True)
-    ]
+    events = keras.ops.convert_to_tensor(sample, dtype)
 
     def agree(part: slice) -> bool:
-        given = [each[part] for each in events]
         with keras.StatelessScope():  # a call with training=True would change the model
             one, other = (
-                keras.tree.flatten(each(given if len(given) > 1 else given[0], training=False))
-                for each in (model, copy)
+                keras.tree.flatten(each(events[part], training=False)) for each in (model, copy)
             )
         return all(map(_are_close, one, other))
 
@@ -514,7 +508,7 @@ def _agree_on(model: keras.Model, copy: keras.Model, open_size: int) -> bool | N
         return agree(slice(None))
     except Exception:  # such as for an unknown category, or a size that must be another one
         verdicts = []
-        for number in range(len(events[0])):
+        for number in range(len(events)):
             with contextlib.suppress(Exception):
                 verdicts.append(agree(slice(number, number + 1)))
         return all(verdicts) if verdicts else None
@@ -579,10 +573,8 @@ def dependence(
     )
 
 
-def _sample(
-    network: keras.Model, shapes: list[tuple[int, ...]], dtypes: list[str]
-) -> list[np.ndarray]:
-    """Return random events for inputs: zeros and ones for integers, which may be few categories.
+def _sample(network: keras.Model, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Return random events for an input: zeros and ones for integers, which may be few categories.
 
     Some numbers are around 0, and some where the network's own layers expect them. Far away from
     there, all events would look alike.
@@ -590,16 +582,11 @@ def _sample(
     import keras
 
     random = np.random.default_rng(0)
-    samples = []
-    for shape, dtype in zip(shapes, dtypes, strict=True):
-        if keras.backend.is_float_dtype(dtype):
-            normal = random.normal(scale=2, size=(_TRIED, *shape))
-            around = [mean + scale * normal for mean, scale in _expected(network, shape)]
-            samples.append(np.concatenate([normal, *around]))
-        else:
-            samples.append(random.integers(0, 2, (_TRIED, *shape)).astype("float64"))
-    size = max(map(len, samples))
-    return [np.resize(sample, (size, *sample.shape[1:])) for sample in samples]
+    if not keras.backend.is_float_dtype(dtype):
+        return random.integers(0, 2, (_TRIED, *shape)).astype("float64")
+    normal = random.normal(scale=2, size=(_TRIED, *shape))
+    around = [mean + scale * normal for mean, scale in _expected(network, shape)]
+    return np.concatenate([normal, *around])
 
 
 def _expected(
@@ -883,13 +870,7 @@ def _check_numbers(network: keras.Model) -> None:
 
 
 def _tried(network: keras.Model) -> np.ndarray:
-    """Return what a network returns for random events; NaN if none of the tried sizes fits it.
-
-    Raises
-    ------
-    UnservableModelError
-        If it can't score them, or not each by itself.
-    """
+    """Return what a network returns for random events; NaN if none of the tried sizes fits it."""
     interface = interface_of(network)
     try:
         score = scoring_function(network)
@@ -898,7 +879,8 @@ def _tried(network: keras.Model) -> np.ndarray:
     for size in _OPEN_SIZES if None in interface.shape else (0,):
         features = math.prod(size if known is None else known for known in interface.shape)
         try:
-            events = _events(network, features, interface.dtype)
+            events = _sample(network, (features,), interface.dtype)
+            events = np.concatenate([events, np.abs(events)])  # a layer may be undefined below 0
             values = score(events)
             fault = dependence(score, events, values)
         except UnservableModelError:
@@ -911,12 +893,6 @@ def _tried(network: keras.Model) -> np.ndarray:
             raise _refusal(fault)
         return values
     return np.full((1, 2), np.nan)
-
-
-def _events(network: keras.Model, features: int, dtype: str) -> np.ndarray:
-    """Return random events for a network, each also with all of its numbers above 0."""
-    (events,) = _sample(network, [(features,)], [dtype])
-    return np.concatenate([events, np.abs(events)])  # a layer may be undefined below 0
 
 
 def _not_callable(error: Exception) -> UnservableModelError:
