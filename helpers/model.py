@@ -45,6 +45,8 @@ _ROUNDING = 0.01  # how far probabilities may be off, such as with float16
 # Layers that leave a probability unchanged at the end of a network.
 _UNCHANGING = ("Dropout", "Flatten", "Identity", "Reshape")
 
+_SIGMOIDS = ("sigmoid", "hard_sigmoid")  # functions that return a probability
+
 # Numbers between these have squares that are normal 32-bit floats.
 _SMALL, _LARGE = 1e-3, 1e15
 
@@ -380,8 +382,10 @@ def servable_model(model: keras.Model) -> ServableModel:
     content, network = worker_copy(model)
     _check_numbers(network)
     values = _tried(network)
-    is_known = np.isfinite(values).all(axis=1).any()
-    fits = are_probabilities(values) if is_known else not _is_unbounded(network.outputs[0])
+    if np.isfinite(values).all(axis=1).any():
+        fits = are_probabilities(values)
+    else:  # the output of a layer without activation has no bounds
+        fits = _last_function(network.outputs[0]) != "linear"
     return ServableModel(content, interface_of(network), fits)
 
 
@@ -786,7 +790,7 @@ def _output_fault(tensor: keras.KerasTensor) -> str | None:
             "that returns one row per event, such as keras.layers.Flatten and Dense, or an LSTM "
             "without return_sequences"
         )
-    if tensor.shape[1] == 1 and not _is_probability(tensor):
+    if tensor.shape[1] == 1 and _last_function(tensor).lower() not in _SIGMOIDS:
         return (
             "its only output is not a probability: end it with a sigmoid, or with a softmax over "
             "the classes"
@@ -801,16 +805,6 @@ def _is_numeric(dtype: str) -> bool:
     return keras.backend.is_float_dtype(dtype) or keras.backend.is_int_dtype(dtype) or (
         dtype == "bool"
     )
-
-
-def _is_probability(tensor: keras.KerasTensor) -> bool:
-    """Return whether a tensor is the output of a sigmoid."""
-    return _last_function(tensor).lower() in ("sigmoid", "hard_sigmoid")
-
-
-def _is_unbounded(tensor: keras.KerasTensor) -> bool:
-    """Return whether a tensor is the output of a layer without activation."""
-    return _last_function(tensor) == "linear"
 
 
 def _last_function(tensor: keras.KerasTensor) -> str:
