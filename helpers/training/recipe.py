@@ -128,6 +128,8 @@ def recipe_of(model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: A
     ValueError
         If a copy would be another network, optimizer or loss; the message says what is lost.
     """
+    import keras
+
     try:
         content = model_to_bytes(model)
         copy = model_from_bytes(content)
@@ -139,7 +141,9 @@ def recipe_of(model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: A
             "a copy of the network would train other weights than the network: set `trainable` of "
             "whole layers, not of the network or of single weights."
         )
-    return Recipe(content, _optimizer_config(model, optimizer), _loss_config(loss))
+    optimizer_config = _optimizer_config(model, optimizer)
+    _check_copy("loss", loss, keras.losses)
+    return Recipe(content, optimizer_config, keras.losses.serialize(loss))
 
 
 def _optimizer_config(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
@@ -157,13 +161,6 @@ def _optimizer_config(model: keras.Model, optimizer: keras.optimizers.Optimizer)
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     _check_copy("optimizer", inner, keras.optimizers)
     return keras.optimizers.serialize(optimizer)
-
-
-def _loss_config(loss: Any) -> Any:
-    import keras
-
-    _check_copy("loss", loss, keras.losses)
-    return keras.losses.serialize(loss)
 
 
 def _check_copy(what: str, given: Any, module: ModuleType) -> None:
