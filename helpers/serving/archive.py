@@ -195,14 +195,12 @@ def _files_in(content: bytes, path: Path) -> dict[str, bytes]:
                 if part.file_size > _MOST_EXPANSION * part.compress_size:
                     raise ValueError(f"{part.filename} would be {part.file_size} bytes")
             files = {name: archive.read(name) for name in known}
+        for name in _KERAS_FILES:
+            if name not in files:
+                raise ValueError(f"it has no {name}")
+        return files
     except Exception as error:  # a damaged archive may raise many kinds of errors
         raise ServingModelError(f"{path} is not a .keras file, or is damaged: {error}.") from error
-    missing = [name for name in _KERAS_FILES if name not in files]
-    if missing:
-        raise ServingModelError(
-            f"{path} is not a .keras file, or is damaged: it has no {missing[0]}."
-        )
-    return files
 
 
 def _archive(files: Mapping[str, bytes]) -> bytes:
