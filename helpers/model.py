@@ -716,27 +716,21 @@ def _predicted(
     """Return a network's output; NaN for events on which it fails, unless it fails on all."""
     import tensorflow
 
-    failure = tensorflow.errors.InvalidArgumentError
-
-    def split(events: np.ndarray) -> np.ndarray:
-        if len(events) == 1:
-            return np.full((1, outputs), np.nan, "float32")
-        middle = len(events) // 2
-        return np.concatenate([part_of(events[:middle]), part_of(events[middle:])])
-
-    def part_of(events: np.ndarray) -> np.ndarray:
+    pending, found, has_failed = [events], [], False
+    while pending:
+        part = pending.pop()
         try:
-            return predict(events)
-        except failure:
-            return split(events)
-
-    try:
-        return predict(events)
-    except failure:
-        values = split(events)
-        if np.isnan(values).all():
-            predict(np.zeros_like(events[:1]))  # raises again if the network is at fault
-        return values
+            found.append(predict(part))
+        except tensorflow.errors.InvalidArgumentError:
+            has_failed, middle = True, len(part) // 2
+            if middle:
+                pending += [part[middle:], part[:middle]]  # the first half is next
+            else:
+                found.append(np.full((1, outputs), np.nan, "float32"))
+    values = np.concatenate(found)
+    if has_failed and np.isnan(values).all():
+        predict(np.zeros_like(events[:1]))  # raises again if the network is at fault
+    return values
 
 
 def _fault(model: keras.Model) -> str | None:
