@@ -22,31 +22,6 @@ class Particle(NamedTuple):
     """Azimuth angle around the beams, in radians."""
 
 
-def transverse_mass(
-    pt_1: ArrayLike, phi_1: ArrayLike, pt_2: ArrayLike, phi_2: ArrayLike
-) -> NDArray[np.float64]:
-    r"""Compute the transverse mass of two particles, :math:`\sqrt{2 p_1 p_2 (1 - \cos\Delta\phi)}`.
-
-    Parameters
-    ----------
-    pt_1, pt_2 : array_like, shape (n,)
-        Transverse momenta in GeV.
-    phi_1, phi_2 : array_like, shape (n,)
-        Azimuth angles in radians.
-
-    Returns
-    -------
-    ndarray, shape (n,)
-        Transverse mass in GeV: ``DER_mass_transverse_met_lep`` in the appendix of [1]_.
-
-    Examples
-    --------
-    >>> float(transverse_mass(30.0, 0.0, 30.0, np.pi))
-    60.0
-    """
-    return np.sqrt(2 * np.multiply(pt_1, pt_2) * (1 - np.cos(np.subtract(phi_1, phi_2))))
-
-
 def invariant_mass(first: Particle, second: Particle) -> NDArray[np.float64]:
     r"""Compute the invariant mass of two massless particles.
 
@@ -57,6 +32,8 @@ def invariant_mass(first: Particle, second: Particle) -> NDArray[np.float64]:
     -------
     ndarray, shape (n,)
         Invariant mass in GeV: ``DER_mass_vis`` and ``DER_mass_jet_jet`` in the appendix of [1]_.
+        With the same pseudorapidity for both particles, it is their transverse mass,
+        :math:`\sqrt{2 p_1 p_2 (1 - \cos\Delta\phi)}`, as in ``DER_mass_transverse_met_lep``.
 
     Examples
     --------
@@ -178,7 +155,9 @@ def derive_columns(events: pd.DataFrame) -> pd.DataFrame:
     # Absent jets contribute nothing, and neither, by definition, do jets beyond these two.
     jets = sum(np.nan_to_num(plane(jet.pt, jet.phi)) for jet in (leading, subleading))
     derived = {
-        "DER_mass_transverse_met_lep": transverse_mass(lep.pt, lep.phi, met, met_phi),
+        "DER_mass_transverse_met_lep": invariant_mass(
+            lep._replace(eta=0.0), Particle(met, 0.0, met_phi)
+        ),
         "DER_mass_vis": invariant_mass(tau, lep),
         "DER_pt_h": np.abs(higgs),
         "DER_deltaeta_jet_jet": np.abs(leading.eta - subleading.eta),
