@@ -5,8 +5,8 @@ scaled, or which output means signal; sooner or later, somebody guesses wrong. A
 a network together with its *contract* in one ``.keras`` file, which is rejected if the two
 disagree.
 
-`contract` says what the file records, `archive` writes and reads the file, `model_file` follows its
-replacements while a stream runs, and `transformer` applies it.
+`contract` says what the file records, `archive` writes and reads the file, and `transformer`
+applies it and follows its replacements while a stream runs.
 """
 
 from helpers.serving.archive import load_serving_model, save_serving_model
@@ -17,5 +17,4 @@ from helpers.serving.contract import (
     fingerprint,
     scaled_network,
 )
-from helpers.serving.model_file import ModelFile
-from helpers.serving.transformer import ServingTransformer
+from helpers.serving.transformer import ModelFile, ServingTransformer
