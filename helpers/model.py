@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
-FEATURE_COUNT = 30
-
-CLASS_COUNT = 2
-
 # With random weights, the fraction of events that the network assigns to class 0 is arbitrary,
 # anything from none to all. With this seed it is about half, so there is something to see.
 SEED = 39
@@ -59,7 +55,7 @@ _UNKNOWN = re.compile(
 _REGISTRY = threading.Lock()  # held while the classes that are registered with Keras are hidden
 
 
-def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.Model:
+def build_model(seed: int = SEED, feature_count: int = 30) -> keras.Model:
     """Return the original notebook's network with random weights: 30-500-1000-500-2.
 
     Dense layers with ReLU, dropout of 0.4 after the first two, softmax at the end: 1,018,002
@@ -101,7 +97,7 @@ def build_model(seed: int = SEED, feature_count: int = FEATURE_COUNT) -> keras.M
             dense(1000, "relu", 1, "hidden_2"),
             keras.layers.Dropout(0.4, seed=seed, name="dropout_2"),
             dense(500, "relu", 2, "hidden_3"),
-            dense(CLASS_COUNT, "softmax", 3, "classes"),
+            dense(2, "softmax", 3, "classes"),
         ],
         name="higgs",
     )
