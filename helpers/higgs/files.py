@@ -21,7 +21,6 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import (
     ArrayType,
     BinaryType,
-    LongType,
     StringType,
     StructField,
     StructType,
@@ -308,7 +307,7 @@ def _numbers(values: pd.Series) -> pd.Series:
         raise _RefusedError(
             f"has fractions in the column {values.name!r}: write whole numbers there."
         )
-    limit = 2**63 if spark_type(values.name) == LongType() else 2**31
+    limit = 2**63 if values.name == EVENT_ID else 2**31
     if numbers.dtype == "float64":
         limit = min(limit, 2**53)  # above, a float may be another integer, rounded
     if not ((numbers > -limit) & (numbers < limit)).all():
