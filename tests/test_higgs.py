@@ -373,6 +373,10 @@ ACCEPTED = {
     "gzip, renamed": ("events.csv.gz.1", gzip.compress(TEXT.encode())),
     "gzip, already unpacked": ("events.csv.gz", TEXT),
     "xz": ("events.csv.xz", lzma.compress(TEXT.encode())),
+    "Zstandard": ("events.csv.zst", zstandard.compress(TEXT.encode())),
+    "Zstandard with a comment": (
+        "events.csv.zst", b"\x50\x2a\x4d\x18\x02\0\0\0ab" + zstandard.compress(TEXT.encode()),
+    ),
     "Kaggle": ("events.csv", CERN[:9][CERN.columns[:33]].to_csv(index=False)),
     "another order": ("events.csv", CERN[CERN.columns[::-1]].head(5).to_csv(index=False)),
     "an odd path": ("a [1]{b}*?\\,%20#:ü.csv", TEXT),
@@ -438,6 +442,9 @@ REFUSED = {
     "true": ("events.csv", f"{HEADER}\n{ROW.replace('0.1', 'True')}\n", "not numbers in the"),
     "infinity": ("events.csv", with_value("PRI_met", "inf"), "not numbers in the column 'PRI_met'"),
     "no value": ("events.csv", with_value("PRI_met", ""), "not numbers in the column 'PRI_met'"),
+    "no weight": (
+        "events.csv", f"{HEADER},Weight\n{ROW},1.0\n{ROW},\n", "'Weight': leave out rows without one",
+    ),
     "a fraction": ("events.csv", with_value("PRI_jet_num", "2.5"), "fractions in the column 'PRI_"),
     "a large count": ("events.csv", with_value("PRI_jet_num", str(2**31)), "numbers of 2147483648"),
     "a huge id": ("events.csv", with_value("EventId", str(2**63)), "numbers of 92233720368547758"),
@@ -453,7 +460,7 @@ REFUSED = {
     "half a gzip": ("events.csv.gz", gzip.compress(TEXT.encode())[:-9], "can't be read as CSV"),
     "half a zstd": ("events.csv", zstandard.compress(TEXT.encode())[:-9], "data has no end"),
     "one block of a zstd": ("events.csv", zstandard_block(TEXT), "data has no end"),
-    "UTF-16": ("events.csv", TEXT.encode("utf-16"), "has bytes that are zero, which text doesn't"),
+    "UTF-16": ("events.csv", TEXT.encode("utf-16"), "write it as UTF-8"),
     "a hole": ("events.csv", with_value("PRI_met", "1.5\0" "7"), "has bytes that are zero"),
     "a hole in a gzip": (
         "events.csv.gz", gzip.compress(with_value("PRI_met", "1.5\0" "7").encode()),
@@ -505,6 +512,13 @@ def test_significance_is_the_challenges(tmp_path):
         b = 411_000 * weights[chosen & ~is_signal].sum() / weights[~is_signal].sum()
         expected = np.sqrt(2 * ((s + b + 10) * np.log(1 + s / (b + 10)) - s))
         assert value == pytest.approx(expected)
+
+
+def test_weights_that_cancel_out_are_no_negative_sum():
+    """Weights whose sum is 0 give a significance, although their floats add up to a bit less."""
+    weights = [0.7, 0.1, -0.8, 1.0, 1.0]
+    _, values = higgs.significance_curve([0.9, 0.8, 0.7, 0.6, 0.5], [True] * 4 + [False], weights)
+    assert values[2] == 0
 
 
 @pytest.mark.parametrize(

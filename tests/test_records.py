@@ -125,6 +125,7 @@ GOOD_ONES = [
     changed(Weight=1.0, note="a: b", nested={"EventId": "x"}),
     GOOD_TEXT.replace(b'"EventId"', b'"\\u0045ventId"'),
     with_literal("DER_mass_vis", b"-0"),
+    with_literal("DER_mass_vis", b"3.4028235e38"),
     with_literal("DER_mass_vis", b"1E+2"),
 ]
 

@@ -333,6 +333,18 @@ def test_more_classes_than_two_are_refused(spark, path):
         assert sink.positions() == {}
 
 
+def test_logits_are_refused(spark, path):
+    """The columns of the results are called probabilities, so nothing else is stored in them."""
+    network = keras.Sequential([keras.Input((30,)), keras.layers.Dense(2)])
+    records = rows(spark, 0, 10).drop("prediction")
+    features = array_to_vector(F.array_repeat(F.lit(0.5), 30))
+    scored = ModelPredictor(network).predict(records.withColumn("features", features))
+    with Sink(spark, path) as sink:
+        with pytest.raises(SinkError, match="with a softmax over the classes"):
+            sink.write(scored, sink.stream.plan(0, 10))
+        assert sink.positions() == {}
+
+
 def test_a_start_that_could_not_be_written_is_written_later(spark, path, monkeypatch):
     """After a crash before the first batch, the stream begins at the same place."""
     with ParquetSink(spark, path, signal_index=0) as sink:

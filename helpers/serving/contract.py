@@ -111,11 +111,12 @@ class Contract:
     def faults(self) -> list[str]:
         """Return the contract's internal faults, as clauses; none if it is valid."""
         names, classes, count = self.feature_names, self.class_names, len(self.feature_names)
+        signal = repr(self.signal_index)
         numbers = {"means": self.means, "scales": self.scales}
         texts = (*names, *classes, self.event_id, *self.metrics)
         rules = {
             f"it has {len(classes)} classes, not two": len(set(classes)) == len(classes) == 2,
-            f"signal_index is {self.signal_index!r}": repr(self.signal_index) in ("0", "1"),
+            f"signal_index is {signal}, not the integer 0 or 1": signal in ("0", "1"),
             f"threshold is {self.threshold}, not between 0 and 1": 0 < self.threshold < 1,
             "a name is not a string": all(isinstance(name, str) for name in texts),
             "a scale isn't above 0": all(scale > 0 for scale in self.scales),
@@ -150,7 +151,10 @@ class ServingModel:
 
     @property
     def schema(self) -> StructType:
-        """The schema of an event, for `helpers.records.parse_events`."""
+        """The schema of an event, for `helpers.records.parse_events`.
+
+        All features are doubles, because a contract has no types: a fraction is accepted in each.
+        """
         schema = StructType().add(self.contract.event_id, LongType())
         for name in self.contract.feature_names:
             schema = schema.add(name, DoubleType())
