@@ -179,15 +179,26 @@ def test_files_without_a_manifest_do_not_count_and_the_next_sink_removes_them(
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
     data = tmp_path / "scored" / "data"
-    interrupted = [f"{data}/interrupted", f"{data}/merged-interrupted"]
-    for folder in interrupted:
-        rows(spark, 10, 20).write.parquet(folder)
+    (batch,) = data.glob("*/*")
+    beside_it = batch.with_name("interrupted")
+    for folder in (data / "interrupted", data / "merged-interrupted", beside_it):
+        rows(spark, 10, 20).write.parquet(str(folder))
     assert stored(spark, path) == list(range(10))
     with Sink(spark, path) as sink:
         assert len(list(data.iterdir())) == 3  # the dead sink may only be slow
+        assert beside_it.exists()
         write(sink, spark, 10, 20)
         assert len(list(data.iterdir())) == 1
+        assert len(list(data.glob("*/*"))) == 2 and not beside_it.exists()
     assert stored(spark, path) == list(range(20))
+
+
+def test_reading_events_does_not_load_the_bytes_of_bad_records(spark, path):
+    """A thousand bad records of a megabyte each don't fill Java's memory when events are read."""
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+    scan = read_scored(spark, path)._jdf.queryExecution().executedPlan().collectLeaves().head()
+    assert "bad:struct<reason:string>" in scan.requiredSchema().catalogString()
 
 
 def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):

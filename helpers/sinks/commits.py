@@ -153,9 +153,9 @@ class State:
         ]
 
     def folders(self) -> set[str]:
-        """Return the folders in ``data`` that belong to the sink."""
-        replaced = {folder.partition("/")[0] for folder, _ in self.replaced}
-        return {part.outermost() for part in self.parts} | replaced
+        """Return the folders in ``data`` that belong to the sink, and those that contain them."""
+        names = {part.folder for part in self.parts} | {folder for folder, _ in self.replaced}
+        return names | {name.partition("/")[0] for name in names}
 
 
 class CommitLog:

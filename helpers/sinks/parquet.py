@@ -46,7 +46,7 @@ _LOGGER = logging.getLogger(__name__)
 
 ON_BAD_RECORD = ("dead-letter", "skip", "stop")
 
-# How long to wait for an action's counts; after this time they never arrive.
+# How long to wait for an action's counts; any that haven't arrived by then never will.
 _COUNTS_SECONDS = 10
 
 
@@ -309,7 +309,7 @@ class ParquetSink:
         self._state = replace(last, meaning=self._meaning)
         self._topic_ids, self._unsure, self._unmerged = None, None, {}
         # Listed now, because later folders may belong to a sink that takes over.
-        self._leftovers = set(folder_names(self._spark, f"{self.path}/data"))
+        self._leftovers = self._files.existing(self._state.new_folder())
 
     def _check_open(self) -> None:
         if self._lease is None:
@@ -477,7 +477,8 @@ def read_scored(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:
     SinkError
         If there is no sink at the path.
     """
-    return _read_committed(spark, path).where(F.col("bad").isNull()).drop("bad")
+    # By a field that is never null in a bad record, so that Spark doesn't read the record's bytes.
+    return _read_committed(spark, path).where(F.col("bad.reason").isNull()).drop("bad")
 
 
 def read_bad_records(spark: SparkSession, path: str | os.PathLike[str]) -> DataFrame:

@@ -27,8 +27,17 @@ from helpers.spark import (
 # Spark lists files on the driver instead of in a job with a task per file.
 _LISTED_BY_THE_DRIVER = {"spark.sql.sources.parallelPartitionDiscovery.threshold": "1000000"}
 
-# Whether Spark adds a file _SUCCESS, which a sink's manifest makes superfluous.
-_MARK_SUCCESS = "mapreduce.fileoutputcommitter.marksuccessfuljobs"
+_WRITING = {
+    # A file _SUCCESS would be superfluous beside a sink's manifest.
+    "mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
+    # By default, Parquet checks how much it keeps in memory after 100 rows, and then after up to
+    # 10,000, however large they are.
+    "parquet.page.size.row.check.min": "1",
+    "parquet.page.size.row.check.max": "10",
+}
+
+# Spark's faster reader reads 4,096 rows at a time, however large they are.
+_ROW_BY_ROW = {"spark.sql.parquet.enableVectorizedReader": "false"}
 
 # Target size of a merged file.
 _FILE_SIZE = 64 * 1024**2
@@ -60,7 +69,13 @@ class PartFiles:
 
     def write(self, rows: DataFrame, name: str) -> None:
         """Write rows to the files of a new folder."""
-        rows.write.option(_MARK_SUCCESS, "false").parquet(self.folder(name))
+        rows.write.options(**_WRITING).parquet(self.folder(name))
+
+    def existing(self, folder: str) -> set[str]:
+        """Return the folders in ``data``, and in the parent of a batch's folder."""
+        parent = folder.partition("/")[0]
+        beside = {f"{parent}/{name}" for name in folder_names(self._spark, self.folder(parent))}
+        return beside.union(folder_names(self._spark, self.folder("")))
 
     def read(self, parts: Iterable[Part]) -> DataFrame:
         """Return the rows of parts."""
@@ -105,7 +120,8 @@ class PartFiles:
         name = f"merged-{first:020d}-{uuid.uuid4()}"
         files = max(1, sum(part.size for part in group) // _FILE_SIZE)
         try:
-            self.write(self.read(group).coalesce(files), name)
+            with changed_settings(self._spark, _ROW_BY_ROW):
+                self.write(self.read(group).coalesce(files), name)
             part = self.finished(name, sum(part.rows for part in group), first)
         except BaseException:
             with contextlib.suppress(Exception):  # must not hide the original error
