@@ -113,6 +113,7 @@ def test_the_topic_for_letters_is_made_like_the_one_they_are_of(
     """With its partitions, for messages as large as the source's, kept at least as long."""
     topic = f"source-{uuid.uuid4()}"
     limits = {"max.message.bytes": 2 * MIB, "retention.ms": 864_000_000, "cleanup.policy": policy}
+    limits["retention.bytes"] = 10 * MIB
     kafka.create_topic(topic, partitions=3, config=limits)
     found = prepare_dead_letters(spark, [topic], settings)
     assert 2 * MIB < found[topic].limit < 2.1 * MIB
@@ -122,6 +123,7 @@ def test_the_topic_for_letters_is_made_like_the_one_they_are_of(
         resource = ConfigResource("TOPIC", f"{topic}.dead-letter")
         configs = admin.describe_configs([resource], config_filter="all")["topic"]
     assert configs[f"{topic}.dead-letter"]["retention.ms"]["value"] == kept
+    assert configs[f"{topic}.dead-letter"]["retention.bytes"]["value"] == "-1"
     assert prepare_dead_letters(spark, [topic], settings) == found
 
 

@@ -299,7 +299,9 @@ class _Admin:
         """
         found = self._topic_config(topic)
         limit, kept = found.get("max.message.bytes"), found.get("retention.ms")
-        settings = {"max.message.bytes": str(int(limit) + _HEADERS_ROOM)} if limit else {}
+        settings = {"retention.bytes": "-1"} if found else {}
+        if limit:
+            settings["max.message.bytes"] = str(int(limit) + _HEADERS_ROOM)
         if kept:
             is_deleted = kept != "-1" and "delete" in (found.get("cleanup.policy") or "")
             least = max(int(kept), _LEAST_RETENTION_MS)
