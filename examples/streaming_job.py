@@ -53,7 +53,8 @@ from helpers.streaming import (
 )
 from helpers.transformers import LabelIndexTransformer, ModelPredictor
 
-# Limits on a batch: large enough for high throughput, small enough to finish within seconds.
+# Limits on a batch, per second of the interval: large enough for high throughput, and small enough
+# to be scored in about that time.
 # spark-submit can override the DStream's limit, spark.streaming.kafka.maxRatePerPartition.
 RECORDS_PER_BATCH = 100_000
 RECORDS_PER_PARTITION_AND_SECOND = 10_000
@@ -94,13 +95,13 @@ def run_structured(
 ) -> None:
     """Score with Structured Streaming, which keeps its progress in the checkpoint."""
     positions = ends(spark, options, sink)
+    interval = None if options.available_now else options.interval
+    most = round(RECORDS_PER_BATCH * max(1, interval or 1))  # Spark runs one batch per interval
     query = KafkaQuery(
-        spark, [options.topic], kafka_settings(options), options.checkpoint, positions,
-        RECORDS_PER_BATCH,
-    )  # fmt: skip
+        spark, [options.topic], kafka_settings(options), options.checkpoint, positions, most
+    )
     with query, monitor.follow(spark):
         score_stream(query, score, sink, monitor)
-        interval = None if options.available_now else options.interval
         query.run(until=stopping.is_set, interval=interval)
 
 

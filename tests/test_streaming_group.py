@@ -24,6 +24,7 @@ from helpers.streaming import (
     StreamError,
     TopicAndPartition,
     new_streaming_context,
+    structured,
 )
 from helpers.streaming.client import KafkaClient
 from helpers.streaming.group import GroupProgress
@@ -90,6 +91,24 @@ def test_kafkas_tools_show_the_progress_of_the_sink(spark, topic, produce, setti
         assert committed(settings) == sink.positions()
         assert len(committed(settings)) == 2 and sum(committed(settings).values()) == 30
         assert query.lag() == 0
+
+
+def test_an_idle_query_keeps_its_offsets_alive(query_of, one, produce, settings, monkeypatch):
+    """Kafka forgets offsets that are not committed for a while, and its tools show no lag then."""
+    monkeypatch.setattr(structured, "RECOMMIT_SECONDS", 0.5)
+    produce(one, [b"x"] * 5)
+    query, forgotten = query_of(settings), []
+
+    def is_committed_again():
+        found = committed(settings)
+        if not forgotten and list(found.values()) == [5]:
+            with KafkaAdminClient(bootstrap_servers=settings["bootstrap.servers"]) as admin:
+                forgotten.append(admin.delete_groups([settings["group.id"]]))
+            return False
+        return forgotten and list(found.values()) == [5]
+
+    query.run(until=is_committed_again, timeout=300, interval=1.0)
+    assert forgotten == [{settings["group.id"]: "OK"}]
 
 
 def test_the_group_shows_where_a_query_begins_and_partitions_without_records(

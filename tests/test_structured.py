@@ -797,6 +797,18 @@ def test_a_function_that_never_returns_does_not_hold_the_stop(
         released.set()
 
 
+def test_sparks_log_does_not_grow_while_batches_take_longer_than_the_interval(
+    spark, topic, settings
+):
+    """A query that can't keep up has no line per batch in Spark's log, which isn't rotated."""
+    log4j = spark._jvm.org.apache.logging.log4j
+    name = "org.apache.spark.sql.execution.streaming.runtime.ProcessingTimeExecutor"
+    assert spark._jvm.java.lang.Class.forName(name)
+    log4j.core.config.Configurator.setLevel(name, log4j.Level.WARN)
+    read_stream(spark, [topic], settings)
+    assert log4j.LogManager.getLogger(name).getLevel().toString() == "ERROR"
+
+
 def test_an_older_sparks_log_does_not_grow_with_each_record(spark, topic, settings, monkeypatch):
     """Spark 3.5 would write a warning for each record that a query passes to Python."""
     monkeypatch.setitem(vars(spark), "version", "3.5.7")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import threading
 from collections.abc import Callable, Mapping
 
 from pyspark.sql import SparkSession
@@ -59,6 +60,7 @@ class GroupProgress:
     ) -> None:
         self._client, self._topic_ids = KafkaClient(spark, settings), topic_ids
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._lock = threading.Lock()  # batches commit in Spark's thread, idle queries in Python's
         self._last: concurrent.futures.Future | None = None
         self._ours: Offsets = {}  # the last commit, unless its outcome is unknown
         self._has_warned = self._is_closed = False
@@ -71,9 +73,10 @@ class GroupProgress:
         offsets : callable
             Returns the next offset to read of each partition.
         """
-        if self._last is not None:
-            self._last.cancel()
-        self._last = self._thread.submit(self._try_to_commit, offsets)
+        with self._lock:
+            if self._last is not None:
+                self._last.cancel()
+            self._last = self._thread.submit(self._try_to_commit, offsets)
 
     def wait(self) -> None:
         """Wait for the last commit, no longer than Kafka may take for an answer."""
@@ -98,7 +101,7 @@ class GroupProgress:
                 self._has_warned = True
                 _LOGGER.warning(
                     "the query's offsets can't be committed to group %r, so Kafka's tools don't "
-                    "show its lag; the query continues, and tries again after each batch. %s",
+                    "show its lag; the query continues, and tries again later. %s",
                     self._client.settings["group.id"],
                     without_secrets(summary(error), self._client.settings),
                 )

@@ -243,7 +243,7 @@ class OffsetPlanner:
             raise TopicRecreatedError(
                 partition.topic,
                 f"partition {partition.partition} should resume from offset {position}, but ends "
-                f"at {end}",
+                f"at {end}; it looks the same after a power cut in which Kafka lost records",
             )
         if position < begin:
             reset = self._settings["auto.offset.reset"]

@@ -149,15 +149,21 @@ class RangeReader:
 def quieten(spark: SparkSession) -> None:
     """Keep Spark from writing a warning per batch, or per record, for as long as a stream runs.
 
-    Spark warns of each read with a group, and before 4.0 of each record that goes to Python.
+    Spark warns of each read with a group and of each batch that takes longer than the interval, and
+    before 4.0 of each record that goes to Python.
 
     Examples
     --------
     >>> quieten(spark)
     """
-    log4j, is_old = spark._jvm.org.apache.logging.log4j, spark.version.startswith("3.")
-    for name in ("KafkaSourceProvider", "consumer.KafkaDataConsumer")[: 1 + is_old]:
-        logger = f"org.apache.spark.sql.kafka010.{name}"
+    log4j = spark._jvm.org.apache.logging.log4j
+    names = ["kafka010.KafkaSourceProvider"]
+    # Newer versions of Spark have this class in another package.
+    names += [f"execution.streaming.{place}ProcessingTimeExecutor" for place in ("", "runtime.")]
+    if spark.version.startswith("3."):
+        names.append("kafka010.consumer.KafkaDataConsumer")
+    for name in names:
+        logger = f"org.apache.spark.sql.{name}"
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.ERROR)
 
 

@@ -141,7 +141,7 @@ class Recovery:
     def remembered(self) -> int | None:
         """Return how long Spark remembers intervals, in ms; None until the context is known.
 
-        Windows need them.
+        Windows read earlier intervals.
         """
         if self._listener.context is None:
             return None

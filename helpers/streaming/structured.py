@@ -58,6 +58,7 @@ from helpers.streaming.offsets import (
 from helpers.streaming.planner import OffsetPlanner
 from helpers.streaming.reader import few_tasks, quieten, source_options
 from helpers.streaming.settings import modern_settings, topic_names, without_group
+from helpers.streaming.source import RECOMMIT_SECONDS
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -197,6 +198,7 @@ class KafkaQuery(contextlib.AbstractContextManager):
         with java_watched(), interrupt_noted() as interrupted:
             self._away_since, self._stopping = None, False
             self._silent_since, self._asked_at = None, time.monotonic()
+            self._committed_at = time.monotonic()
             goal = self._goal() if interval is None else {}
             with contextlib.suppress(BrokerAwayError):  # then the query waits for it
                 self._check_transactions()
@@ -215,6 +217,7 @@ class KafkaQuery(contextlib.AbstractContextManager):
                             "finished batches are kept. Give it more time, or look at Spark's log."
                         )
                     self._check_broker(query)
+                    self._commit_again(query)
                     if self._has_skipped(query):
                         self._stop(query)
                         query = self._start(interval)
@@ -453,6 +456,19 @@ class KafkaQuery(contextlib.AbstractContextManager):
         # The batch is done, so an error from Kafka must not repeat it.
         with contextlib.suppress(StreamError):
             self._client.report_deleted_meanwhile(left)
+
+    def _commit_again(self, query: StreamingQuery) -> None:
+        """Commit the offsets of an idle query, because Kafka expires old ones."""
+        begun, now = self._batches_begun, time.monotonic()
+        if self._progress is None or now - self._committed_at < RECOMMIT_SECONDS:
+            return
+        if query.status["isTriggerActive"]:  # the batch commits when it is done
+            return
+        self._committed_at = now
+        with contextlib.suppress(*JAVA_ERRORS, OSError):  # the next time will do
+            done = self._done()
+            if self._batches_begun == begun:
+                self._commit(lambda: done)
 
     def _check_broker(self, query: StreamingQuery) -> None:
         """Raise `StreamError` if the broker has been away for 60 s while a batch runs.
