@@ -154,6 +154,20 @@ def test_a_folder_that_cannot_be_flushed_is_used(folder, monkeypatch):
     assert folder.names() == ["1"]
 
 
+def test_a_folder_that_can_be_written_but_not_read_is_used(folder, monkeypatch):
+    """A drop box, whose entries its users can't list, is as good a place as any."""
+    opened = os.open
+
+    def refuse_folders(path, flags, *mode):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse_folders)
+    folder.write("1", {})
+    assert folder.names() == ["1"]
+
+
 def test_names_are_sorted_and_a_file_can_go(folder):
     """Names are listed in order, and deleting a missing file is not an error."""
     for name in ("2", "0", "1"):

@@ -188,7 +188,7 @@ def test_spark_submits_master_decides_what_is_restricted(monkeypatch):
     monkeypatch.setattr(session.SparkContext, "_active_spark_context", None)
     monkeypatch.setattr(session, "_start", lambda settings: asked.update(settings))
     monkeypatch.setattr(session, "_connector_class", lambda spark: object())
-    monkeypatch.setattr(session, "_refuse_another_connector", lambda spark: None)
+    monkeypatch.setattr(session, "_refuse_another_connector", lambda *_: None)
     monkeypatch.setattr(session, "hide_secrets", lambda spark: None)
     monkeypatch.setattr(session, "guard_callbacks", lambda spark: None)
     monkeypatch.setattr(session, "_ship_helpers", lambda spark: None)

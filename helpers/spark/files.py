@@ -526,11 +526,15 @@ def _local_path(path: JavaObject) -> Path | None:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:  # some file systems don't flush folders, which need it less there
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Some file systems don't flush folders, which need it less there. One that may be written
+        # but not read can't be flushed, so a power cut can cost its newest entry.
+        unflushable = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+        if not (path.is_dir() and error.errno in unflushable):
             raise
-    finally:
-        os.close(descriptor)

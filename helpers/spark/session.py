@@ -134,9 +134,8 @@ def get_spark(
         master = {**(config or {}), **submitted}.get("spark.master", master)
         settings = _settings(app_name, master, executors, cores, memory, config or {})
         spark = _start({**settings, **submitted})
-    if _connector_class(spark) is None:  # as in an existing session, or Java of an earlier one
-        _add_connector(spark)
-    _refuse_another_connector(spark)
+    # An existing session, or Java of an earlier one, may have no connector.
+    _refuse_another_connector(spark, _connector_class(spark) or _add_connector(spark))
     hide_secrets(spark)
     guard_callbacks(spark)
     _ship_helpers(spark)
@@ -457,22 +456,24 @@ def _connector_class(spark: SparkSession) -> JavaObject | None:
         return None
 
 
-def _add_connector(spark: SparkSession) -> None:
-    """Add the connector to a running session, where setting `spark.jars` has no effect."""
+def _add_connector(spark: SparkSession) -> JavaObject:
+    """Add the connector to a running session, where `spark.jars` has no effect; return a class."""
     # A driver on a cluster's machine has no spark-submit, which fetches jars.
     can_fetch = (spark_home() / "bin" / "spark-submit").exists()
     for jar in _connector_jars(spark.version, _scala(spark)) if can_fetch else []:
         spark.sql(f"ADD JAR '{jar.as_uri()}'")
-    if _connector_class(spark) is None:
+    connector = _connector_class(spark)
+    if connector is None:
         raise SessionError(
             "this Spark session has no Kafka connector and can't load one: restart it with "
             f"spark.jars.packages={CONNECTOR.format(scala=_scala(spark), spark=spark.version)}."
         )
+    return connector
 
 
-def _refuse_another_connector(spark: SparkSession) -> None:
+def _refuse_another_connector(spark: SparkSession, connector: JavaObject) -> None:
     """Raise `SessionError` if the session was started with the connector of another Spark."""
-    made_for = _connector_class(spark).getPackage().getImplementationVersion()
+    made_for = connector.getPackage().getImplementationVersion()
     releases = [re.match(r"(\d+\.\d+)\.", version or "") for version in (made_for, spark.version)]
     if all(releases) and releases[0][1] != releases[1][1]:
         raise SessionError(
