@@ -688,7 +688,7 @@ def scoring_function(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         shape = (len(features), *interface.event_shape(features.shape[1]))
         with np.errstate(invalid="ignore", over="ignore"):  # unfit values are found below
             typed = features.astype(dtype.as_numpy_dtype)
-            is_large = np.isinf(features.astype("float32"))  # in a later layer, if not in the first
+            is_large = np.isinf(features.astype("float32"))  # as in a layer of 32-bit floats
         unfit = is_large | (np.isinf(typed) if dtype.is_floating else typed != features)
         unfit = unfit.any(axis=1)
         typed[unfit] = 0  # because a model, such as an embedding, could fail on them

@@ -443,7 +443,7 @@ REFUSED = {
     "infinity": ("events.csv", with_value("PRI_met", "inf"), "not numbers in the column 'PRI_met'"),
     "no value": ("events.csv", with_value("PRI_met", ""), "not numbers in the column 'PRI_met'"),
     "no weight": (
-        "events.csv", f"{HEADER},Weight\n{ROW},1.0\n{ROW},\n", "'Weight': leave out rows without one",
+        "events.csv", f"{HEADER},Weight\n{ROW},1.0\n{ROW},\n", "'Weight': leave out the rows",
     ),
     "a fraction": ("events.csv", with_value("PRI_jet_num", "2.5"), "fractions in the column 'PRI_"),
     "a large count": ("events.csv", with_value("PRI_jet_num", str(2**31)), "numbers of 2147483648"),
@@ -461,10 +461,10 @@ REFUSED = {
     "half a zstd": ("events.csv", zstandard.compress(TEXT.encode())[:-9], "data has no end"),
     "one block of a zstd": ("events.csv", zstandard_block(TEXT), "data has no end"),
     "UTF-16": ("events.csv", TEXT.encode("utf-16"), "write it as UTF-8"),
-    "a hole": ("events.csv", with_value("PRI_met", "1.5\0" "7"), "has bytes that are zero"),
+    "a hole": ("events.csv", with_value("PRI_met", "1.5\0" "7"), "has zero bytes"),
     "a hole in a gzip": (
         "events.csv.gz", gzip.compress(with_value("PRI_met", "1.5\0" "7").encode()),
-        "has bytes that are zero",
+        "has zero bytes",
     ),
 }
 
@@ -514,7 +514,7 @@ def test_significance_is_the_challenges(tmp_path):
         assert value == pytest.approx(expected)
 
 
-def test_weights_that_cancel_out_are_no_negative_sum():
+def test_weights_that_cancel_out_have_no_negative_sum():
     """Weights whose sum is 0 give a significance, although their floats add up to a bit less."""
     weights = [0.7, 0.1, -0.8, 1.0, 1.0]
     _, values = higgs.significance_curve([0.9, 0.8, 0.7, 0.6, 0.5], [True] * 4 + [False], weights)
@@ -528,6 +528,7 @@ def test_weights_that_cancel_out_are_no_negative_sum():
         ([0.9, 0.1], [True, False], [1, float("inf")], "a score or a weight is not a finite"),
         ([0.9, 0.1], ["s", "b"], [1, 1], "is_signal has <U1: give it as booleans"),
         ([0.9, 0.1], [True, True], [1, 1], "one class has no weight"),
+        ([0.9, 0.8, 0.7, 0.6], [True] * 3 + [False], [0.1, 0.2, -0.3, 1], "one class has no"),
         ([], np.zeros(0, bool), [], "one class has no weight"),
         ([0.9, 0.1, 0.2], [True, False, False], [1, 1, -3], "have a negative sum"),
         ([0.9, 0.1], [True, False], [1, 1, 1], r"\(2,\), \(2,\) and \(3,\): give one score"),

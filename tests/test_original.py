@@ -14,7 +14,6 @@ from notebook_cells import solution
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import build_model
 from helpers.notebook import definitions, find_notebook
-from helpers.records import to_columns
 
 PATH = find_notebook("1_walkthrough")
 CELLS = nbformat.read(PATH, as_version=4).cells
@@ -170,7 +169,7 @@ def notebook_names(spark, kafka, produce):
     )
     return {
         **names, "spark": spark, "kafka_records": kafka_records, "FEATURES": FEATURES,
-        "to_columns": to_columns, "record": kafka_records.first(),
+        "record": kafka_records.first(),
     }  # fmt: skip
 
 

@@ -703,7 +703,7 @@ def test_labels_of_another_length_are_refused(spark, make):
         ({"features_col": "inputs"}, "no column 'inputs'; the columns are"),
         ({"label_col": "name"}, "column 'name' must hold vectors or numbers, not string"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
-        ({"seed": -1}, "seed is -1: it must be at least 0"),
+        ({"seed": -1}, "seed is -1: it must be a whole number of at least 0"),
         ({"num_workers": 0}, "num_workers is 0"),
         ({"communication_window": 0}, "communication_window is 0"),
         ({"loss": "squared"}, "squared"),

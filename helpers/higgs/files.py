@@ -177,7 +177,7 @@ def _parsed(content: bytes, path: str) -> Iterator[pd.DataFrame]:
         text = next(unpackers, bytes)(content)
         if b"\0" in text:  # where pandas would end a value
             raise _RefusedError(
-                "has bytes that are zero, which UTF-8 text doesn't have, so a part of it is "
+                "has zero bytes, which a CSV file in UTF-8 doesn't have, so a part of it is "
                 "missing or damaged, or it is encoded in another way: write it as UTF-8, or "
                 f"download it again from {SOURCE}."
             )
@@ -241,7 +241,7 @@ _COMPRESSION: dict[bytes, Callable[[bytes], bytes]] = {
     b"BZh": bz2.decompress,
     b"\xfd7zXZ\0": lzma.decompress,
     b"\x28\xb5\x2f\xfd": _from_zstandard,
-    **{bytes([0x50 + n, 0x2A, 0x4D, 0x18]): _from_zstandard for n in range(16)},  # with a comment
+    **{bytes([0x50 + n, 0x2A, 0x4D, 0x18]): _from_zstandard for n in range(16)},  # with a note
     b"PK\3\4": _from_zip,
 }
 
@@ -297,7 +297,7 @@ def _numbers(values: pd.Series) -> pd.Series:
     """Return `values` as int64 or float64, depending on the column."""
     numbers = pd.to_numeric(values, errors="coerce")
     if values.dtype == bool or not np.isfinite(numbers).all():
-        remedy = "leave out rows without one"  # a weight can't be missing
+        remedy = "leave out the rows without a weight"  # a weight can't be missing
         if values.name in INTEGERS:
             remedy = "write a whole number in each row"
         elif values.name in FEATURES:

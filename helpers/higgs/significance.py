@@ -86,11 +86,12 @@ def significance_curve(
     last = np.append(np.diff(scores) != 0, True)
     selected = []
     for chosen, expected in ((is_signal, EXPECTED_SIGNAL), (~is_signal, EXPECTED_BACKGROUND)):
-        sums = np.cumsum(np.where(chosen, weights, 0))
+        given = np.where(chosen, weights, 0)
+        sums = np.cumsum(given)
+        # By rounding, the sum of weights that cancel out can be a bit above or below 0.
+        sums[np.abs(sums) < 1e-12 * np.abs(given).sum()] = 0
         if not sums.size or not sums[-1]:
             raise ValueError("one class has no weight: the AMS needs events of both.")
-        # The sum of weights that cancel out can be below 0 by rounding.
-        sums[np.abs(sums) < 1e-12 * np.abs(weights).sum()] = 0
         if (sums[last] < 0).any():
             raise ValueError(
                 "the weights selected at some threshold have a negative sum, for which the AMS has "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import pickle
 import secrets
 import time
@@ -95,8 +96,8 @@ class Trainer(ABC):
         _check_positive(batch_size=batch_size, num_epoch=num_epoch)
         if worker_optimizer is None:
             raise ValueError("worker_optimizer is None: name one, such as 'adam'.")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed is {seed}: it must be at least 0.")
+        if not isinstance(seed, numbers.Integral) or seed < 0:
+            raise ValueError(f"seed is {seed!r}: it must be a whole number of at least 0.")
         self._loss, self._optimizer = keras.losses.get(loss), keras.optimizers.get(worker_optimizer)
         self._model, self._format = keras_model, format_of(keras_model, self._loss)
         self._features_col, self._label_col = features_col, label_col
