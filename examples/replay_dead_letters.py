@@ -14,7 +14,7 @@ may have duplicates, which are recognized by their headers and not sent. A lette
 back is left where it is, and doesn't stop the others.
 
 A record that is sent back has the time of the replay, because retention would delete one with the
-time of the original, if that is old, before anybody reads it.
+time of the original, if that is old, before anybody reads it. The original's headers are not kept.
 
 The progress is kept in the compacted topic T.dead-letter.replayed, because Kafka expires the
 offsets of a consumer group after some days without members.

@@ -34,7 +34,7 @@ from traitlets.config import Config
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CELL_SECONDS = 7_200  # trainings on the whole file of the challenge take up to an hour
 _IMAGE = re.compile(r"!\[[^]]*\]\(([^)\s:]+)")
-_LONGEST_FOLDER = 76  # bytes: a socket in a folder of it may have a path of 107
+_LONGEST_FOLDER = 76  # bytes: a socket's path in a private folder there may have 107
 
 
 class NotebookError(RuntimeError):
@@ -220,7 +220,7 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     new_folder = tempfile.TemporaryDirectory(prefix="kernel-", dir=_folder_for_sockets())
     with _Signals() as signals, new_folder as folder:
         executed = Path(folder) / path.name
-        # With sockets in this private folder, beside that file: ports are open to all users.
+        # Sockets in this private folder, because ports are open to all users.
         kernel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
         try:
             execute_notebook(

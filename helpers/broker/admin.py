@@ -36,7 +36,7 @@ from helpers.kafka_settings import ANSWER_SECONDS, ClientSettings, check_address
 
 _REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
 
-# Messages for the errors of TLS, by a pattern of their text; the first that matches is meant.
+# Messages for the errors of TLS, by a pattern of their text; the first match counts.
 _TLS_REFUSALS = {
     "certificate (has expired|is not yet valid)": "the certificate of Kafka at {servers} is valid "
     "at another time ({error}): renew it, or correct this machine's clock.",

@@ -24,7 +24,7 @@ KAFKA_JARS = (
     "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it, the broker logs nothing
 )
 START_SECONDS = 60
-LOCALE = {"LC_ALL": "C.UTF-8"}  # of Kafka's programs: Java can use any name of a folder in it
+LOCALE = {"LC_ALL": "C.UTF-8"}  # of Kafka's programs: in it, Java can use a folder of any name
 
 _LOGGING = """
 appender.console.type = Console

@@ -7,7 +7,7 @@ In a notebook, the table is displayed below the cell that called `score_stream` 
 updated with each batch; elsewhere, a line is printed per batch. On a JupyterHub with
 ``jupyter-server-proxy``, a link below the table leads to Spark's web page.
 
-`display` has a batch's numbers and prints the table, `log` keeps and sums them, `plots` draws them,
+`display` has a batch's numbers and displays them, `log` keeps and sums them, `plots` draws them,
 `metrics` serves them to Prometheus, and `listener` takes the numbers from Spark's reports on a
 query.
 """
