@@ -706,7 +706,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     compares = what.add_parser("compare", help="the kit beside other programs")
     # Not `choices`: with `*`, argparse would compare the empty list with them.
     compares.add_argument("entry", nargs="*", help=f"default: all of {', '.join(ENTRIES)}")
-    compares.add_argument("--events", type=int, default=200_000, help="default: %(default)s")
+    compares.add_argument("--events", type=int, default=500_000, help="default: %(default)s")
     compares.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     drains = what.add_parser("drain", help="how fast the walkthrough's stream is")
     drains.add_argument("--events", type=int, default=200_000, help="default: %(default)s")
