@@ -5,8 +5,8 @@ scaled, or which output means signal; sooner or later, somebody guesses wrong. A
 a network together with its *contract* in one ``.keras`` file, which is rejected if the two
 disagree.
 
-`contract` says what the file records, `archive` writes and reads the file, and `transformer`
-applies it and follows its replacements while a stream runs.
+`contract` says what the file records and which values are valid, `archive` writes and reads the
+file, and `transformer` applies it and follows its replacements while a stream runs.
 """
 
 from helpers.serving.archive import load_serving_model, save_serving_model

@@ -4,8 +4,9 @@
 to Kafka, as dead letters.
 
 `parquet` has the steps from a scored batch to its commit, `columns` what they store, `parts` the
-data files, `commits` the manifests, `progress` the offsets that are stored and where streams began,
-`lease` the claim that keeps a second job out, and `dead_letters` what sends bad records to Kafka.
+data files, `commits` the manifests (writing one commits a batch), `progress` the offsets that are
+stored and where streams began, `lease` the claim that keeps a second job out, and `dead_letters`
+what sends bad records to Kafka.
 """
 
 from helpers.sinks.dead_letters import DEAD_LETTERS, prepare_dead_letters, send_dead_letters

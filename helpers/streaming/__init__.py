@@ -10,17 +10,26 @@ The DStream has the names of `pyspark.streaming.kafka` (Spark 1.3 to 2.4).
     stream.foreachBatch(lambda df, batch_id: df.write.mode("append").parquet("events"))
     run_stream(ssc, until=lambda: stream.lag() == 0, timeout=300)
 
-From the bottom up: `offsets` (ranges, which batches consist of), `errors`, `settings`, `client`
-(talks to Kafka through the JVM's consumer and admin client), `planner` (decides where a stream
-begins or resumes, also after Kafka has deleted records, and which offsets belong to a batch),
-`reader` (reads offset ranges with Spark's Kafka source, independently of any consumer group),
-`rates` (limits the size of batches), `ledger` (tracks what is planned, done and committed, and so
-the lag), `listener` (what Spark reports), `recovery` (keeps plans in a checkpoint, for a restart
-after a crash), `source` (plans, reads and commits for one stream), `batches` (hands each interval's
-batch on, and commits its offsets when the whole batch has succeeded), `dstream`, `kafka_utils` (the
-old API), `context` (starts and stops a context), `group` (shows a query's progress in its consumer
-group), `structured` (`KafkaQuery`: the same promises on Structured Streaming, with a lag from
-Spark's checkpoint). `migrate` is a program that prints what to change in old code.
+From the bottom up:
+
+| module | what it does |
+|---|---|
+| `offsets` | offset ranges, of which batches consist |
+| `errors`, `settings` | the errors of a stream, and the settings it takes |
+| `client` | talks to Kafka through the JVM's consumer and admin client |
+| `planner` | where a stream begins or resumes, and which offsets belong to a batch |
+| `reader` | reads offset ranges with Spark's Kafka source |
+| `rates` | limits the size of batches |
+| `ledger` | what is planned, done and committed to Kafka, and so the lag |
+| `listener` | what Spark reports about a context's batches |
+| `recovery` | keeps a DStream's plans in a checkpoint, for a restart |
+| `source` | plans, reads and commits for one DStream |
+| `batches` | runs a DStream's batches; only one that has succeeded is committed |
+| `dstream`, `kafka_utils` | the old API, and its `foreachBatch` |
+| `context` | starts and stops a streaming context |
+| `group` | shows a query's progress in its consumer group |
+| `structured` | `KafkaQuery`: the same on Structured Streaming, with its lag |
+| `migrate` | a program that prints what to change in old code |
 """
 
 from helpers.streaming.client import topic_ids
