@@ -44,7 +44,7 @@ java_is_new_enough() {
 
 # Prints the first interpreter with a supported version.
 find_python() {
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    for candidate in "${PYTHON:-python3}" ${PYTHON:-python3.13 python3.12 python3.11}; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
             2> /dev/null; then
             echo "$candidate"
@@ -78,7 +78,8 @@ if [ $# -gt 0 ]; then
     VIRTUAL_ENV=$PWD/.venv exec .venv/bin/uv pip install --quiet "$@"
 fi
 
-if [ -e "$stamp" ] && java_is_new_enough; then
+# The stamp holds the folder's path, which .venv contains: a moved or copied one is rebuilt.
+if [ -e "$stamp" ] && [ "$(cat "$stamp")" -ef . ] && java_is_new_enough; then
     exit 0
 fi
 
@@ -117,4 +118,4 @@ echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, a minut
 echo "fetching the jars of Kafka and of Spark's Kafka connector, and speeding up their start ..." >&2
 .venv/bin/python -m helpers.broker.archive
 .venv/bin/python -m helpers.spark
-touch "$stamp"
+pwd > "$stamp"

@@ -112,9 +112,20 @@ def test_a_second_call_needs_nothing(bare):
         cwd=bare, capture_output=True, text=True, check=True, env=os.environ,
     ).stdout.strip()
     (bare / ".venv").mkdir()
-    (bare / ".venv" / f".installed-{stamp}").touch()
-    run = setup(bare)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    (bare / ".venv" / f".installed-{stamp}").write_text(f"{bare}\n")
+    other_name = bare.with_name("other-name")
+    other_name.symlink_to(bare)
+    for folder in (bare, other_name):
+        run = setup(folder)
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_a_moved_kit_is_installed_again(complete):
+    """The paths in .venv are those of the old folder, whose code would run otherwise."""
+    uv_call(complete)
+    moved = complete.rename(complete.with_name("moved"))
+    (moved / "calls").unlink()
+    uv_call(moved)
 
 
 @pytest.fixture
