@@ -242,6 +242,9 @@ def connect(options: argparse.Namespace) -> KafkaProducer:
         **CONNECT_TIME_OUT,
     }
     given = {**defaults, **python_settings(given, KafkaProducer)}
+    # As Java's client does if this time is not set; kafka-python refuses the settings.
+    least = given["linger_ms"] + given["request_timeout_ms"]
+    given["delivery_timeout_ms"] = max(given["delivery_timeout_ms"], least)
     try:
         with connecting(servers):
             return KafkaProducer(**given)

@@ -83,11 +83,17 @@ class ClientSettings(dict[str, Any]):
         return ClientSettings(self)
 
     def __repr__(self) -> str:
-        return repr({name: _shown(name, value) for name, value in self.items()})
+        return repr({name: shown(name, value) for name, value in self.items()})
 
 
-def _shown(name: str, value: Any) -> Any:
-    """Return a setting's value, or stars if it is, or looks like, a secret."""
+def shown(name: str, value: Any) -> Any:
+    """Return a setting's value, or stars if it is, or looks like, a secret.
+
+    Examples
+    --------
+    >>> shown("ssl.keystore.location", "-----BEGIN PRIVATE KEY-----")
+    '***'
+    """
     is_hidden = is_secret(name) or re.search("password|PRIVATE KEY", str(value), re.IGNORECASE)
     return "***" if is_hidden else value
 

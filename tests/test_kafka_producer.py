@@ -360,6 +360,15 @@ def test_the_brokers_address_may_come_from_the_file(text, given, expected, tmp_p
     assert options.bootstrap_servers == expected
 
 
+def test_a_request_may_take_as_long_as_javas_clients_allow(kafka, tmp_path):
+    """A file for Kafka's tools may have Java's default, which is the time for a whole delivery."""
+    file = tmp_path / "client.properties"
+    file.write_text("request.timeout.ms=30000")
+    given = [kafka.bootstrap_servers, "--kafka-config", str(file)]
+    with kafka_producer.connect(kafka_producer._options(given)) as producer:
+        assert producer.config["delivery_timeout_ms"] == 30_200
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [

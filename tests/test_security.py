@@ -257,6 +257,7 @@ def test_settings_become_arguments_of_the_client_that_knows_them():
         ({"ssl.keystore.location": __file__}, "is JKS, from which kafka-python can't read a key"),
         ({"ssl.truststore.location": "nowhere"}, "'nowhere': name a file that you can read"),
         ({"ssl.truststore.location": "/"}, "'/': name a file that you can read"),
+        ({"ssl.keystore.location": "-----BEGIN PRIVATE KEY-----a"}, "is '\\*\\*\\*': name a file"),
         ({"security.protocol": "TLS"}, "'TLS': it must be one of PLAINTEXT, SSL, SASL_"),
         ({"sasl.mechanism": "GSSAPI"}, "needs a package: pip install gssapi"),
         ({"security.protocol": "sasl_ssl"}, "GSSAPI, Kafka's default, for which"),

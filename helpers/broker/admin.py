@@ -287,11 +287,11 @@ def _is_of_kerberos(error: BaseException | None) -> bool:
 
 def _refusal(error: Exception, servers: str) -> str:
     """Return why a client can't connect, as a sentence with its remedy."""
-    refuses = f"Kafka at {servers} refuses ({error}): check"
+    refuses = f"Kafka at {servers} refuses ({error})"
     if _is_of_kerberos(error):
-        return f"{refuses} your Kerberos ticket with klist, and sasl.kerberos.service.name."
+        return f"{refuses}: check your Kerberos ticket with klist, and sasl.kerberos.service.name."
     if isinstance(error, _REFUSALS):
-        return f"{refuses} sasl.mechanism, and user and password in sasl.jaas.config."
+        return f"{refuses}: check sasl.mechanism, and user and password in sasl.jaas.config."
     for pattern, message in _TLS_REFUSALS.items():
         if re.search(pattern, str(error)):
             return message.format(servers=servers, error=error)
@@ -308,7 +308,7 @@ def _refusal(error: Exception, servers: str) -> str:
         )
     if isinstance(error, KafkaConfigurationError):
         return f"the settings for Kafka don't fit: {error}"
-    return f"{refuses} the settings for Kafka."
+    return f"{refuses}: check the settings for Kafka."
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 
-from helpers.kafka_settings import JAAS_VALUE, ClientSettings, check_protocol
+from helpers.kafka_settings import JAAS_VALUE, ClientSettings, check_protocol, shown
 from helpers.spark import JarsError, java_command
 
 PROTOCOL = "SASL_SSL"
@@ -246,7 +246,8 @@ def _tls_context(settings: Mapping[str, str]) -> ssl.SSLContext:
     for name in ("ssl.truststore.location", "ssl.keystore.location"):
         file = settings.get(name)
         if file is not None and not (os.path.isfile(file) and os.access(file, os.R_OK)):
-            raise ValueError(f"{name} is {settings[name]!r}: name a file that you can read.")
+            value = shown(name, settings[name])  # which may be the key itself
+            raise ValueError(f"{name} is {value!r}: name a file that you can read.")
     keys = _store_type(settings, "ssl.keystore")
     if keys != "PEM" and "ssl.keystore.location" in settings:
         raise ValueError(

@@ -192,7 +192,9 @@ def without_secrets(text: str, settings: Mapping[str, str]) -> str:
     >>> without_secrets("no user with swordfish", {"sasl.jaas.config": jaas})
     'no user with ***'
     """
-    values = [value for name, value in settings.items() if is_secret(name)]
+    values = [
+        value for name, value in settings.items() if is_secret(name) or "PRIVATE KEY" in value
+    ]
     for secret in sorted({part for value in values for part in _parts(value)}, key=len)[::-1]:
         text = text.replace(secret, "***")
     return text
