@@ -488,6 +488,15 @@ def test_files_that_were_changed_are_refused(make_serving_model, serving_model, 
     rewritten(path, CONTRACT, json.dumps(content))
     with pytest.raises(ServingModelError, match=r"an invalid contract: .*threshold"):
         load_serving_model(path)
+    content["contract"]["threshold"] = 10**400
+    rewritten(path, CONTRACT, json.dumps(content))
+    with pytest.raises(ServingModelError, match="can't serve: threshold is 1000"):
+        load_serving_model(path)
+    content["contract"]["metrics"] = {"auc": 10**400}
+    rewritten(path, CONTRACT, json.dumps(content))
+    with pytest.raises(ServingModelError, match=r"an invalid contract: .*too large"):
+        load_serving_model(path)
+    content["contract"]["metrics"] = {}
     content["contract"]["threshold"] = "0.5"
     rewritten(path, CONTRACT, json.dumps(content))
     with pytest.raises(ServingModelError, match=r"an invalid contract: .*'str'"):

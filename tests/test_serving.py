@@ -1,6 +1,7 @@
 """Serving: columns by name, the threshold, and replacing the model of a running stream."""
 
 import logging
+import os
 import tempfile
 from dataclasses import replace
 
@@ -171,6 +172,21 @@ def test_another_threshold_is_another_version(serving_model, table, tmp_path):
     found = ServingTransformer(changed).transform(table).first()[MODEL_VERSION]
     saved = save_serving_model(changed, tmp_path / "model.keras")
     assert found == saved.version != serving_model.version
+
+
+def test_a_file_that_is_rewritten_with_its_old_time_is_noticed(
+    make_serving_model, serving_model, tmp_path
+):
+    """A copy that keeps times, such as one by rsync, doesn't hide a new version."""
+    path, other = tmp_path / "model.keras", tmp_path / "other.keras"
+    save_serving_model(serving_model, path)
+    file, before = ModelFile(path), path.stat()
+    file.current()
+    second = save_serving_model(make_serving_model(seed=2), other)
+    path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    file.current()
+    assert file.model.version == second.version
 
 
 def test_a_new_version_serves_from_the_next_batch_on(

@@ -40,6 +40,9 @@ _TRIED = 32  # on how many events a network must return probabilities
 
 _DIGEST_LENGTH = 12  # hexadecimal digits of a version
 
+# What an edited contract can raise: the last two, a number of hundreds of digits, and brackets.
+_INVALID = (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
+
 # Maximum expansion of a part of the archive. Keras doesn't compress; a part that is compressed a
 # thousandfold is meant to exhaust the memory.
 _MOST_EXPANSION = 100
@@ -230,7 +233,7 @@ def _contract_in(files: Mapping[str, bytes], path: Path) -> tuple[Contract, dict
         contract = Contract(**parts)
         contract.faults()  # fails on values of the wrong type
         return contract, whole["contract"], whole["digest"]
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except _INVALID as error:
         raise ServingModelError(f"{path} has an invalid contract: {error}.") from None
 
 
