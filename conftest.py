@@ -33,7 +33,7 @@ from pyspark.sql.functions import array, lit, struct, to_json
 from helpers.broker import LocalKafka
 from helpers.higgs import EVENT_ID, FEATURES, generate_events
 from helpers.model import build_model
-from helpers.notebook import record_in
+from helpers.notebook import folder_for_sockets, record_in
 from helpers.records import parse_events
 from helpers.serving import Contract, ServingModel, save_serving_model, scaled_network
 from helpers.spark import available_memory, get_spark
@@ -253,7 +253,7 @@ def pytest_configure(config: pytest.Config) -> None:
     A port that Jupyter finds free can be taken when the kernel binds it a second later. Three
     kernels that started at the same time lost one in 25 runs.
     """
-    folder = TemporaryDirectory(prefix="kernel-")
+    folder = TemporaryDirectory(prefix="kernel-", dir=folder_for_sockets())
     config.add_cleanup(folder.cleanup)
     nbval.kernel.KernelManager = partial(KernelManager, **over_sockets(folder.name))
     if config.option.numprocesses:

@@ -217,7 +217,7 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     # Papermill adds a cell with the values after the parameters.
     progress = _Progress(sum(cell.cell_type == "code" for cell in cells) + bool(values))
     failure = None
-    new_folder = tempfile.TemporaryDirectory(prefix="kernel-", dir=_folder_for_sockets())
+    new_folder = tempfile.TemporaryDirectory(prefix="kernel-", dir=folder_for_sockets())
     with _Signals() as signals, new_folder as folder:
         executed = Path(folder) / path.name
         # Sockets in this private folder, because ports are open to all users.
@@ -346,8 +346,14 @@ class _Progress:
         return f"in {self._section!r}, the cell\n\n{self._source}\n\n{error}"
 
 
-def _folder_for_sockets() -> str:
-    """Return the folder for temporary files, or /tmp if its path is too long for a socket's."""
+def folder_for_sockets() -> str:
+    """Return the folder for temporary files, or /tmp if its path is too long for a socket's.
+
+    Examples
+    --------
+    >>> Path(folder_for_sockets()).is_dir()
+    True
+    """
     folder = tempfile.gettempdir()
     return folder if len(os.fsencode(folder)) < _LONGEST_FOLDER else "/tmp"
 
