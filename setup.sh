@@ -78,8 +78,13 @@ if [ $# -gt 0 ]; then
     VIRTUAL_ENV=$PWD/.venv exec .venv/bin/uv pip install --quiet "$@"
 fi
 
-# The stamp holds the folder's path, which .venv contains: a moved or copied one is rebuilt.
-if [ -e "$stamp" ] && [ "$(cat "$stamp")" -ef . ] && java_is_new_enough; then
+# The stamp holds the folder's path, which .venv contains: a moved or copied one is rebuilt. Earlier
+# versions of this script left it empty.
+is_of_this_folder() {
+    [ -e "$stamp" ] && { [ ! -s "$stamp" ] || [ "$(cat "$stamp")" -ef . ]; }
+}
+
+if is_of_this_folder && java_is_new_enough; then
     exit 0
 fi
 
@@ -118,4 +123,4 @@ echo "installing requirements.txt (about 2 GB with TensorFlow and Spark, a minut
 echo "fetching the jars of Kafka and of Spark's Kafka connector, and speeding up their start ..." >&2
 .venv/bin/python -m helpers.broker.archive
 .venv/bin/python -m helpers.spark
-pwd > "$stamp"
+pwd -P > "$stamp"

@@ -242,7 +242,7 @@ def connect(options: argparse.Namespace) -> KafkaProducer:
         **CONNECT_TIME_OUT,
     }
     given = {**defaults, **python_settings(given, KafkaProducer)}
-    # As Java's client does if this time is not set; kafka-python refuses the settings.
+    # kafka-python refuses a time for a delivery that is shorter than that for a request.
     least = given["linger_ms"] + given["request_timeout_ms"]
     given["delivery_timeout_ms"] = max(given["delivery_timeout_ms"], least)
     try:

@@ -11,7 +11,7 @@ The records and the progress are committed together, in Kafka transactions of up
 if the program dies before a commit, nothing in that transaction is sent, and a stream with
 isolation.level=read_committed never sees a record twice. If a batch was retried, its dead letters
 may have duplicates, which are recognized by their headers and not sent. A letter that can't be sent
-back is left where it is for good, and doesn't stop the others.
+back is left where it is, also by later replays, and doesn't stop the others.
 
 A record that is sent back has the time of the replay, because retention would delete one with the
 time of the original, if that is old, before anybody reads it. The original's headers are not kept.
@@ -497,8 +497,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for reason, left in letters.left.items():
         print(
-            f"{len(left)} left for good in {options.topic}{DEAD_LETTERS}, {reason}; the first is "
-            f"at partition {left[0][0]}, offset {left[0][1]}",
+            f"{len(left)} left in {options.topic}{DEAD_LETTERS}, also by later replays, {reason}; "
+            f"the first is at partition {left[0][0]}, offset {left[0][1]}",
             file=sys.stderr,
         )
     return 1 if letters.left else 0

@@ -40,7 +40,7 @@ _TRIED = 32  # on how many events a network must return probabilities
 
 _DIGEST_LENGTH = 12  # hexadecimal digits of a version
 
-# What an edited contract can raise: the last two, a number of hundreds of digits, and brackets.
+# Errors of an edited contract; the last two come from huge numbers and deep nesting.
 _INVALID = (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
 
 # Maximum expansion of a part of the archive. Keras doesn't compress; a part that is compressed a

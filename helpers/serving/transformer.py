@@ -138,10 +138,11 @@ class ModelFile:
                 )
         self.model, self._transformer = model, ServingTransformer(model)
 
-    def _state(self) -> tuple[int, int, int] | None:
+    def _state(self) -> tuple[int, ...] | None:
         """Return the file attributes that change when it is replaced."""
         try:
             found = self._path.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_ctime_ns, found.st_size  # programs can set mtime back
+        # A program can set mtime back, and some file systems have no ctime.
+        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size

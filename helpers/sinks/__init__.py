@@ -4,7 +4,7 @@
 to Kafka, as dead letters.
 
 `parquet` has the steps from a scored batch to its commit, `columns` what they store, `parts` the
-data files, `commits` the manifests, which commit batches, `progress` the offsets that are
+data files, `commits` the manifests that commit batches, `progress` the offsets that are
 stored and where streams began, `lease` the claim that keeps a second job out, and `dead_letters`
 what sends bad records to Kafka.
 """

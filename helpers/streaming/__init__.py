@@ -14,7 +14,7 @@ From the bottom up:
 
 | module | what it does |
 |---|---|
-| `offsets` | offset ranges, of which batches consist |
+| `offsets` | offset ranges, which make up batches |
 | `errors`, `settings` | the errors of a stream, and the settings it takes |
 | `client` | talks to Kafka through the JVM's consumer and admin client |
 | `planner` | where a stream begins or resumes, and which offsets belong to a batch |
@@ -25,7 +25,7 @@ From the bottom up:
 | `recovery` | keeps a DStream's plans in a checkpoint, for a restart |
 | `source` | plans, reads and commits for one DStream |
 | `batches` | runs a DStream's batches; only one that has succeeded is committed |
-| `dstream`, `kafka_utils` | the old API, and its `foreachBatch` |
+| `dstream`, `kafka_utils` | the old API, with `foreachBatch` added |
 | `context` | starts and stops a streaming context |
 | `group` | shows a query's progress in its consumer group |
 | `structured` | `KafkaQuery`: the same on Structured Streaming, with its lag |
