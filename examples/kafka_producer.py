@@ -65,7 +65,6 @@ class Deliveries:
         self.acknowledged = 0
         self.failed = 0
         self.error: Exception | str = "no answer"  # why the last event failed
-        self.began_at = time.monotonic()  # when the first event was sent
         self._settled_at = time.monotonic()  # last outcome, or last time with nothing to wait for
         self._failing_since: float | None = None
         self._lock = threading.Lock()  # outcomes arrive in the client's thread and in this one
@@ -75,8 +74,6 @@ class Deliveries:
         """Count an event once its outcome is known."""
         if not self.on_the_way():
             self._settled_at = time.monotonic()
-        if not self.sent:
-            self.began_at = time.monotonic()
         self.sent += 1
         future.add_callback(self._succeed)
         future.add_errback(self._fail)
@@ -353,6 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Produce according to the command line, and return the exit code."""
     options = _options(arguments)
     stopping, deliveries = Stopping(), Deliveries()
+    started = time.monotonic()
     try:
         sender = Sender(options, deliveries, stopping)
         try:
@@ -366,12 +364,11 @@ def main(arguments: list[str] | None = None) -> int:
         stopping.exit_code = 1
     except KeyboardInterrupt:
         print("interrupted again: events without an outcome have failed", file=sys.stderr)
-    return _summary(deliveries, options.topic) or stopping.exit_code
+    return _summary(deliveries, options.topic, time.monotonic() - started) or stopping.exit_code
 
 
-def _summary(deliveries: Deliveries, topic: str) -> int:
+def _summary(deliveries: Deliveries, topic: str, seconds: float) -> int:
     """Print the outcomes of the events; return 1 if some were not acknowledged, otherwise 0."""
-    seconds = time.monotonic() - deliveries.began_at
     print(
         f"{deliveries.acknowledged} events acknowledged by {topic} in {seconds:.1f} s "
         f"({deliveries.acknowledged / seconds:,.0f} events/s)"
