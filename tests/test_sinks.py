@@ -332,26 +332,22 @@ def test_a_forgotten_job_does_not_write_to_the_path_of_a_new_one(spark, path):
     assert stored(spark, path) == list(range(8))
 
 
-def test_more_classes_than_two_are_refused(spark, path):
-    """The results have columns for two probabilities, so none is dropped in silence."""
-    network = keras.Sequential([keras.Input((30,)), keras.layers.Dense(3, "softmax")])
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        (keras.layers.Dense(3, "softmax"), "distinguishes 3 classes"),
+        (keras.layers.Dense(2), "with a softmax over the classes"),
+    ],
+    ids=["three classes", "logits"],
+)
+def test_only_two_probabilities_are_stored(spark, path, output, message):
+    """The results have columns for two probabilities: nothing is dropped or mistaken for one."""
+    network = keras.Sequential([keras.Input((30,)), output])
     records = rows(spark, 0, 10).drop("prediction")
     features = array_to_vector(F.array_repeat(F.lit(0.5), 30))
     scored = ModelPredictor(network).predict(records.withColumn("features", features))
     with Sink(spark, path) as sink:
-        with pytest.raises(SinkError, match="distinguishes 3 classes"):
-            sink.write(scored, sink.stream.plan(0, 10))
-        assert sink.positions() == {}
-
-
-def test_logits_are_refused(spark, path):
-    """The columns of the results are called probabilities, so nothing else is stored in them."""
-    network = keras.Sequential([keras.Input((30,)), keras.layers.Dense(2)])
-    records = rows(spark, 0, 10).drop("prediction")
-    features = array_to_vector(F.array_repeat(F.lit(0.5), 30))
-    scored = ModelPredictor(network).predict(records.withColumn("features", features))
-    with Sink(spark, path) as sink:
-        with pytest.raises(SinkError, match="with a softmax over the classes"):
+        with pytest.raises(SinkError, match=message):
             sink.write(scored, sink.stream.plan(0, 10))
         assert sink.positions() == {}
 
