@@ -181,7 +181,7 @@ def read_config(path: str | Path) -> ClientSettings:
         text = file.read_text("latin-1", errors="strict")
         if text.startswith(_BYTE_ORDER_MARKS):
             raise ValueError("it begins with a byte-order mark: save it without one, as Latin-1.")
-        lines = list(_properties(text))
+        lines = list(properties(text))
     except OSError as error:
         raise ValueError(
             f"{file} can't be read ({error.strerror}): give the absolute path of a file with "
@@ -244,8 +244,19 @@ def setting_option(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _properties(text: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the names and values in a properties file's text, with the numbers of their lines."""
+def properties(text: str) -> Iterator[tuple[int, str, str]]:
+    r"""Yield the names and values in a properties file's text, with the numbers of their lines.
+
+    Raises
+    ------
+    ValueError
+        If a ``\u`` isn't followed by four hexadecimal digits.
+
+    Examples
+    --------
+    >>> list(properties("# Spark's\nspark.jars  a.jar,b.jar\n"))
+    [(2, 'spark.jars', 'a.jar,b.jar')]
+    """
     lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     for number, line in lines:
         logical = line.lstrip(_BLANKS)

@@ -13,9 +13,9 @@ from helpers.broker import LocalKafka, python_settings
 from helpers.broker.security import jaas, make_certificate
 from helpers.kafka_settings import (
     ClientSettings,
-    _properties,
     connection_settings,
     is_secret,
+    properties,
     read_config,
     setting_option,
 )
@@ -27,7 +27,7 @@ PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
 
 def read(text):
     """Return the settings in a properties file's text."""
-    return {name: value for _, name, value in _properties(text)}
+    return {name: value for _, name, value in properties(text)}
 
 
 def java_reads(spark, text):

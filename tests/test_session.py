@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,6 +59,26 @@ def test_settings_of_a_new_session():
     assert settings["spark.locality.wait"] == "0"
     assert settings["spark.serializer"].endswith("KryoSerializer")
     assert "spark.driver.host" not in settings  # remote executors must reach the driver
+
+
+def test_a_sites_jars_and_java_options_stay(tmp_path):
+    """Beside the kit's, a session has the jars and Java options of a site's spark-defaults.conf."""
+    jar = tmp_path / "site.jar"
+    zipfile.ZipFile(jar, "w").close()
+    (tmp_path / "spark-defaults.conf").write_text(
+        f"spark.jars  {jar}\nspark.driver.extraJavaOptions -Dsite.name=\"CERN B\" -Dsite.hall=2\n"
+    )
+    program = """
+from helpers.spark import get_spark
+spark = get_spark()
+system = spark._jvm.java.lang.System
+print(system.getProperty("site.name"), system.getProperty("site.hall"))
+print(spark.sparkContext.getConf().get("spark.jars"))
+"""
+    run = run_python("-c", program, env={**os.environ, "SPARK_CONF_DIR": str(tmp_path)})
+    site, jars = run.stdout.splitlines()[-2:]
+    assert site == "CERN B 2", run.stderr
+    assert "site.jar" in jars and "spark-sql-kafka" in jars
 
 
 @pytest.mark.parametrize(

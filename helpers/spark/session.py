@@ -22,7 +22,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql.utils import is_remote
 
 import helpers
-from helpers.kafka_settings import SECRET_SETTINGS
+from helpers.kafka_settings import SECRET_SETTINGS, properties
 from helpers.spark.callbacks import guard_callbacks
 from helpers.spark.errors import JAVA_ERRORS, summary
 from helpers.spark.jars import (
@@ -53,6 +53,8 @@ SUBMIT_ARGUMENTS = "PYSPARK_SUBMIT_ARGS"
 _CONNECTOR_CLASS = "org.apache.spark.sql.kafka010.KafkaSourceProvider"
 
 _DAEMON = "helpers.spark.daemon"
+
+_JAVA_OPTIONS = "spark.driver.extraJavaOptions"
 
 # Memory beside Java's in MB: Java's own, and that of a worker with TensorFlow and the network.
 _OVERHEAD, _WORKER = 400, 800
@@ -266,7 +268,8 @@ def _settings(
         settings["spark.local.dir"] = str(scratch_folder())
         java_options = [f"-Djava.io.tmpdir={scratch_folder()}", *fork_option()]
         java_options += archive_option(spark_program())
-        settings["spark.driver.extraJavaOptions"] = " ".join(f'"{each}"' for each in java_options)
+        ours = (f'"{each}"' for each in java_options)
+        settings[_JAVA_OPTIONS] = " ".join([_site_setting(_JAVA_OPTIONS), *ours]).strip()
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
         # Other users of this machine reach loopback as well. Without it, Spark gives them the data
         # and the tasks, which hold the settings of Kafka's clients. Spark makes the secret itself.
@@ -382,7 +385,8 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         # A Java that runs already ignores this setting; `_add_connector` adds the jars to it.
         if not names_connector():
             jars = _connector_jars(*spark_and_scala())
-            conf.setIfMissing("spark.jars", ",".join(map(str, jars)))
+            site = filter(None, [_site_setting("spark.jars")])
+            conf.setIfMissing("spark.jars", ",".join([*site, *map(str, jars)]))
         with log_file().open("ab") as log:
             try:
                 # In a new process session, because a kernel that shuts down would wait for Java
@@ -403,6 +407,17 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
             f"Spark did not start on {settings['spark.master']}: {summary(error)} "
             f"Its log ends with: {log_end()}"
         ) from None
+
+
+def _site_setting(name: str) -> str:
+    """Return a setting of the site's spark-defaults.conf that the kit's would replace; or ''."""
+    folder = os.environ.get("SPARK_CONF_DIR") or spark_home() / "conf"
+    try:
+        text = Path(folder, "spark-defaults.conf").read_text("utf-8")
+        settings = {each: value for _, each, value in properties(text)}
+    except (OSError, ValueError):  # if it exists, Spark reports it
+        return ""
+    return settings.get(name, "").strip()
 
 
 def _without_secrets(conf: SparkConf) -> SparkConf:
