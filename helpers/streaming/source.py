@@ -156,9 +156,10 @@ class Source:
 
     def _forget(self, committed: list[int]) -> None:
         """Forget old plans, except those of intervals that a window may still read."""
-        self._recovery.forget(committed)
-        if committed and (remembered := self._recovery.remembered()) is not None:
-            self._ledger.forget(before=committed[-1] - remembered)
+        with self._sending:  # Spark plans in one thread, and finishes batches in another
+            self._recovery.forget(committed)
+            if committed and (remembered := self._recovery.remembered()) is not None:
+                self._ledger.forget(before=committed[-1] - remembered)
 
     def _send(self, offsets: Mapping[TopicAndPartition, int], repeats: bool = False) -> None:
         with self._sending:
