@@ -15,7 +15,7 @@ from processes import ROOT, run_python, running, wait_until
 PROGRAM = ROOT / "tests" / "long_stream.py"
 PRODUCER = ROOT / "examples" / "kafka_producer.py"
 
-RATE = 1_000  # events per second
+RATE = 2_000  # events per second
 MINUTES = 15
 BACKLOG = 500_000
 MINUTES_AFTER_BACKLOG = 4
