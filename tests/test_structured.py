@@ -649,12 +649,12 @@ def test_a_query_that_waits_for_its_broker_can_be_ended(
     assert waited
 
 
-def counted(spark, query_of, topic, settings, path, fail=lambda: None):
+def counted(spark, query_of, topic, settings, path, before=lambda: None, monitor=None):
     """Run a query into a sink with a monitor; return the totals and the number of stored events."""
-    monitor = Monitor()
+    monitor = monitor or Monitor()
 
     def score(records):
-        fail()
+        before()
         events = parse_events(records)
         vector = array_to_vector(F.array(F.lit(0.75), F.lit(0.25)))
         good = F.col("event.reason").isNull()
@@ -678,6 +678,16 @@ def events_of(count):
     columns = ["EventId", *FEATURES]
     rows = generate_events(count, seed=1)[columns].to_dict("records")
     return [json.dumps(row).encode() for row in rows]
+
+
+def test_the_lag_has_what_arrived_while_the_batch_ran(
+    spark, query_of, one, produce, settings, tmp_path
+):
+    """A stream that can't keep up is seen by its lag, which Spark's own report shows as 0."""
+    produce(one, events_of(50))
+    monitor, path = Monitor(), str(tmp_path / "scored")
+    counted(spark, query_of, one, settings, path, lambda: produce(one, [b"1"] * 7), monitor)
+    assert [(batch.events, batch.lag) for batch in monitor.batches] == [(50, 7)]
 
 
 @pytest.mark.long

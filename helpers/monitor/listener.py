@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from pyspark import SparkContext
 from pyspark.sql.streaming import StreamingQueryListener
-from pyspark.sql.streaming.listener import SourceProgress, StreamingQueryProgress
+from pyspark.sql.streaming.listener import StreamingQueryProgress
 
 from helpers.monitor.display import Batch
 
@@ -57,9 +56,7 @@ class QueryListener(StreamingQueryListener):
         reported: dict[str, Any] = {"planned_at": planned_at}
         if "triggerExecution" in progress.durationMs:
             reported["seconds"] = progress.durationMs["triggerExecution"] / 1000
-        lag = _left(progress.sources[0]) if progress.sources else None
-        if lag is not None:
-            reported["lag"] = lag
+        # Not the lag: Spark's is that of the plan, which is 0 unless batches are limited.
         with self._changed:
             # Earlier batches are done; Spark dropped their reports.
             keys = sorted(
@@ -92,21 +89,3 @@ class QueryListener(StreamingQueryListener):
             self._held.clear()
         for batch in batches:
             self._show(batch)
-
-
-def _left(source: SourceProgress) -> int | None:
-    """Return how many offsets a query has left in Kafka; None if the report doesn't say so.
-
-    For a batch that is repeated after a restart, Spark has no latest offset, and reports 'None'.
-    """
-    if not source.description.startswith("Kafka"):
-        return None
-    try:
-        ends, latest = json.loads(source.endOffset), json.loads(source.latestOffset)
-    except (TypeError, ValueError):
-        return None
-    return sum(
-        offset - ends.get(topic, {}).get(partition, 0)
-        for topic, partitions in latest.items()
-        for partition, offset in partitions.items()
-    )

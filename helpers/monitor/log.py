@@ -89,8 +89,8 @@ class Monitor:
         """Follow the progress of a query that runs within the ``with`` block.
 
         An added batch is displayed once Spark reports its progress, with the time when it was
-        planned, its total duration including planning and checkpointing, and the number of records
-        left. The block must not end before the query does.
+        planned, and its total duration including planning and checkpointing. The block must not end
+        before the query does.
 
         Parameters
         ----------
