@@ -13,7 +13,13 @@ from pyspark.sql import functions as F
 from test_sinks import rows
 
 from helpers.broker import LocalKafka, count_records
-from helpers.sinks import ParquetSink, prepare_dead_letters, read_bad_records, send_dead_letters
+from helpers.sinks import (
+    ParquetSink,
+    dead_letters,
+    prepare_dead_letters,
+    read_bad_records,
+    send_dead_letters,
+)
 from helpers.streaming import OffsetRange, StreamError, TopicAndPartition
 
 MIB = 1024**2
@@ -49,6 +55,24 @@ def consume(kafka, topic, count):
 def settings(kafka):
     """A client's settings."""
     return {"bootstrap.servers": kafka.bootstrap_servers, "group.id": "not for a producer"}
+
+
+def test_letters_change_nothing_for_a_query_that_is_planned_meanwhile(
+    spark, topic, settings, tmp_path, monkeypatch
+):
+    """Bad records are read row by row in a separate session."""
+    seen, send = [], dead_letters._send
+
+    def look(messages, *others):
+        setting = spark.conf.get("spark.sql.parquet.enableVectorizedReader")
+        seen.append((messages.sparkSession is spark, setting))
+        send(messages, *others)
+
+    monkeypatch.setattr(dead_letters, "_send", look)
+    with letter_sink(spark, tmp_path, settings) as sink:
+        sink.begin({}, {topic: "the-id"})
+        sink.write(rows(spark, 0, 10, bad=[3], topic=topic), [OffsetRange(topic, 0, 0, 10)])
+    assert seen == [(False, "true")]
 
 
 def test_a_dead_letter_has_all_that_the_record_was(spark, kafka, topic, settings, tmp_path):

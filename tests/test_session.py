@@ -14,6 +14,7 @@ from kafka import KafkaAdminClient
 from processes import arrange_spark, run_python, wait_until
 from pyspark import SparkConf
 
+from helpers.kafka_settings import SECRET_SETTINGS
 from helpers.spark import (
     SessionError,
     changed_settings,
@@ -21,6 +22,7 @@ from helpers.spark import (
     java_exit,
     protect_folder,
     scratch,
+    separate_session,
     session,
 )
 
@@ -227,6 +229,18 @@ def test_a_folder_with_settings_is_kept_from_others(spark, tmp_path, caplog, nam
     protect_folder(spark, str(folder))
     assert folder.stat().st_mode & 0o777 == mode
     assert ("chmod 700 it" in caplog.text) == (mode != 0o700)
+
+
+def test_a_separate_session_changes_nothing_in_the_others(spark):
+    """Neither their settings, nor to which session the DataFrame of an RDD belongs."""
+    name = "spark.sql.parquet.enableVectorizedReader"
+    other = separate_session(spark, {name: "false"})
+    assert (spark.conf.get(name), other.conf.get(name)) == ("true", "false")
+    assert SECRET_SETTINGS in other.conf.get("spark.sql.redaction.options.regex")
+    frame = spark.sparkContext.parallelize([(1,)]).toDF(["one"])
+    assert frame.sparkSession is spark and get_spark() is spark
+    frame.createOrReplaceTempView("ones")
+    assert spark.table("ones").count() == 1 and not other.catalog.tableExists("ones")
 
 
 def test_settings_that_several_threads_change_return(spark):

@@ -3,6 +3,7 @@
 import statistics
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,15 +77,34 @@ def test_readers_see_each_event_once_while_files_are_merged(spark, path, often):
             counts.append(len(found))
             assert found == list(range(len(found)))
 
-    with Sink(spark, path) as sink:
+    with Sink(spark, path) as sink, ThreadPoolExecutor() as thread:
         write(sink, spark, 0, 10)
-        reader = threading.Thread(target=read)
-        reader.start()
-        for start in range(10, 150, 10):
-            write(sink, spark, start, start + 10)
-        ended.set()
-        reader.join(60)
+        reader = thread.submit(read)
+        try:
+            for start in range(10, 150, 10):
+                write(sink, spark, start, start + 10)
+        finally:
+            ended.set()
+        reader.result(60)
     assert counts == sorted(counts) and counts[-1] >= 10
+
+
+def test_a_merge_changes_nothing_for_a_query_that_is_planned_meanwhile(
+    spark, path, often, monkeypatch
+):
+    """It reads row by row in a session of its own: a plan with both ways to read fails."""
+    seen, write_files = set(), PartFiles.write
+
+    def look(files, rows, name):
+        session = rows.sparkSession if name.startswith("merged") else spark
+        seen.add((session is spark, spark.conf.get("spark.sql.parquet.enableVectorizedReader")))
+        write_files(files, rows, name)
+
+    monkeypatch.setattr(PartFiles, "write", look)
+    with Sink(spark, path) as sink:
+        for start in range(0, 60, 10):
+            write(sink, spark, start, start + 10)
+    assert seen == {(True, "true"), (False, "true")}
 
 
 def test_files_that_cannot_be_merged_still_count(spark, path, often, monkeypatch, caplog):

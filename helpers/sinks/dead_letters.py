@@ -50,10 +50,7 @@ _OVERHEAD = 200  # the most that Kafka adds to a letter with six headers
 _UNPACKED_LIMIT = 64 * 1024**2  # maximum size of a letter before compression
 _CODEC = "zstd"  # compresses at least as well as whatever codec the producer used
 _PLACES_LOGGED = 20
-_FEW_RECORDS = {
-    "spark.sql.parquet.enableVectorizedReader": "false",
-    "spark.sql.execution.arrow.maxRecordsPerBatch": "16",
-}
+_FEW_RECORDS = {"spark.sql.execution.arrow.maxRecordsPerBatch": "16"}
 
 # An unavailable broker is noticed within seconds, and the batch is retried.
 _TIMEOUTS = {

@@ -398,7 +398,7 @@ class ParquetSink:
 
     def _handle_bad_records(self, part: Part, ranges: Iterable[OffsetRange]) -> int:
         """Do what `on_bad_record` says, and return how many records could not be sent."""
-        bad = self._files.read([part]).where(F.col("bad").isNotNull())
+        bad = self._files.read_row_by_row([part]).where(F.col("bad").isNotNull())
         if self._on_bad_record == "stop":
             _stop_at_first(bad)
         if self._on_bad_record == "dead-letter":

@@ -21,6 +21,7 @@ from helpers.spark import (
     folder_size,
     java_class,
     remove_folder,
+    separate_session,
     summary,
 )
 
@@ -58,6 +59,7 @@ class PartFiles:
 
     def __init__(self, spark: SparkSession, path: str, event_id: str) -> None:
         self._spark, self._path, self._schema = spark, path, stored_schema(event_id)
+        self._row_by_row: SparkSession | None = None  # reads large records
 
     def folder(self, name: str) -> str:
         """Return the path of a folder of files."""
@@ -79,11 +81,13 @@ class PartFiles:
 
     def read(self, parts: Iterable[Part]) -> DataFrame:
         """Return the rows of parts."""
-        files = [f"{self.folder(part.folder)}/{name}" for part in parts for name in part.files]
-        if not files:
-            return self._spark.createDataFrame([], self._schema)
-        with changed_settings(self._spark, _LISTED_BY_THE_DRIVER):
-            return exact_reader(self._spark).schema(self._schema).parquet(*files)
+        return self._read(self._spark, parts)
+
+    def read_row_by_row(self, parts: Iterable[Part]) -> DataFrame:
+        """Return the rows of parts, which may be large ones, in a separate session."""
+        if self._row_by_row is None:
+            self._row_by_row = separate_session(self._spark, _ROW_BY_ROW)
+        return self._read(self._row_by_row, parts)
 
     def finished(self, name: str, rows: int, first: int) -> Part:
         """Return the part that Spark wrote, once its files are complete and on disk.
@@ -120,14 +124,20 @@ class PartFiles:
         name = f"merged-{first:020d}-{uuid.uuid4()}"
         files = max(1, sum(part.size for part in group) // _FILE_SIZE)
         try:
-            with changed_settings(self._spark, _ROW_BY_ROW):
-                self.write(self.read(group).coalesce(files), name)
+            self.write(self.read_row_by_row(group).coalesce(files), name)
             part = self.finished(name, sum(part.rows for part in group), first)
         except BaseException:
             with contextlib.suppress(Exception):  # must not hide the original error
                 self.remove(name)
             raise
         return replace(part, level=level)
+
+    def _read(self, spark: SparkSession, parts: Iterable[Part]) -> DataFrame:
+        files = [f"{self.folder(part.folder)}/{name}" for part in parts for name in part.files]
+        if not files:
+            return spark.createDataFrame([], self._schema)
+        with changed_settings(spark, _LISTED_BY_THE_DRIVER):
+            return exact_reader(spark).schema(self._schema).parquet(*files)
 
 
 def _count_rows(spark: SparkSession, files: Iterable[str]) -> int:

@@ -54,5 +54,6 @@ from helpers.spark.session import (
     get_spark,
     hide_secrets,
     names_connector,
+    separate_session,
     spark_has_ended,
 )

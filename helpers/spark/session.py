@@ -15,7 +15,7 @@ from pathlib import Path
 import pyspark.util
 from py4j.java_gateway import JavaObject, JavaPackage
 from py4j.protocol import Py4JError
-from pyspark import SparkConf, SparkContext
+from pyspark import RDD, SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
@@ -175,7 +175,9 @@ def changed_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterat
     """Change settings of a session within a ``with`` block, which others may share.
 
     The session's own values return when the last block that changes them ends. Whoever changes a
-    setting must change it to the same value.
+    setting must change it to the same value, and not one that decides how Spark plans a query: it
+    would change half-way through the planning of another thread's. Those belong in a
+    `separate_session`.
 
     Parameters
     ----------
@@ -206,6 +208,31 @@ def changed_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterat
                     _CHANGED[session, name] = uses - 1, before
                 else:
                     spark.conf.set(name, before)
+
+
+def separate_session(spark: SparkSession, settings: Mapping[str, str]) -> SparkSession:
+    """Return a further session of the same Spark, whose settings no other session has.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        A session.
+    settings : mapping
+        The values, by Spark's names.
+
+    Examples
+    --------
+    >>> other = separate_session(spark, {"spark.sql.shuffle.partitions": "7"})
+    >>> other.conf.get("spark.sql.shuffle.partitions"), other.sparkContext is spark.sparkContext
+    ('7', True)
+    """
+    to_dataframe = RDD.toDF
+    session = spark.newSession()
+    RDD.toDF = to_dataframe  # PySpark would give the DataFrames of all RDDs to the new session
+    hide_secrets(session)
+    for name, value in settings.items():
+        session.conf.set(name, value)
+    return session
 
 
 def _has_ended(context: SparkContext) -> bool:
