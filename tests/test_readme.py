@@ -248,7 +248,8 @@ def test_spark_still_words_a_killed_worker_so(spark):
 def test_every_room_of_the_helpers_is_explained():
     """Every room of `helpers` is listed in the README and in the package's table."""
     table = (ROOT / "helpers" / "__init__.py").read_text()
-    for path in (ROOT / "helpers").glob("[!_]*"):
+    rooms = [file.parent for file in (ROOT / "helpers").glob("*/__init__.py")]
+    for path in [*rooms, *(ROOT / "helpers").glob("[!_]*.py")]:
         assert f"`helpers/{path.name}{'/' if path.is_dir() else ''}`" in README
         assert f"| `{path.stem}` |" in table
 
