@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyspark.util
@@ -216,7 +216,7 @@ def separate_session(spark: SparkSession, settings: Mapping[str, str]) -> SparkS
     Parameters
     ----------
     spark : pyspark.sql.SparkSession
-        A session.
+        The session whose settings it begins with.
     settings : mapping
         The values, by Spark's names.
 
@@ -226,10 +226,11 @@ def separate_session(spark: SparkSession, settings: Mapping[str, str]) -> SparkS
     >>> other.conf.get("spark.sql.shuffle.partitions"), other.sparkContext is spark.sparkContext
     ('7', True)
     """
-    to_dataframe = RDD.toDF
-    session = spark.newSession()
-    RDD.toDF = to_dataframe  # PySpark would give the DataFrames of all RDDs to the new session
-    hide_secrets(session)
+    with _CHANGING:
+        to_dataframe = RDD.toDF
+        # Not `newSession`, which has none of the settings that were made while Spark ran.
+        session = type(spark)(spark.sparkContext, spark._jsparkSession.cloneSession())
+        RDD.toDF = to_dataframe  # PySpark would give the DataFrames of all RDDs to the new session
     for name, value in settings.items():
         session.conf.set(name, value)
     return session
@@ -412,8 +413,7 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         # A Java that runs already ignores this setting; `_add_connector` adds the jars to it.
         if not names_connector():
             jars = _connector_jars(*spark_and_scala())
-            site = filter(None, [_site_setting("spark.jars")])
-            conf.setIfMissing("spark.jars", ",".join([*site, *map(str, jars)]))
+            conf.setIfMissing("spark.jars", ",".join([*map(str, jars), *_site_jars(jars)]))
         with log_file().open("ab") as log:
             try:
                 # In a new process session, because a kernel that shuts down would wait for Java
@@ -436,11 +436,25 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         ) from None
 
 
+def _site_jars(ours: Iterable[Path]) -> list[str]:
+    """Return the site's jars, without other versions of the connector's: one of them would win."""
+    artifacts = {_artifact(jar.name.split("_", 1)[1]) for jar in ours}
+    jars = filter(None, map(str.strip, _site_setting("spark.jars").split(",")))
+    names = {jar: _artifact(jar.rsplit("/", 1)[-1]) for jar in jars}
+    return [
+        jar
+        for jar, name in names.items()
+        if not artifacts & {name, name.partition("_")[2]}  # Ivy's names begin with the group
+    ]
+
+
 def _site_setting(name: str) -> str:
     """Return a setting of the site's spark-defaults.conf that the kit's would replace; or ''."""
+    if "--properties-file" in os.environ.get(SUBMIT_ARGUMENTS, ""):  # Spark reads that instead
+        return ""
     folder = os.environ.get("SPARK_CONF_DIR") or spark_home() / "conf"
     try:
-        text = Path(folder, "spark-defaults.conf").read_text("utf-8")
+        text = Path(folder, "spark-defaults.conf").read_text("utf-8", "replace")
         settings = {each: value for _, each, value in properties(text)}
     except (OSError, ValueError):  # if it exists, Spark reports it
         return ""
