@@ -148,7 +148,7 @@ def send_dead_letters(
     ----------
     bad : pyspark.sql.DataFrame
         Records with ``topic``, ``partition``, ``offset``, ``event_time`` and ``bad``, a struct of
-        ``key``, ``value`` and ``reason``.
+        ``key``, ``value`` and ``reason``; of a `separate_session`, because its settings change.
     settings : mapping
         Settings of a Kafka client by Kafka's names.
     topic_ids : mapping
