@@ -74,6 +74,7 @@ class Source:
         self._ledger, self._recovery, self._stopped = ledger, recovery, stopped
         self.away_since: float | None = None
         self._sending = threading.RLock()  # so that no older offset follows a newer one
+        self._forgetting = threading.Lock()
         self._committed_at = self._repeated_at = time.monotonic()
         spark, last = get_spark(), recovery.last()
         positions = last.positions if last else definition.positions
@@ -156,7 +157,7 @@ class Source:
 
     def _forget(self, committed: list[int]) -> None:
         """Forget old plans, except those of intervals that a window may still read."""
-        with self._sending:  # Spark plans in one thread, and finishes batches in another
+        with self._forgetting:  # Spark plans in one thread, and finishes batches in another
             self._recovery.forget(committed)
             if committed and (remembered := self._recovery.remembered()) is not None:
                 self._ledger.forget(before=committed[-1] - remembered)
