@@ -187,7 +187,6 @@ def test_a_batch_whose_report_spark_has_dropped_is_counted(spark, capsys):
     progress = SimpleNamespace(
         id="a query", batchId=2, timestamp="2024-01-01T12:00:00.000Z",
         durationMs={"triggerExecution": 250},
-        sources=[SimpleNamespace(description="RateStream")],
     )  # fmt: skip
     with monitor.follow(spark):
         for batch_id in (0, 1, 2, 3):

@@ -694,7 +694,7 @@ def test_the_lag_has_what_arrived_while_the_batch_ran(
 def test_a_batch_that_is_repeated_after_a_restart_is_in_the_totals(
     spark, query_of, one, produce, settings, tmp_path
 ):
-    """Spark's report on such a batch lacks the latest offsets."""
+    """It is counted in the run that stores it."""
     produce(one, events_of(50))
     tries = itertools.count()
 
