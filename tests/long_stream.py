@@ -19,12 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def sample(began: float) -> dict:
-    """Return the seconds since the start and the megabytes in use, the heap's after a GC."""
+    """Return the seconds since the start and the megabytes in use, the heap's after a GC.
+
+    Java's are those beside its heap, which grows and shrinks as the collector likes.
+    """
     jvm = SparkContext._active_spark_context._jvm
     jvm.java.lang.System.gc()
     heap = jvm.java.lang.management.ManagementFactory.getMemoryMXBean().getHeapMemoryUsage()
     driver = psutil.Process()
-    parts = {"driver": driver.memory_info().rss, "java": 0, "workers": 0}
+    parts = {"driver": driver.memory_info().rss, "java": -heap.getCommitted(), "workers": 0}
     for process in driver.children(recursive=True):
         try:
             name = "java" if process.name() == "java" else "workers"
