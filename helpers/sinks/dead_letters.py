@@ -25,7 +25,6 @@ from helpers.spark import (
     arrow_function,
     cause_message,
     cause_name,
-    changed_settings,
     hide_secrets,
     summary,
 )
@@ -50,7 +49,6 @@ _OVERHEAD = 200  # the most that Kafka adds to a letter with six headers
 _UNPACKED_LIMIT = 64 * 1024**2  # maximum size of a letter before compression
 _CODEC = "zstd"  # compresses at least as well as whatever codec the producer used
 _PLACES_LOGGED = 20
-_FEW_RECORDS = {"spark.sql.execution.arrow.maxRecordsPerBatch": "16"}
 
 # An unavailable broker is noticed within seconds, and the batch is retried.
 _TIMEOUTS = {
@@ -148,7 +146,7 @@ def send_dead_letters(
     ----------
     bad : pyspark.sql.DataFrame
         Records with ``topic``, ``partition``, ``offset``, ``event_time`` and ``bad``, a struct of
-        ``key``, ``value`` and ``reason``; of a `separate_session`, because its settings change.
+        ``key``, ``value`` and ``reason``; large ones as `PartFiles.read_row_by_row` reads them.
     settings : mapping
         Settings of a Kafka client by Kafka's names.
     topic_ids : mapping
@@ -361,13 +359,12 @@ def _send_what_fits(letters: DataFrame, place: LetterTopic, settings: Mapping[st
     """Send the letters that their topic accepts, and return how many are too large."""
     sized = letters.withColumn("size", _size())
     large = sized.where(F.col("size") > place.limit)
-    with changed_settings(letters.sparkSession, _FEW_RECORDS):
-        checked = large.select("source.*", "size", _fits(place).alias("fits")).collect()
-        unsent = [letter for letter in checked if not letter.fits]
-        messages = sized.where(F.col("size") <= place.limit)
-        if len(unsent) < len(checked):
-            messages = messages.union(large.where(_fits(place)))
-        _send(messages.drop("source", "size").coalesce(1), _producer_settings(settings, place))
+    checked = large.select("source.*", "size", _fits(place).alias("fits")).collect()
+    unsent = [letter for letter in checked if not letter.fits]
+    messages = sized.where(F.col("size") <= place.limit)
+    if len(unsent) < len(checked):
+        messages = messages.union(large.where(_fits(place)))
+    _send(messages.drop("source", "size").coalesce(1), _producer_settings(settings, place))
     for letter in unsent[:_PLACES_LOGGED]:
         _LOGGER.error(
             "the bad record at %s, partition %s, offset %s is in the sink's files only: it is too "

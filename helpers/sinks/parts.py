@@ -37,8 +37,11 @@ _WRITING = {
     "parquet.page.size.row.check.max": "10",
 }
 
-# Spark's faster reader reads 4,096 rows at a time, however large they are.
-_ROW_BY_ROW = {"spark.sql.parquet.enableVectorizedReader": "false"}
+# Otherwise, Spark reads thousands of rows at a time, and passes them on to Python, however large.
+_ROW_BY_ROW = {
+    "spark.sql.parquet.enableVectorizedReader": "false",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "16",
+}
 
 # Target size of a merged file.
 _FILE_SIZE = 64 * 1024**2
