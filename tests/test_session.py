@@ -12,7 +12,7 @@ import pyspark
 import pytest
 from kafka import KafkaAdminClient
 from processes import arrange_spark, run_python, wait_until
-from pyspark import SparkConf
+from pyspark import RDD, SparkConf
 
 from helpers.kafka_settings import SECRET_SETTINGS
 from helpers.spark import (
@@ -253,11 +253,11 @@ def test_a_folder_with_settings_is_kept_from_others(spark, tmp_path, caplog, nam
 def test_a_separate_session_changes_nothing_in_the_others(spark):
     """Neither their settings, nor to which session the DataFrame of an RDD belongs."""
     name = "spark.sql.parquet.enableVectorizedReader"
+    existing, to_dataframe = get_spark(), RDD.toDF  # perhaps of a query's last batch
     other = separate_session(spark, {name: "false"})
     assert (spark.conf.get(name), other.conf.get(name)) == ("true", "false")
     assert SECRET_SETTINGS in other.conf.get("spark.sql.redaction.options.regex")
-    frame = spark.sparkContext.parallelize([(1,)]).toDF(["one"])
-    assert frame.sparkSession is spark and get_spark() is spark
+    assert get_spark() is existing and RDD.toDF is to_dataframe
 
 
 def test_settings_that_several_threads_change_return(spark):
