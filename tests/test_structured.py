@@ -166,8 +166,8 @@ def test_a_second_query_on_a_checkpoint_does_not_end_the_first_in_silence(
         query.foreachBatch(lambda df, batch_id: seen.append(batch_id))
     thread = threading.Thread(target=run_first)
     thread.start()
-    wait_until(lambda: seen)
-    second.run(until=lambda: not thread.is_alive(), timeout=60, interval=0.2)
+    wait_until(first.finished)  # a batch that Spark has not committed belongs to the second one
+    second.run(until=lambda: not thread.is_alive(), timeout=600, interval=0.2)
     thread.join()
     assert len(seen) == 1 and "another query starts with the same checkpoint" in errors[0]
 
