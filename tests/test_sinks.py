@@ -117,7 +117,18 @@ def path(tmp_path):
 def impatient(monkeypatch):
     """Shorten the time after which a dead writer is noticed."""
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 2)
+
+
+def end_heartbeat(sink):
+    """Let a sink no longer renew its claim, as if its job had died."""
+    sink._lease._closed.set()
+    sink._lease._thread.join()
+
+
+def warnings_in(caplog):
+    """Return what the kit has logged; the tests' clients of Kafka log as well."""
+    return [each.getMessage() for each in caplog.records if each.name.startswith("helpers.")]
 
 
 def test_what_is_stored_of_an_event(spark, path):
@@ -203,7 +214,9 @@ def test_reading_events_does_not_load_the_bytes_of_bad_records(spark, path):
 
 def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
     """A failed batch leaves no files, and can be written again."""
-    broken = rows(spark, 0, 10).withColumn("EventId", F.raise_error(F.lit("broken")).cast("long"))
+    reason = F.raise_error(F.lit("broken")).cast("long")
+    # One task: Spark doesn't wait for the others of a failed job, and one may still make a folder.
+    broken = rows(spark, 0, 10).coalesce(1).withColumn("EventId", reason)
     with Sink(spark, path) as sink:
         with pytest.raises(Exception, match="broken"):
             sink.write(broken, sink.stream.plan(0, 10))
@@ -230,7 +243,7 @@ def test_a_sink_whose_job_died_is_taken_over(spark, path, impatient):
     """A sink takes over the path of a dead one, which can't write if it wakes up."""
     dead = Sink(spark, path)
     dead.__enter__()
-    dead._lease._closed.set()  # it no longer renews its claim
+    end_heartbeat(dead)
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
         # It was only slow, and now is late.
@@ -243,7 +256,7 @@ def test_a_late_sink_cannot_commit_over_another(spark, path, impatient, monkeypa
     """A sink that lost its path can't commit, even between its last check and its commit."""
     late = Sink(spark, path)
     late.__enter__()
-    late._lease._closed.set()
+    end_heartbeat(late)
     monkeypatch.setattr(late._lease, "check", lambda: None)
     with Sink(spark, path) as sink:
         write(sink, spark, 0, 10)
@@ -285,14 +298,14 @@ def test_of_many_that_find_a_sink_dead_one_takes_its_path(spark, path, impatient
     """Of several sinks that find a dead one, exactly one takes over its path."""
     dead = Sink(spark, path)
     dead.__enter__()
-    dead._lease._closed.set()
+    end_heartbeat(dead)
     opened, refused, done = [], [], threading.Event()
 
     def open_sink():
         try:
             with ParquetSink(spark, path, signal_index=0) as sink:
                 opened.append(sink)
-                done.wait(60)
+                done.wait(600)
                 sink._lease.check()
         except Exception as error:
             refused.append(error)
@@ -300,7 +313,7 @@ def test_of_many_that_find_a_sink_dead_one_takes_its_path(spark, path, impatient
     threads = [threading.Thread(target=open_sink) for _ in range(4)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(refused) == 3)
+    wait_until(lambda: len(refused) >= 3)
     done.set()
     for thread in threads:
         thread.join(60)
@@ -701,12 +714,12 @@ def test_offsets_below_the_first_stored_one_are_reported(spark, path, caplog):
     """A stream that begins before the output does is told once which offsets are not added."""
     with Sink(spark, path, stream=Stream({PARTITION: 100})) as sink:
         write(sink, spark, 100, 110)
-    assert caplog.messages == []
+    assert warnings_in(caplog) == []
     with Sink(spark, path, stream=Stream({PARTITION: 20})) as sink:
         for start in (20, 60):
             assert sink.left(sink.stream.plan(start, start + 40)) == []
             write(sink, spark, start, start + 40)
-    (warning,) = caplog.messages
+    (warning,) = warnings_in(caplog)
     assert "begins at offset 100 of events, partition 0; offsets 20 to 99 are not added" in warning
     assert stored(spark, path) == list(range(100, 110))
 

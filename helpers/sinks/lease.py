@@ -129,18 +129,20 @@ class Lease:
 
     def _last_free(self) -> int:
         """Return the last claim's number once it is closed or dead; raise if it is alive."""
-        seen, deadline = None, time.monotonic() + PATIENCE_SECONDS
+        seen, since = None, 0.0
         while True:
+            looks = time.monotonic()  # a look may take long, and what it sees may be old by its end
             number = max(self._numbers(), default=-1)
             if number < 0 or not self._is_open(number):
                 return number
             # The modification time is compared only with itself, because clocks may differ.
             now = number, self._claims.changed_at(_name(number))
-            if seen not in (None, now):
+            if seen is None:
+                seen, since = now, time.monotonic()
+            elif seen != now:
                 raise taken_over(self._path)
-            if time.monotonic() > deadline:
+            elif looks - since > PATIENCE_SECONDS:
                 return number
-            seen = now
             time.sleep(HEARTBEAT_SECONDS / 4)
 
     def _is_open(self, number: int) -> bool:
