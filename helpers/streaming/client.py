@@ -388,6 +388,8 @@ class KafkaClient:
                 use_added_jars(self._spark)
                 yield
         except JAVA_ERRORS as error:
+            if cause_name(error).startswith("Interrupt"):
+                raise  # Spark stops a query by an interrupt, and looks for it in the error
             raise explained(error, self.settings) from None
 
 
