@@ -211,16 +211,14 @@ def test_nothing_is_left_when_python_is_killed():
     run = run_python("-c", program)
     process_id, folder = run.stdout.split()
     assert run.returncode == -signal.SIGKILL
-    wait_until(lambda: not is_alive(int(process_id)), 20)
-    wait_until(lambda: not Path(folder).exists(), 20)
+    wait_until(lambda: not is_alive(int(process_id)))
+    wait_until(lambda: not Path(folder).exists())
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_runs_until_it_is_told_to_stop(ending):
     """The command serves at the given port until SIGINT or SIGTERM, and exits with 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "helpers.broker", "--port", str(port)]
     with running(command) as process:
         assert f"ready at 127.0.0.1:{port}" in process.stdout.readline()

@@ -88,7 +88,7 @@ class BrokerAdmin:
             "num_partitions": partitions, "replication_factor": 1, "assignments": {},
             "configs": settings,
         }  # fmt: skip
-        with _admin(self.settings) as admin:
+        with admin_client(self.settings) as admin:
             with contextlib.suppress(TopicAlreadyExistsError):
                 admin.create_topics({name: topic})
             if not wait_until(lambda: _has_leaders(admin, name), START_SECONDS):
@@ -125,7 +125,7 @@ class BrokerAdmin:
         """
         password = secrets.token_urlsafe(PASSWORD_BYTES)
         user = UserScramCredentialUpsertion(name, ScramMechanism.SCRAM_SHA_512, password)
-        with _admin(self.settings) as admin:
+        with admin_client(self.settings) as admin:
             refusals = admin.alter_user_scram_credentials([user])
         if refusals.get(name):
             raise BrokerError(f"user {name!r} can't be added: {refusals[name]}.")
@@ -154,7 +154,7 @@ class BrokerAdmin:
             )
             for operation in operations
         ]  # fmt: skip
-        with _admin(self.settings) as admin:
+        with admin_client(self.settings) as admin:
             admin.create_acls(rules)
 
     def topics(self) -> list[str]:
@@ -167,7 +167,7 @@ class BrokerAdmin:
         ...     kafka.topics()
         []
         """
-        with _admin(self.settings) as admin:
+        with admin_client(self.settings) as admin:
             return sorted(name for name in admin.list_topics() if not name.startswith("__"))
 
 
@@ -335,11 +335,28 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return False
 
 
-def _admin(settings: Mapping[str, str]) -> KafkaAdminClient:
-    """Return an admin client whose requests time out after 5 s."""
+def admin_client(settings: Mapping[str, str], seconds: int = ANSWER_SECONDS) -> KafkaAdminClient:
+    """Return an admin client of kafka-python that waits this long for a broker, and for an answer.
+
+    Parameters
+    ----------
+    settings : mapping
+        The client's settings by Kafka's names.
+    seconds : int
+        How long it waits.
+
+    Examples
+    --------
+    >>> from helpers.broker import LocalKafka
+    >>> with LocalKafka() as kafka, admin_client(kafka.settings) as admin:
+    ...     admin.list_topics()
+    []
+    """
+    milliseconds = seconds * 1000
     return KafkaAdminClient(
-        **python_settings(settings), request_timeout_ms=5_000, bootstrap_timeout_ms=2_000
-    )
+        **python_settings(settings), request_timeout_ms=milliseconds,
+        bootstrap_timeout_ms=milliseconds,
+    )  # fmt: skip
 
 
 def _has_leaders(admin: KafkaAdminClient, topic: str) -> bool:

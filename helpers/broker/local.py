@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,13 +19,15 @@ from typing import IO
 
 from helpers.broker import security as secured
 from helpers.broker import server
-from helpers.broker.admin import BrokerAdmin, wait_until
+from helpers.broker.admin import BrokerAdmin, admin_client, wait_until
 from helpers.broker.security import ADMINISTRATOR, LOOPBACK
 from helpers.broker.server import KAFKA_VERSION, START_SECONDS, BrokerError
 from helpers.kafka_settings import ClientSettings
 
 STOP_SECONDS = 30
 LOCK_SECONDS = 5
+_PORTS_TRIED = 100
+_ATTEMPT_SECONDS = 2  # to reach a broker that starts; then its process is looked at again
 
 # The shell becomes the broker (`exec` keeps the process id, $$) and leaves a watcher that reads
 # from a pipe held by this Python process. A line in the pipe dismisses the watcher. End of file
@@ -274,7 +277,8 @@ class LocalKafka(BrokerAdmin):
         """Request the list of topics; raise `BrokerError` if the broker has ended."""
         if self._process.poll() is not None:
             raise BrokerError(f"the broker ended; {self._last_log_lines()}")
-        self.topics()
+        with admin_client(self.settings, _ATTEMPT_SECONDS) as admin:
+            admin.list_topics()
         return True
 
     def _end(self, signal_number: signal.Signals) -> None:
@@ -329,7 +333,9 @@ def _check_name(folder: str) -> None:
 
 
 def free_port() -> int:
-    """Return a free port of the loopback interface.
+    """Return a free port of the loopback interface that no client's connection is given meanwhile.
+
+    Linux gives connections the ports from 32,768 on, macOS those from 49,152 on.
 
     Raises
     ------
@@ -338,12 +344,14 @@ def free_port() -> int:
 
     Examples
     --------
-    >>> 1 <= free_port() <= 65535
+    >>> 15_000 <= free_port() < 32_000
     True
     """
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
+    for _ in range(_PORTS_TRIED):
+        port = 15_000 + secrets.randbelow(17_000)
+        if port_is_free(port):
+            return port
+    raise OSError(f"none of {_PORTS_TRIED} ports of {LOOPBACK} can be opened")
 
 
 def port_is_free(port: int) -> bool:

@@ -23,7 +23,7 @@ KAFKA_JARS = (
     f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}",
     "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5",  # without it, the broker logs nothing
 )
-START_SECONDS = 60
+START_SECONDS = 120
 LOCALE = {"LC_ALL": "C.UTF-8"}  # of Kafka's programs: in it, Java can use a folder of any name
 
 _LOGGING = """

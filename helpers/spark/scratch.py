@@ -15,7 +15,7 @@ from pathlib import Path
 _REMOVE_AT_THE_END = """
 trap '' TERM INT HUP
 cat
-for attempt in 1 2 3 4 5; do rm -rf "$1" && sleep 1 && test ! -e "$1" && exit; done
+for attempt in 1 2 3 4 5; do rm -rf "$1"; sleep 1; test -e "$1" || exit; done
 """
 
 # Keeps the watchers' pipes open: a garbage-collected watcher would remove its folder too early.
