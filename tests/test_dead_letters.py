@@ -11,6 +11,7 @@ from kafka.admin import ConfigResource
 from processes import ROOT, run_python
 from pyspark.sql import functions as F
 from test_sinks import rows
+from topics import read_to_end
 
 from helpers.broker import LocalKafka, count_records
 from helpers.sinks import (
@@ -42,11 +43,7 @@ def letter_sink(spark, folder, settings):
 
 def consume(kafka, topic, count):
     """Return the records of a topic."""
-    with KafkaConsumer(
-        topic, bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest",
-        consumer_timeout_ms=3_000, max_partition_fetch_bytes=32 * MIB,
-    ) as consumer:  # fmt: skip
-        found = list(consumer)
+    found = read_to_end(kafka, topic, max_partition_fetch_bytes=32 * MIB)
     assert len(found) == count
     return found
 

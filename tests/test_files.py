@@ -116,7 +116,7 @@ def test_only_one_of_many_writers_gets_the_name(folder):
     refused, together = [], threading.Barrier(8)
 
     def write(number):
-        together.wait(10)
+        together.wait(300)
         try:
             folder.write("0", number)
         except FileExistsError:
@@ -126,7 +126,7 @@ def test_only_one_of_many_writers_gets_the_name(folder):
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(30)
+        writer.join()
     assert len(refused) == 7
     assert folder.read("0") not in refused
 

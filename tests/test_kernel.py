@@ -23,7 +23,7 @@ def run(until):
     stream = KafkaUtils.createDirectStream(ssc, ["{topic}"], {{
         "bootstrap.servers": "{servers}", "auto.offset.reset": "earliest"}})
     stream.foreachBatch(lambda df, batch_id: counts.append(df.count()))
-    run_stream(ssc, until=until, timeout=100)
+    run_stream(ssc, until=until, timeout=300)
 """
 
 
@@ -40,7 +40,7 @@ def kernel(tmp_path_factory):
     manager.shutdown_kernel(now=True)
 
 
-def execute(client, source, seconds=60):
+def execute(client, source, seconds=600):
     """Run a cell to its end, and return its reply and output."""
     printed = []
 
@@ -65,8 +65,7 @@ def test_interrupt_and_run_again(kernel, kafka, topic, produce, tmp_path):
     client.execute(source, stop_on_error=False)
     wait_until(marker.exists)
     manager.interrupt_kernel()
-    ended = wait_until(lambda: shell_error(client), 30)
-    assert ended == "KeyboardInterrupt"
+    assert shell_error(client) == "KeyboardInterrupt"
 
     reply, printed = execute(
         client, "counts.clear()\nrun(lambda: stream.lag() == 0)\nprint('again', sum(counts))"
@@ -77,7 +76,7 @@ def test_interrupt_and_run_again(kernel, kafka, topic, produce, tmp_path):
 
 def shell_error(client):
     """Wait for the last cell to end, and return the name of its error."""
-    reply = client.get_shell_msg(timeout=30)
+    reply = client.get_shell_msg(timeout=300)
     return reply["content"].get("ename")
 
 
@@ -90,5 +89,5 @@ def test_spark_ends_with_the_kernel(kernel, kafka, topic):
     kernel_process, java_process, folder = execute(client, look)[1].split()
     assert Path(folder).is_dir()
     os.kill(int(kernel_process), signal.SIGKILL)
-    wait_until(lambda: not is_alive(int(java_process)), 30)
-    wait_until(lambda: not Path(folder).exists(), 30)
+    wait_until(lambda: not is_alive(int(java_process)))
+    wait_until(lambda: not Path(folder).exists())

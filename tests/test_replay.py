@@ -4,10 +4,11 @@ import os
 import sys
 
 import pytest
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import ConfigResource
 from kafka.errors import MessageSizeTooLargeError
 from processes import ROOT, wait_until
+from topics import read_to_end
 
 from helpers.broker import LocalKafka
 
@@ -52,11 +53,7 @@ def replay(kafka, topic, capsys):
 
 def values(kafka, topic):
     """Return the committed records of a topic, sorted."""
-    with KafkaConsumer(
-        topic, bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest",
-        consumer_timeout_ms=2_000, isolation_level="read_committed",
-    ) as consumer:  # fmt: skip
-        return sorted((record.key, record.value) for record in consumer)
+    return sorted((record.key, record.value) for record in read_to_end(kafka, topic))
 
 
 def test_each_dead_letter_comes_back_once(kafka, topic, letters, replay):
@@ -203,10 +200,7 @@ def test_letters_that_kafka_does_not_take_do_not_count_as_sent(kafka, topic, let
     """A record that isn't sent fails the transaction; kafka-python would commit the others."""
     letters(1)
     place = {"bootstrap_servers": kafka.bootstrap_servers}
-    with KafkaConsumer(
-        f"{topic}.dead-letter", **place, auto_offset_reset="earliest", consumer_timeout_ms=5_000
-    ) as consumer:
-        letter = next(consumer)
+    (letter,) = read_to_end(kafka, f"{topic}.dead-letter")
     with KafkaProducer(**place, transactional_id=topic, max_request_size=1_000) as producer:
         producer.init_transactions()
         with pytest.raises(MessageSizeTooLargeError):
@@ -231,12 +225,8 @@ def test_a_record_has_the_time_of_the_replay(kafka, topic, letters, replay):
     """An event of long ago is sent back as a new record, which retention keeps."""
     letters(1, timestamp="1700000000000")
     assert replay()[0] == 0
-    with KafkaConsumer(
-        topic, bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest",
-        consumer_timeout_ms=2_000, isolation_level="read_committed",
-    ) as consumer:  # fmt: skip
-        (time,) = [record.timestamp for record in consumer]
-    assert time > 1_700_000_000_000
+    (record,) = read_to_end(kafka, topic)
+    assert record.timestamp > 1_700_000_000_000
 
 
 KILL = """

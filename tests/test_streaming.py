@@ -243,7 +243,7 @@ def test_a_batch_that_cannot_be_made_stops_the_stream(ssc, kafka, one, produce, 
     with pytest.raises(Exception, match="a bug in one interval"):
         ssc.awaitTerminationOrTimeout(SECONDS)
     produce(one, numbers(10, start=10))
-    wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED", 60)
+    wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED")
     assert "a bug in one interval" in stream._batches.error
     assert committed(kafka, settings["group.id"]) == {0: 0}
     assert failed and done == []
@@ -305,10 +305,10 @@ def test_a_checkpoint_keeps_a_batch_that_could_not_be_made(
     with pytest.raises(Exception, match="a bug in one interval"):
         ssc.awaitTerminationOrTimeout(SECONDS)
     produce(one, numbers(10, start=20))  # for the next interval
-    wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED", 60)
+    wait_until(lambda: ssc._jssc.ssc().getState().toString() == "STOPPED")
     resumed = StreamingContext.getOrCreate(str(tmp_path / "checkpoint"), set_up)
     resumed.start()
-    wait_until(lambda: are_done(30), 60)
+    wait_until(lambda: are_done(30))
     resumed.stop(stopSparkContext=False, stopGraceFully=False)
 
 
@@ -420,7 +420,7 @@ def test_a_deadline_ends_the_batch_that_runs_and_it_is_not_tried_again(
     stream.foreachBatch(process)
     with pytest.raises(TimeoutError):
         run_stream(ssc, until=lambda: not begun.wait(SECONDS), timeout=1)
-    wait_until(lambda: not spark.sparkContext.statusTracker().getActiveJobsIds(), 30)
+    wait_until(lambda: not spark.sparkContext.statusTracker().getActiveJobsIds())
     assert len(calls) == 1
     assert sum(committed(kafka, settings["group.id"]).values()) == 0
 
@@ -545,7 +545,9 @@ def test_a_new_partition_is_read_from_its_beginning(spark, kafka, topic, produce
     planner = OffsetPlanner(spark, [topic], settings)
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         admin.create_partitions({topic: NewPartitions(3)})
-    with KafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, metadata_max_age_ms=200
+    ) as producer:
         wait_until(lambda: len(producer.partitions_for(topic)) == 3)
         producer.send(topic, b"early", partition=2).get(10)
     assert wait_until(planner.next_batch) == [OffsetRange(topic, 2, 0, 1)]
@@ -577,6 +579,7 @@ def test_the_reader_reads_exactly_the_ranges(spark, topic, produce, settings):
 
 def rows_through_python(spark, since):
     """Return how many rows Spark sent through Python functions in queries newer than `since`."""
+    spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty(600_000)  # for late reports
     store = spark._jsparkSession.sharedState().statusStore()
     executions = [e for e in _scala_list(store.executionsList()) if e.executionId() > since]
     total = 0

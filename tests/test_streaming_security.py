@@ -76,7 +76,7 @@ def refusal(ssc, settings):
     started = time.monotonic()
     with pytest.raises(StreamError) as refused:
         KafkaUtils.createDirectStream(ssc, [TOPIC], settings)
-    assert time.monotonic() - started < SECONDS + 10  # the deadline is Kafka's, the rest is slack
+    assert time.monotonic() - started < SECONDS + 60  # the deadline is Kafka's, the rest is slack
     assert password_of(settings) not in str(refused.value)
     return str(refused.value)
 
@@ -190,6 +190,7 @@ def test_no_key_is_shown_in_plans(spark, reader, secure_kafka):
     frame = spark.createDataFrame([(b"x",)], "value binary")
     with pytest.raises(Exception, match=r"(?i)key|kafka"):  # the key isn't one
         frame.write.format("kafka").options(**options, topic=TOPIC).save()
+    spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty(600_000)  # for late reports
     executions = spark._jsparkSession.sharedState().statusStore().executionsList()
     texts += [executions.apply(n).physicalPlanDescription() for n in range(executions.size())]
     assert any("SaveIntoDataSourceCommand" in text for text in texts)

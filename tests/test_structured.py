@@ -158,7 +158,7 @@ def test_a_second_query_on_a_checkpoint_does_not_end_the_first_in_silence(
 
     def run_first():
         try:
-            first.run(timeout=60, interval=0.2)
+            first.run(timeout=600, interval=0.2)
         except StreamError as error:
             errors.append(str(error))
 
@@ -228,7 +228,9 @@ def test_a_partition_that_is_added_before_the_first_batch_is_read(
     query_of([one], {**settings, "auto.offset.reset": "latest"})  # dies before it runs
     with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
         admin.create_partitions({one: NewPartitions(2)})
-    with KafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+    with KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, metadata_max_age_ms=200
+    ) as producer:
         wait_until(lambda: len(producer.partitions_for(one)) == 2)
         producer.send(one, b"early", partition=1).get(10)
     values = Values()
@@ -600,8 +602,8 @@ def test_a_deadline_ends_the_batch_that_runs_and_it_is_not_tried_again(
 
     query.foreachBatch(wait_in_spark)
     with pytest.raises(TimeoutError, match="was not done after 1 s"):
-        query.run(until=lambda: not begun.wait(60), timeout=1)
-    wait_until(lambda: not spark.sparkContext.statusTracker().getActiveJobsIds(), 30)
+        query.run(until=lambda: not begun.wait(600), timeout=1)
+    wait_until(lambda: not spark.sparkContext.statusTracker().getActiveJobsIds())
     assert calls == [0]
     assert query.lag() == 1
 
