@@ -22,6 +22,7 @@ from helpers.monitor import Monitor
 from helpers.records import parse_events
 from helpers.scoring import score_stream
 from helpers.sinks import ParquetSink, SinkError, read_scored
+from helpers.spark import JAVA_ERRORS, is_interrupt
 from helpers.streaming import (
     KafkaQuery,
     OffsetRange,
@@ -30,6 +31,7 @@ from helpers.streaming import (
     read_stream,
     structured,
 )
+from helpers.streaming.client import KafkaClient
 from helpers.streaming.errors import BrokerAwayError
 from helpers.streaming.structured import CheckpointOffsets
 
@@ -190,6 +192,20 @@ def test_a_query_that_is_stopped_before_its_end_says_so(
     assert len(values.all()) < len(sent)
     query.run(timeout=600)
     assert values.all() == sent
+
+
+def test_an_interrupt_is_not_taken_for_an_answer_of_kafka(spark, one, settings):
+    """Spark interrupts a query that it stops, and must find that in the error."""
+    thread = spark._jvm.java.lang.Thread
+    with contextlib.closing(KafkaClient(spark, settings)) as client:
+        assert client.ends([TopicAndPartition(one, 0)]) == {TopicAndPartition(one, 0): 0}
+        thread.currentThread().interrupt()
+        try:
+            with pytest.raises(JAVA_ERRORS, match="Interrupt") as interrupted:
+                client.ends([TopicAndPartition(one, 0)])
+        finally:
+            thread.interrupted()  # or the next call of the tests would fail
+    assert is_interrupt(interrupted.value)
 
 
 def test_a_query_begins_where_it_began_first(query_of, one, produce, settings):

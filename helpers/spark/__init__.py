@@ -9,7 +9,14 @@ folder for temporary files and the log.
 
 from helpers.spark.arrow import arrow_function, arrow_table
 from helpers.spark.callbacks import guard_callbacks
-from helpers.spark.errors import JAVA_ERRORS, cause_message, cause_name, java_causes, summary
+from helpers.spark.errors import (
+    JAVA_ERRORS,
+    cause_message,
+    cause_name,
+    is_interrupt,
+    java_causes,
+    summary,
+)
 from helpers.spark.files import (
     JsonFolder,
     exact_path,

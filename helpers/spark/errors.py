@@ -62,6 +62,17 @@ def cause_name(error: Exception) -> str:
     return causes[-1].getClass().getSimpleName() if causes else ""
 
 
+def is_interrupt(error: Exception) -> bool:
+    """Return whether a thread of Java was interrupted, as when Spark stops a query.
+
+    Examples
+    --------
+    >>> is_interrupt(ValueError("not from Java"))
+    False
+    """
+    return cause_name(error) in ("InterruptedException", "InterruptException")  # the 2nd is Kafka's
+
+
 def cause_message(error: Exception) -> str:
     """Return the message of the innermost Java exception that has one; '' if there is none.
 

@@ -17,7 +17,7 @@ from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
 from helpers.kafka_settings import ANSWER_SECONDS
-from helpers.spark import JAVA_ERRORS, cause_name, guard_callbacks, hide_secrets
+from helpers.spark import JAVA_ERRORS, cause_name, guard_callbacks, hide_secrets, is_interrupt
 from helpers.streaming.errors import StreamError, TopicRecreatedError, explained
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition, is_another
 from helpers.streaming.settings import (
@@ -388,7 +388,7 @@ class KafkaClient:
                 use_added_jars(self._spark)
                 yield
         except JAVA_ERRORS as error:
-            if cause_name(error).startswith("Interrupt"):
+            if is_interrupt(error):
                 raise  # Spark stops a query by an interrupt, and looks for it in the error
             raise explained(error, self.settings) from None
 

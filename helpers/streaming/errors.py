@@ -13,7 +13,7 @@ from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 
 from helpers.kafka_settings import ANSWER_SECONDS, JAAS_VALUE, is_secret
-from helpers.spark import cause_message, cause_name, java_causes, summary
+from helpers.spark import cause_message, cause_name, is_interrupt, java_causes, summary
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def insist(action: Callable[[], Any], stopped: threading.Event) -> Any:
         try:
             return action()
         except PASSING_ERRORS as error:
-            if stopped.is_set() or time.monotonic() > deadline:
+            if stopped.is_set() or time.monotonic() > deadline or is_interrupt(error):
                 raise
             _LOGGER.warning("%s The stream tries again.", summary(error))
             stopped.wait(RETRY_SECONDS)

@@ -454,7 +454,7 @@ class KafkaQuery(contextlib.AbstractContextManager):
             _LOGGER.warning("batch %s failed and is retried", batch.batch_id, exc_info=True)
             self._function(batch)
         # The batch is done, so an error from Kafka must not repeat it.
-        with contextlib.suppress(StreamError):
+        with contextlib.suppress(StreamError, *JAVA_ERRORS):
             self._client.report_deleted_meanwhile(left)
 
     def _commit_again(self, query: StreamingQuery) -> None:
@@ -568,7 +568,7 @@ class CheckpointOffsets:
     >>> settings = {"bootstrap.servers": kafka.bootstrap_servers, "auto.offset.reset": "earliest"}
     >>> writer = read_stream(spark, ["events"], settings).writeStream.format("noop")
     >>> writer = writer.option("checkpointLocation", checkpoint).trigger(availableNow=True)
-    >>> writer.start().awaitTermination(60)
+    >>> writer.start().awaitTermination(600)
     True
     >>> CheckpointOffsets(spark, checkpoint).ranges_of(0)
     [OffsetRange(topic='events', partition=0, fromOffset=0, untilOffset=100)]
