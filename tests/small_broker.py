@@ -30,7 +30,8 @@ def small_broker(
     *java_options : str
         Options for Java.
     """
-    port, controller_port = free_port(), free_port()
+    port = free_port()
+    controller_port = free_port(besides=port)
     java, *arguments = prepare(folder, port, controller_port, None)
     listeners = {
         "listeners": f"{protocol}://localhost:{port},CONTROLLER://localhost:{controller_port}",
@@ -45,7 +46,7 @@ def small_broker(
             [java, *java_options, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
     try:
-        wait_until(lambda: not port_is_free(port) or process.poll() is not None, 60)
+        wait_until(lambda: not port_is_free(port) or process.poll() is not None)
         assert process.poll() is None, log_file.read_text()[-3_000:]
         yield f"localhost:{port}"
     finally:

@@ -335,15 +335,17 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return False
 
 
-def admin_client(settings: Mapping[str, str], seconds: int = ANSWER_SECONDS) -> KafkaAdminClient:
-    """Return an admin client of kafka-python that waits this long for a broker, and for an answer.
+def admin_client(
+    settings: Mapping[str, str], connect_seconds: int = ANSWER_SECONDS
+) -> KafkaAdminClient:
+    """Return an admin client of kafka-python whose requests time out after 15 s.
 
     Parameters
     ----------
     settings : mapping
         The client's settings by Kafka's names.
-    seconds : int
-        How long it waits.
+    connect_seconds : int
+        How long it waits for a broker.
 
     Examples
     --------
@@ -352,10 +354,9 @@ def admin_client(settings: Mapping[str, str], seconds: int = ANSWER_SECONDS) -> 
     ...     admin.list_topics()
     []
     """
-    milliseconds = seconds * 1000
     return KafkaAdminClient(
-        **python_settings(settings), request_timeout_ms=milliseconds,
-        bootstrap_timeout_ms=milliseconds,
+        **python_settings(settings), request_timeout_ms=ANSWER_SECONDS * 1000,
+        bootstrap_timeout_ms=connect_seconds * 1000,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class LocalKafka(BrokerAdmin):
     ------
     BrokerError
         If the port is in use, the folder can't be used, for example because the disk is full, or is
-        that of another running broker, or the broker doesn't answer within 60 s of its start; the
+        that of another running broker, or the broker doesn't answer within 120 s of its start; the
         message then ends with the broker's last log lines.
     ValueError
         If the port is not between 1 and 65535, the folder's name is empty or has a comma or a line
@@ -173,7 +173,7 @@ class LocalKafka(BrokerAdmin):
         Raises
         ------
         BrokerError
-            If the port is in use, or the broker doesn't answer within 60 s.
+            If the port is in use, or the broker doesn't answer within 120 s.
         """
         if self._process is not None:
             return self
@@ -225,8 +225,9 @@ class LocalKafka(BrokerAdmin):
         try:
             self._lock_folder()
             command = server.prepare(
-                self._folder, self._port, free_port(), self._passwords, self._class_option
-            )
+                self._folder, self._port, free_port(besides=self._port), self._passwords,
+                self._class_option,
+            )  # fmt: skip
             self._run(command)
         except OSError as error:
             raise BrokerError(
@@ -277,7 +278,7 @@ class LocalKafka(BrokerAdmin):
         """Request the list of topics; raise `BrokerError` if the broker has ended."""
         if self._process.poll() is not None:
             raise BrokerError(f"the broker ended; {self._last_log_lines()}")
-        with admin_client(self.settings, _ATTEMPT_SECONDS) as admin:
+        with admin_client(self.settings, connect_seconds=_ATTEMPT_SECONDS) as admin:
             admin.list_topics()
         return True
 
@@ -332,10 +333,15 @@ def _check_name(folder: str) -> None:
         )
 
 
-def free_port() -> int:
-    """Return a free port of the loopback interface that no client's connection is given meanwhile.
+def free_port(besides: int | None = None) -> int:
+    """Return a free loopback port outside the range that the system uses for connections.
 
-    Linux gives connections the ports from 32,768 on, macOS those from 49,152 on.
+    By default, Linux uses the ports from 32,768 on, macOS those from 49,152 on.
+
+    Parameters
+    ----------
+    besides : int, optional
+        A port that is chosen already.
 
     Raises
     ------
@@ -349,7 +355,7 @@ def free_port() -> int:
     """
     for _ in range(_PORTS_TRIED):
         port = 15_000 + secrets.randbelow(17_000)
-        if port_is_free(port):
+        if port != besides and port_is_free(port):
             return port
     raise OSError(f"none of {_PORTS_TRIED} ports of {LOOPBACK} can be opened")
 
