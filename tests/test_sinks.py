@@ -239,6 +239,24 @@ def test_a_second_sink_on_a_path_is_refused(spark, path, impatient):
         assert sink.positions() == {PARTITION: 10}
 
 
+def test_a_slow_look_at_a_healthy_sink_does_not_take_its_path(spark, path, impatient, monkeypatch):
+    """A file system that answers late hides no heartbeat."""
+    with Sink(spark, path) as sink:
+        look = files_of_spark.JsonFolder.changed_at
+        pause = threading.Event()
+
+        def look_slowly(folder, name):
+            found = look(folder, name)
+            pause.wait(lease.PATIENCE_SECONDS + 0.5)
+            return found
+
+        with monkeypatch.context() as slow:
+            slow.setattr(files_of_spark.JsonFolder, "changed_at", look_slowly)
+            with pytest.raises(SinkError, match="another job writes to"), Sink(spark, path):
+                pass
+        write(sink, spark, 0, 10)
+
+
 def test_a_sink_whose_job_died_is_taken_over(spark, path, impatient):
     """A sink takes over the path of a dead one, which can't write if it wakes up."""
     dead = Sink(spark, path)
@@ -381,6 +399,7 @@ def test_who_waited_too_long_takes_nothing_from_a_healthy_sink(spark, path, monk
     """A sink that acts on an outdated view of the claims is refused."""
     dead = Sink(spark, path)
     dead.__enter__()
+    end_heartbeat(dead)
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0)
     with Sink(spark, path):
         pass

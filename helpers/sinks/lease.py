@@ -131,7 +131,7 @@ class Lease:
         """Return the last claim's number once it is closed or dead; raise if it is alive."""
         seen, since = None, 0.0
         while True:
-            looks = time.monotonic()  # a look may take long, and what it sees may be old by its end
+            began = time.monotonic()  # a look may take long, and what it sees may be old by its end
             number = max(self._numbers(), default=-1)
             if number < 0 or not self._is_open(number):
                 return number
@@ -141,7 +141,7 @@ class Lease:
                 seen, since = now, time.monotonic()
             elif seen != now:
                 raise taken_over(self._path)
-            elif looks - since > PATIENCE_SECONDS:
+            elif began - since > PATIENCE_SECONDS:
                 return number
             time.sleep(HEARTBEAT_SECONDS / 4)
 
