@@ -217,8 +217,10 @@ def run(path: Path, given: Mapping[str, str]) -> tuple[nbformat.NotebookNode, st
     # Papermill adds a cell with the values after the parameters.
     progress = _Progress(sum(cell.cell_type == "code" for cell in cells) + bool(values))
     failure = None
-    new_folder = tempfile.TemporaryDirectory(prefix="kernel-", dir=folder_for_sockets())
-    with _Signals() as signals, new_folder as folder:
+    with (
+        _Signals() as signals,
+        tempfile.TemporaryDirectory(prefix="kernel-", dir=folder_for_sockets()) as folder,
+    ):
         executed = Path(folder) / path.name
         # Sockets in this private folder, because ports are open to all users.
         kernel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
