@@ -126,7 +126,7 @@ def test_only_one_of_many_writers_gets_the_name(folder):
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join()
+        writer.join(300)
     assert len(refused) == 7
     assert folder.read("0") not in refused
 

@@ -4,6 +4,7 @@ import re
 
 from processes import ROOT
 
+from helpers.broker import count_records
 from helpers.streaming import batches, new_streaming_context, run_stream
 
 BLOCKS = re.findall(
@@ -14,7 +15,8 @@ BLOCKS = re.findall(
 def test_every_block_of_the_guide_runs(spark, kafka, produce, tmp_path, capsys):
     """Every code block runs as written, and the streams read the whole topic."""
     kafka.create_topic("events", partitions=1)
-    produce("events", [b"%d" % number for number in range(100)])
+    if count_records(kafka.bootstrap_servers, "events") == {0: 0}:  # else, an example was faster
+        produce("events", [b"%d" % number for number in range(100)])
     ssc = new_streaming_context(spark, 0.5)
     names = {
         "sc": spark.sparkContext, "ssc": ssc, "broker": kafka.bootstrap_servers,

@@ -193,7 +193,7 @@ def test_the_commands_of_the_documentation_convert_a_key_store(
     script.write_text(commands)
     done = subprocess.run(
         ["sh", "-e", script], cwd=tmp_path, env={**os.environ, "PASSWORD": PASSWORD},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "client.pem").stat().st_mode & 0o077 == 0

@@ -111,10 +111,14 @@ def test_another_user_at_the_same_port_is_told_apart():
             port = java.getsockname()[1]
             other = os.fork()
             if other == 0:
-                os.setuid(65_534)
-                with socket.create_connection(address, source_address=("127.0.0.2", port)) as end:
-                    end.recv(1)
-                os._exit(0)
+                try:
+                    os.setuid(65_534)
+                    place = {"source_address": ("127.0.0.2", port)}
+                    with socket.create_connection(address, **place) as end:
+                        end.recv(1)
+                finally:
+                    os._exit(0)
+            server.settimeout(300)
             with server.accept()[0] as from_other:
                 is_ours = callbacks._is_ours(from_other)
             os.waitpid(other, 0)

@@ -7,7 +7,6 @@ import re
 import shlex
 import socket
 import sys
-import urllib.error
 import urllib.request
 from datetime import UTC, datetime, timedelta
 
@@ -28,6 +27,7 @@ from processes import (
 from py4j.protocol import Py4JJavaError
 from pyspark.errors.error_classes import ERROR_CLASSES_MAP
 
+from helpers.broker import free_port
 from helpers.higgs import generate_events
 from helpers.notebook import find_notebook, parameter_values
 
@@ -93,15 +93,14 @@ def names_at(address):
     try:
         with urllib.request.urlopen(address, timeout=30) as answer:
             return [entry["name"] for entry in json.load(answer)["content"]]
-    except urllib.error.URLError:
+    except OSError:  # urllib's errors are such
         return []
 
 
 @pytest.mark.parametrize("command", commands(f"{PYTHON}-m helpers.broker"))
 def test_the_brokers_command_starts_one(command):
     """The broker command starts a broker at the given port."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = shlex.split(command.replace("9092", str(port)))[1:]
     with running([sys.executable, *arguments]) as process:
         assert f"127.0.0.1:{port}" in process.stdout.readline()

@@ -11,7 +11,7 @@ from helpers.broker import LocalKafka
 def read_to_end(kafka: LocalKafka, topic: str, **settings) -> list:
     """Return a topic's records up to its current end, without those of aborted transactions."""
     servers = {"bootstrap_servers": kafka.bootstrap_servers}
-    with KafkaConsumer(**servers) as consumer:  # for the end with what can't be read yet
+    with KafkaConsumer(**servers) as consumer:  # the end, including records that can't be read yet
         numbers = consumer.partitions_for_topic(topic) or ()
         partitions = [TopicPartition(topic, number) for number in numbers]
         ends = consumer.end_offsets(partitions)
@@ -23,7 +23,8 @@ def read_to_end(kafka: LocalKafka, topic: str, **settings) -> list:
         def is_read() -> bool:
             for found in consumer.poll(timeout_ms=200).values():
                 records.extend(found)
-            return all(consumer.position(part) >= end for part, end in ends.items())
+            places = {part: consumer.position(part, timeout_ms=5_000) or 0 for part in ends}
+            return all(places[part] >= end for part, end in ends.items())
 
         wait_until(is_read)
     return records

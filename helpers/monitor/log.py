@@ -106,7 +106,7 @@ class Monitor:
         >>> lines = spark.readStream.text(str(getfixture("tmp_path"))).writeStream
         >>> with monitor.follow(spark):
         ...     query = lines.foreachBatch(count).trigger(availableNow=True).start()
-        ...     ended = query.awaitTermination(60)
+        ...     ended = query.awaitTermination(600)
         time (UTC)  events  signal  bad  seconds  events/s  lag
         ...              1       0    0      ...
         """
