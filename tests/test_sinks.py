@@ -212,6 +212,24 @@ def test_reading_events_does_not_load_the_bytes_of_bad_records(spark, path):
     assert "bad:struct<reason:string>" in scan.requiredSchema().catalogString()
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 40)])
+def test_what_a_site_lets_spark_skip_is_an_error(spark, path, monkeypatch, damage):
+    """A file that is missing or damaged is not left out of the numbers without a word."""
+    with Sink(spark, path) as sink:
+        write(sink, spark, 0, 10)
+    skipping = ("spark.sql.files.ignoreMissingFiles", "spark.sql.files.ignoreCorruptFiles")
+    for name in skipping:
+        spark.conf.set(name, "true")
+    try:
+        found = read_scored(spark, path)
+        damage(next(Path(path).glob("data/*/*/*.parquet")))
+        with pytest.raises(Exception, match=r"(?i)parquet|file"):
+            found.select("EventId").collect()
+    finally:
+        for name in skipping:
+            spark.conf.unset(name)
+
+
 def test_a_batch_that_fails_leaves_nothing_behind(spark, path, tmp_path):
     """A failed batch leaves no files, and can be written again."""
     reason = F.raise_error(F.lit("broken")).cast("long")

@@ -284,10 +284,10 @@ def exact_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
 
 
 def exact_reader(spark: SparkSession) -> DataFrameReader:
-    """Return a reader that takes paths from `exact_path` as they are, not as patterns.
+    """Return a reader that takes paths from `exact_path` as they are, and leaves nothing out.
 
     Otherwise Spark would read ``scored*`` as all paths that begin with ``scored``, and would not
-    find ``scored[1]``.
+    find ``scored[1]``. A site may also have told it to skip missing and corrupt files.
 
     Examples
     --------
@@ -298,7 +298,9 @@ def exact_reader(spark: SparkSession) -> DataFrameReader:
     """
     # Spark sets this option (DataSource.GLOB_PATHS_KEY) for files that it has listed. Escaping the
     # path is not enough, because Hadoop's patterns can't contain a colon.
-    return spark.read.option("__globPaths__", "false")
+    return spark.read.options(
+        __globPaths__=False, ignoreMissingFiles=False, ignoreCorruptFiles=False
+    )
 
 
 def full_path(spark: SparkSession, path: str | os.PathLike[str]) -> str:
