@@ -460,6 +460,22 @@ def test_a_topic_that_is_created_again_stops_a_running_query(
     assert values.all() == [b"old"] * 5
 
 
+def test_a_topic_that_is_created_again_before_the_sink_begins_is_refused(
+    spark, kafka, query_of, one, produce, settings, tmp_path
+):
+    """The offsets of the old topic are not kept as those of the new one."""
+    produce(one, [b"old"] * 5)
+    query = query_of([one], {**settings, "auto.offset.reset": "latest"})
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers) as admin:
+        admin.delete_topics([one])
+    wait_until(lambda: one not in kafka.topics())
+    kafka.create_topic(one, partitions=1)
+    with ParquetSink(spark, str(tmp_path / "scored"), signal_index=0) as sink:
+        with pytest.raises(StreamError, match=AGAIN):
+            score_stream(query, parse_events, sink)
+        assert sink.positions() == {}
+
+
 def test_a_query_with_two_sources_has_no_ranges(spark, kafka, produce, settings, tmp_path):
     """A batch that is known by one source's offsets only would look stored when half of it is."""
     names = [f"two-{uuid.uuid4()}" for _ in range(2)]

@@ -163,6 +163,11 @@ class KafkaDirectStream(TransformedDStream):
     def topic_ids(self) -> dict[str, str]:
         """Ask Kafka for the ids of the stream's topics, by name.
 
+        Raises
+        ------
+        StreamError
+            If a topic was deleted, or deleted and created again, since the stream began.
+
         Examples
         --------
         >>> list(stream.topic_ids())

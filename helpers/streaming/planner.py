@@ -194,8 +194,8 @@ class OffsetPlanner:
         return dict(self._topic_ids)
 
     def topic_ids_now(self) -> dict[str, str]:
-        """Ask Kafka for the topics' ids; a topic that was created again has a new one."""
-        return self._client.topic_ids(self._topics)
+        """Ask Kafka for the topics' ids; raise if one of the topics was created again."""
+        return self._client.topic_ids(self._topics, self._topic_ids)
 
     def committed(self) -> dict[TopicAndPartition, int]:
         """Return the group's committed offsets for these topics."""

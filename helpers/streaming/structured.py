@@ -256,8 +256,8 @@ class KafkaQuery(contextlib.AbstractContextManager):
         ]
 
     def topic_ids(self) -> dict[str, str]:
-        """Ask Kafka for the ids of the topics, by name."""
-        return self._client.topic_ids(self._topics)
+        """Ask Kafka for the ids of the topics, by name; raise if one of them was created again."""
+        return self._client.topic_ids(self._topics, self._topic_ids)
 
     def positions(self) -> dict[TopicAndPartition, int]:
         """Return where the next batch to be planned begins in each partition."""
