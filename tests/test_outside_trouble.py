@@ -109,6 +109,31 @@ def test_a_broker_that_comes_back_changes_no_total(spark, own_kafka, tmp_path, m
     assert committed(own_kafka, options["group.id"]) == RECORDS
 
 
+def test_with_a_long_interval_two_short_outages_are_not_taken_for_a_long_one(
+    spark, topic, produce, kafka, monkeypatch
+):
+    """The broker is asked again within an interval, not only in the next one."""
+    monkeypatch.setattr(source, "AWAY_SECONDS", 1)
+    monkeypatch.setattr(source, "ANSWER_SECONDS", 0)
+    ssc = new_streaming_context(spark, 3_600)
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings(kafka))
+    batches, pause, failing = stream._batches, threading.Event(), []
+    next_batch = batches.source.planner.next_batch
+
+    def next_batch_later(limit):
+        if failing:
+            raise failing.pop()
+        return next_batch(limit)
+
+    monkeypatch.setattr(batches.source.planner, "next_batch", next_batch_later)
+    for interval in (3_600_000, 7_200_000):
+        produce(topic, [b"1"] * 5)
+        failing.append(errors.BrokerAwayError("no answer"))
+        batches.source.plan(interval)
+        assert sum(part.count() for part in batches.ledger.ranges(interval)) == 5
+        pause.wait(1.5)
+
+
 @pytest.mark.long
 def test_a_broker_that_stays_away_is_an_error_in_time(spark, own_kafka, tmp_path, monkeypatch):
     """The stream stops after its deadline, and names the reason."""

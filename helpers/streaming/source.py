@@ -13,10 +13,16 @@ from pyspark.sql import DataFrame
 
 from helpers.kafka_settings import ANSWER_SECONDS
 from helpers.spark import get_spark
-from helpers.streaming.errors import AWAY_SECONDS, BrokerAwayError, StreamError, insist
+from helpers.streaming.errors import (
+    AWAY_SECONDS,
+    RETRY_SECONDS,
+    BrokerAwayError,
+    StreamError,
+    insist,
+)
 from helpers.streaming.ledger import Ledger
 from helpers.streaming.offsets import OffsetRange, TopicAndPartition
-from helpers.streaming.planner import OffsetPlanner
+from helpers.streaming.planner import Limit, OffsetPlanner
 from helpers.streaming.rates import RateLimit
 from helpers.streaming.reader import RangeReader
 from helpers.streaming.recovery import Plan, Recovery, StreamDefinition
@@ -33,6 +39,10 @@ REPEAT_SECONDS = 3_600
 # How many batches may be queued. Otherwise, a stream whose batches take longer than an interval
 # would plan one small batch per interval forever, and never catch up.
 MOST_WAITING = 3
+
+# Two short outages in intervals longer than this, in seconds, would look like one of 60 s. The
+# broker is therefore asked again in the same interval.
+_LONG_INTERVAL = 30
 
 
 class Source:
@@ -78,6 +88,7 @@ class Source:
         self._committed_at = self._repeated_at = time.monotonic()
         spark, last = get_spark(), recovery.last()
         positions = last.positions if last else definition.positions
+        self._interval = definition.interval
         self.limit = RateLimit(spark.sparkContext, definition.interval)
         self._skips_deleted = definition.settings["auto.offset.reset"] != "none"
         self._reader = RangeReader(spark, definition.settings, self._skips_deleted)
@@ -193,15 +204,23 @@ class Source:
         # A stream that is behind gets one larger batch later, which is faster than many small ones.
         is_behind = len(self._ledger.waiting()) >= MOST_WAITING
         limit = (lambda left: dict.fromkeys(left, 0)) if is_behind else self.limit.most
-        try:
-            ranges = self.planner.next_batch(limit)
-            self.away_since = None
-        except BrokerAwayError as error:
-            self._wait_for_the_broker(error)
-            ranges = []  # but the plan is kept: it records where the stream begins
+        ranges = self._next_ranges(limit)
+        # A plan without ranges is also kept: it records where the stream begins.
         plan = Plan(ranges, self.planner.positions(), self.planner.topic_ids())
         self._recovery.keep(interval, plan)
         return plan
+
+    def _next_ranges(self, limit: Limit) -> list[OffsetRange]:
+        """Return the next ranges; none while the broker is away, for at most 60 s."""
+        while True:
+            try:
+                ranges = self.planner.next_batch(limit)
+                self.away_since = None
+                return ranges
+            except BrokerAwayError as error:
+                self._wait_for_the_broker(error)
+            if self._interval <= _LONG_INTERVAL or self._stopped.wait(RETRY_SECONDS):
+                return []
 
     def _wait_for_the_broker(self, error: BrokerAwayError) -> None:
         """Leave an interval empty, or raise if the broker has been away for too long."""
