@@ -245,6 +245,27 @@ def create_notes(admin: KafkaAdminClient, letters_topic: str, replicas: int) -> 
         ) from error
 
 
+def config_of(admin: KafkaAdminClient, topic: str) -> dict[str, dict[str, str]]:
+    """Return a topic's settings, each with its `value`; none if this user may not read them."""
+    with contextlib.suppress(KafkaError, KeyError):
+        found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
+        return found["topic"][topic]
+    return {}
+
+
+def check_notes(admin: KafkaAdminClient, notes_topic: str) -> None:
+    """Raise `ReplayError` if Kafka would delete the progress after some time.
+
+    The letters would then be sent back again.
+    """
+    policy = config_of(admin, notes_topic).get("cleanup.policy", {}).get("value", "compact")
+    if policy != "compact":
+        raise ReplayError(
+            f"the topic {notes_topic} has cleanup.policy={policy}, so Kafka will delete which "
+            "letters were sent back, and they would be sent again: set it to compact."
+        )
+
+
 def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int, bool]:
     """Return the id of the dead-letter topic, the topic's size limit, and if it keeps compression.
 
@@ -262,12 +283,14 @@ def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int, bool]:
     if letters_topic in topics:
         (description,) = admin.describe_topics([letters_topic])
         topic_id = str(description["topic_id"])
-        if letters_topic + REPLAYED not in topics:
+        if letters_topic + REPLAYED in topics:
+            check_notes(admin, letters_topic + REPLAYED)
+        else:
             create_notes(admin, letters_topic, len(description["partitions"][0]["replica_nodes"]))
-    with contextlib.suppress(KafkaError, KeyError):  # this user may not be authorized
-        found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
-        limit = int(found["topic"][topic]["max.message.bytes"]["value"])
-        codec = found["topic"][topic]["compression.type"]["value"]
+    config = config_of(admin, topic)
+    if config:
+        limit = int(config["max.message.bytes"]["value"])
+        codec = config["compression.type"]["value"]
     return topic_id, limit, codec in ("producer", "zstd")
 
 

@@ -175,6 +175,16 @@ def test_a_compacted_topic_is_no_place_for_letters(spark, kafka, topic, settings
     assert f"2 bad records of {topic} are in the sink's files only: the topic" in caplog.text
 
 
+@pytest.mark.parametrize("kept, is_warned", [("86400000", True), ("-1", False)])
+def test_letters_that_kafka_would_delete_before_their_records_are_reported(
+    spark, kafka, topic, settings, caplog, kept, is_warned
+):
+    """Without the letter, a replay could not know that its record was sent back."""
+    kafka.create_topic(f"{topic}.dead-letter", config={"retention.ms": kept})
+    prepare_dead_letters(spark, [topic], settings)
+    assert ("set its retention.ms to 604800000" in caplog.text) == is_warned
+
+
 @pytest.mark.parametrize(
     "more",
     [

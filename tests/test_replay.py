@@ -209,6 +209,15 @@ def test_letters_that_kafka_does_not_take_do_not_count_as_sent(kafka, topic, let
     assert values(kafka, topic) == []
 
 
+def test_progress_that_kafka_would_delete_is_refused(kafka, topic, letters, replay):
+    """The topic of the progress must be compacted, or letters would be sent back again."""
+    letters(1)
+    kafka.create_topic(f"{topic}.dead-letter.replayed", partitions=1)
+    code, said = replay()
+    assert code == 1 and "has cleanup.policy=delete, so Kafka will delete which letters" in said
+    assert values(kafka, topic) == []
+
+
 def test_letters_of_a_topic_that_cannot_be_seen_stay(kafka, topic, letters, replay):
     """A topic that was deleted, or that the user may not see, is named; nothing counts as sent."""
     letters(1)

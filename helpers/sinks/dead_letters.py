@@ -226,11 +226,25 @@ class _Admin:
                 f"the topic {letters} is compacted, so dead letters would be lost: set its "
                 "cleanup.policy to delete."
             )
+        self._check_retention(topic, config)
         codec = config.get("compression.type", "producer")
         if codec == "producer":
             codec = self._given.get("compression.type", _CODEC)
         limit = int(config.get("max.message.bytes", _DEFAULT_LIMIT))
         return LetterTopic(limit, "none" if codec == "uncompressed" else codec)
+
+    def _check_retention(self, topic: str, config: Mapping[str, str]) -> None:
+        """Warn if Kafka deletes the letters of a topic before their records."""
+        wanted = self._letters_config(topic)
+        least, kept = (int(each.get("retention.ms", -1)) for each in (wanted, config))
+        is_short = kept != -1 and (least == -1 or kept < least)
+        if "retention.ms" in wanted and (is_short or config.get("retention.bytes", "-1") != "-1"):
+            _LOGGER.warning(
+                "%s keeps dead letters for a shorter time than %s keeps its records, so a replay "
+                "may send a record back twice: set its retention.ms to %s, and its retention.bytes "
+                "to -1.",
+                topic + DEAD_LETTERS, topic, least,
+            )  # fmt: skip
 
     def check_producer(self, topic: str, settings: Mapping[str, str]) -> None:
         """Raise `StreamError` if Kafka's producer rejects the settings for a topic's letters."""
