@@ -273,7 +273,7 @@ def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int, bool]:
     progress is also created. A topic with a codec of its own compresses records again, and compares
     the result with its limit.
     """
-    letters_topic, topic_id, limit, codec = topic + DEAD_LETTERS, "", DEFAULT_LIMIT, "producer"
+    letters_topic, topic_id = topic + DEAD_LETTERS, ""
     topics = admin.list_topics()
     if topic not in topics:
         raise ReplayError(
@@ -288,9 +288,8 @@ def ask(admin: KafkaAdminClient, topic: str) -> tuple[str, int, bool]:
         else:
             create_notes(admin, letters_topic, len(description["partitions"][0]["replica_nodes"]))
     config = config_of(admin, topic)
-    if config:
-        limit = int(config["max.message.bytes"]["value"])
-        codec = config["compression.type"]["value"]
+    limit = int(config.get("max.message.bytes", {}).get("value", DEFAULT_LIMIT))
+    codec = config.get("compression.type", {}).get("value", "producer")
     return topic_id, limit, codec in ("producer", "zstd")
 
 

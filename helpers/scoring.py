@@ -106,6 +106,8 @@ def score_stream(
     SinkError
         If the sink already has a stream, or holds events of another topic with the same name; or
         if a query's checkpoint has batches that the sink lacks, which would never be stored.
+    StreamError
+        If a topic was deleted, or deleted and created again, since the stream began.
     ValueError
         If the monitor shows another running stream.
 

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 import uuid
+from datetime import datetime
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer
@@ -132,6 +133,27 @@ def test_with_a_long_interval_two_short_outages_are_not_taken_for_a_long_one(
         batches.source.plan(interval)
         assert sum(part.count() for part in batches.ledger.ranges(interval)) == 5
         pause.wait(1.5)
+
+
+def test_a_graceful_stop_does_not_wait_for_a_broker_that_is_away(
+    spark, topic, kafka, monkeypatch
+):
+    """With a long interval, in which the broker is asked again and again."""
+    ssc = new_streaming_context(spark, 3_600)
+    stream = KafkaUtils.createDirectStream(ssc, [topic], settings(kafka))
+    batches, asked = stream._batches, threading.Event()
+
+    def next_batch(limit):
+        asked.set()
+        raise errors.BrokerAwayError("no answer")
+
+    monkeypatch.setattr(batches.source.planner, "next_batch", next_batch)
+    planning = threading.Thread(target=batches.plan, args=(datetime.fromtimestamp(3_600), None))
+    planning.start()
+    assert asked.wait(60)
+    assert batches.finish(300)
+    planning.join()
+    assert batches.error is None
 
 
 @pytest.mark.long

@@ -40,6 +40,8 @@ from helpers.streaming import (
 
 _LOGGER = logging.getLogger(__name__)
 
+_REPORTED: set[str] = set()  # topics whose letters are deleted too early
+
 DEAD_LETTERS = ".dead-letter"  # suffix of the name of a dead-letter topic
 
 _DEFAULT_LIMIT = 1_048_588  # Kafka's default max.message.bytes, if the topic's is unknown
@@ -234,11 +236,14 @@ class _Admin:
         return LetterTopic(limit, "none" if codec == "uncompressed" else codec)
 
     def _check_retention(self, topic: str, config: Mapping[str, str]) -> None:
-        """Warn if Kafka deletes the letters of a topic before their records."""
-        wanted = self._letters_config(topic)
-        least, kept = (int(each.get("retention.ms", -1)) for each in (wanted, config))
+        """Warn once if Kafka deletes the letters of a topic before their records."""
+        records = self._topic_config(topic)
+        if not records or not config or topic in _REPORTED:
+            return
+        least, kept = _retention(records), _retention(config)
         is_short = kept != -1 and (least == -1 or kept < least)
-        if "retention.ms" in wanted and (is_short or config.get("retention.bytes", "-1") != "-1"):
+        if is_short or config.get("retention.bytes", "-1") != "-1":
+            _REPORTED.add(topic)
             _LOGGER.warning(
                 "%s keeps dead letters for a shorter time than %s keeps its records, so a replay "
                 "may send a record back twice: set its retention.ms to %s, and its retention.bytes "
@@ -307,14 +312,13 @@ class _Admin:
         While a record can be read again, the replay recognizes by its letter that it was sent back.
         """
         found = self._topic_config(topic)
-        limit, kept = found.get("max.message.bytes"), found.get("retention.ms")
+        limit = found.get("max.message.bytes")
         settings = {"retention.bytes": "-1"} if found else {}
         if limit:
             settings["max.message.bytes"] = str(int(limit) + _HEADERS_ROOM)
-        if kept:
-            is_deleted = kept != "-1" and "delete" in (found.get("cleanup.policy") or "")
-            least = max(int(kept), _LEAST_RETENTION_MS)
-            settings["retention.ms"] = str(least) if is_deleted else "-1"
+        if "retention.ms" in found:
+            kept = _retention(found)
+            settings["retention.ms"] = str(kept if kept == -1 else max(kept, _LEAST_RETENTION_MS))
         return settings
 
     def _describe_new(self, topic: str) -> JavaObject:
@@ -458,6 +462,12 @@ def _permanent_reason(error: Exception) -> str | None:
     if _NO_ADDRESS in text or not any(name in text for name in _PERMANENT):
         return None
     return summary(error)
+
+
+def _retention(config: Mapping[str, str]) -> int:
+    """Return for how many milliseconds a topic keeps its records; -1 if it deletes none by age."""
+    is_deleted = "delete" in (config.get("cleanup.policy") or "")
+    return int(config.get("retention.ms") or -1) if is_deleted else -1
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -66,7 +66,7 @@ class Batches:
         self.listener = ContextListener(self)
         self.error: str | None = None
         self._planning = threading.Lock()
-        self._finishing = False  # no more batches are planned
+        self._finishing = threading.Event()  # no more batches are planned
         self._stopped = threading.Event()  # no more batches begin or are committed
         self._abandoned = False  # stopped on request, not by an error
         self._unsaved: str | None = None  # why Spark's checkpoint is no longer written
@@ -125,7 +125,7 @@ class Batches:
     def plan(self, batch_time: datetime, ticks: RDD) -> RDD:
         """Plan the batch of an interval; Spark calls this through the DStream of ticks."""
         with self._planning:
-            if not self._stopped.is_set() and not self._finishing:
+            if not self._stopped.is_set() and not self._finishing.is_set():
                 try:
                     insist(self._open, self._stopped)
                     self._check_conflicts()
@@ -212,8 +212,9 @@ class Batches:
 
     def finish(self, seconds: float) -> bool:
         """Stop planning, wait for planned batches to be committed, and return whether they are."""
-        with self._planning:
-            self._finishing = True
+        self._finishing.set()
+        with self._planning:  # wait for a plan in progress
+            pass
         deadline = time.monotonic() + seconds
         while not self.ledger.is_settled() and time.monotonic() < deadline:
             if self._stopped.wait(0.05):
@@ -275,7 +276,9 @@ class Batches:
     def _open(self) -> None:
         """Connect to Kafka, unless this process has already done so."""
         if self.source is None:
-            self.source = Source(self.definition, self.ledger, self._recovery, self._stopped)
+            self.source = Source(
+                self.definition, self.ledger, self._recovery, self._stopped, self._finishing
+            )
             if self.definition.plans is not None:
                 self.listener.join_when_active()
 

@@ -58,6 +58,8 @@ class Source:
         Keeps the plans for the time after a crash.
     stopped : threading.Event
         Set when the stream stops.
+    finishing : threading.Event
+        Set when no more batches are wanted.
 
     Attributes
     ----------
@@ -80,8 +82,10 @@ class Source:
         ledger: Ledger,
         recovery: Recovery,
         stopped: threading.Event,
+        finishing: threading.Event,
     ) -> None:
-        self._ledger, self._recovery, self._stopped = ledger, recovery, stopped
+        self._ledger, self._recovery = ledger, recovery
+        self._stopped, self._finishing = stopped, finishing
         self.away_since: float | None = None
         self._sending = threading.RLock()  # so that no older offset follows a newer one
         self._forgetting = threading.Lock()
@@ -218,6 +222,8 @@ class Source:
                 self.away_since = None
                 return ranges
             except BrokerAwayError as error:
+                if self._finishing.is_set():
+                    return []
                 self._wait_for_the_broker(error)
             if self._interval <= _LONG_INTERVAL or self._stopped.wait(RETRY_SECONDS):
                 return []
