@@ -40,7 +40,7 @@ from helpers.streaming import (
 
 _LOGGER = logging.getLogger(__name__)
 
-_REPORTED: set[str] = set()  # topics whose letters are deleted too early
+_CHECKED: set[str] = set()  # topics whose letters' retention this process has looked at
 
 DEAD_LETTERS = ".dead-letter"  # suffix of the name of a dead-letter topic
 
@@ -237,13 +237,15 @@ class _Admin:
 
     def _check_retention(self, topic: str, config: Mapping[str, str]) -> None:
         """Warn once if Kafka deletes the letters of a topic before their records."""
+        if topic in _CHECKED:
+            return
+        _CHECKED.add(topic)
         records = self._topic_config(topic)
-        if not records or not config or topic in _REPORTED:
+        if not records or not config:
             return
         least, kept = _retention(records), _retention(config)
         is_short = kept != -1 and (least == -1 or kept < least)
         if is_short or config.get("retention.bytes", "-1") != "-1":
-            _REPORTED.add(topic)
             _LOGGER.warning(
                 "%s keeps dead letters for a shorter time than %s keeps its records, so a replay "
                 "may send a record back twice: set its retention.ms to %s, and its retention.bytes "
