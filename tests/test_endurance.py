@@ -20,7 +20,7 @@ RATE = 2_000  # events per second
 MINUTES = 15
 BACKLOG = 500_000
 MINUTES_AFTER_BACKLOG = 4
-STANDS_STILL = 120  # seconds without a batch; how far it is behind depends on the machine
+STANDS_STILL = 120  # seconds without a batch; the largest lag depends on the machine
 SETTLED = 120  # seconds after which memory no longer grows
 LINE = re.compile(r"^\d\d:\d\d:\d\d +([\d,]+) .* ([\d,]+)$")  # a batch's events and lag
 
@@ -112,4 +112,4 @@ def test_a_stream_runs_for_a_quarter_of_an_hour_in_the_same_memory(
     for name, (begins, ends, after_backlog) in sizes.items():
         assert ends < 1.25 * begins + 50, (name, sizes)
         assert after_backlog < 1.25 * begins + 100, (name, sizes)
-    assert longest < STANDS_STILL
+    assert statistics.median(lags) < 5 * RATE and longest < STANDS_STILL
